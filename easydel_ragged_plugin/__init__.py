@@ -1,0 +1,72 @@
+"""Ragged page attention, v2 and v3, for EasyDeL and for JAX alone.
+
+Every public name is resolved when it is first asked for: the start-up line imports this package in each
+interpreter of the environment, so it imports nothing itself. That includes ``typing`` and ``__future__``.
+"""
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False  # what type checkers take for typing.TYPE_CHECKING
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .api import explain, ragged_page_attention_v2, ragged_page_attention_v3
+    from .config import RaggedPageConfig, override_config
+    from .errors import Unsupported
+    from .hooks import hookimpl
+    from .layout import page_shape
+    from .operations import RaggedPageAttnV2, RaggedPageAttnV3
+    from .startup import activate, deactivate, status
+
+__all__ = [
+    "ragged_page_attention_v2",
+    "ragged_page_attention_v3",
+    "explain",
+    "RaggedPageConfig",
+    "override_config",
+    "Unsupported",
+    "RaggedPageAttnV2",
+    "RaggedPageAttnV3",
+    "activate",
+    "deactivate",
+    "status",
+    "page_shape",
+    "hookimpl",
+]
+
+_HOMES = {
+    "ragged_page_attention_v2": "api",
+    "ragged_page_attention_v3": "api",
+    "explain": "api",
+    "RaggedPageConfig": "config",
+    "override_config": "config",
+    "Unsupported": "errors",
+    "RaggedPageAttnV2": "operations",
+    "RaggedPageAttnV3": "operations",
+    "activate": "startup",
+    "deactivate": "startup",
+    "status": "startup",
+    "page_shape": "layout",
+    "hookimpl": "hooks",
+}
+
+
+def __getattr__(name: str) -> "Any":
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; its public names are {', '.join(__all__)}"
+        )
+    from importlib import import_module
+
+    if home == "operations":
+        # The host first: whoever imports the host registers our operations meanwhile, and two threads that took
+        # the two modules in opposite order would wait for each other.
+        import_module(f"{__name__}.host").operations_module()
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

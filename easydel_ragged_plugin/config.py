@@ -1,0 +1,116 @@
+"""Configuration of one call, and where it comes from.
+
+The first source that has an answer wins:
+
+1. :func:`override_config`, a context manager for the code that it encloses
+2. a hook, ``ragged_config`` (see ``hooks.py``)
+3. the call: the host's ``operation_configs[name]``, or ``config=`` of the functions
+4. the environment: ``EASYDEL_RAGGED_KERNEL``
+5. the defaults of :class:`RaggedPageConfig`
+
+A call is configured while it is traced. A jitted function keeps the configuration that it was compiled with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["KERNEL_VARIABLE", "RaggedPageConfig", "as_config", "current_override", "from_environment", "override_config"]
+
+KERNEL_VARIABLE = "EASYDEL_RAGGED_KERNEL"
+
+_BLOCK_FIELDS = ("num_kv_pages_per_block", "num_queries_per_block", "chunk_prefill_size", "num_warps", "num_stages")
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedPageConfig:
+    """How to run one operation. None means: let the kernel choose.
+
+    Attributes:
+        kernel: a kernel's name, which then runs or raises, or ``"auto"`` for the first that does not refuse.
+        num_kv_pages_per_block: pages that one step of the kernel reads.
+        num_queries_per_block: query tokens in one tile.
+        chunk_prefill_size: tokens of a prefill chunk (read by the TPU kernel).
+        num_warps: warps of a Triton program.
+        num_stages: pipeline stages of a Triton program.
+        platform: the host's word for a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``); keeps the
+            choice to kernels of that technology. ``"auto"`` for any.
+        backend: kept for the host's config classes; ``"any"`` or a platform's name.
+    """
+
+    kernel: str = "auto"
+    num_kv_pages_per_block: int | None = None
+    num_queries_per_block: int | None = None
+    chunk_prefill_size: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    platform: str = "auto"
+    backend: str = "any"
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "platform", "backend"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}: got {value!r}, wanted a name such as 'auto'.")
+        for name in _BLOCK_FIELDS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: got {value!r}, wanted an int of at least 1, or None to let the kernel choose.")
+
+
+def as_config(value: Any) -> RaggedPageConfig | None:
+    """A config from what callers give: None, a kernel's name, a RaggedPageConfig, or one of ejkernel's config objects.
+
+    Raises:
+        ValueError: ``value`` is none of these.
+    """
+    if value is None or isinstance(value, RaggedPageConfig):
+        return value
+    if isinstance(value, str):
+        return RaggedPageConfig(kernel=value)
+    names = {field.name for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
+    # ejkernel's v2 and v3 classes, told by their fields: importing ejkernel to compare types would cost seconds.
+    if isinstance(value, type) or not names >= {"num_kv_pages_per_block", "num_queries_per_block", "platform", "backend"}:
+        raise ValueError(
+            f"config: got {type(value).__name__}, wanted RaggedPageConfig, a kernel's name, or ejkernel's "
+            "RaggedPageAttentionv2Config / RaggedPageAttentionv3Config."
+        )
+    known = {name: getattr(value, name) for name in names & {*_BLOCK_FIELDS, "platform", "backend"}}
+    known["platform"] = known["platform"] or "auto"
+    known["backend"] = str(known["backend"] or "any")
+    return RaggedPageConfig(**known)
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> RaggedPageConfig | None:
+    """The config that ``EASYDEL_RAGGED_KERNEL`` asks for, or None when it is unset or empty."""
+    kernel = environ.get(KERNEL_VARIABLE, "").strip()
+    return RaggedPageConfig(kernel=kernel) if kernel else None
+
+
+_override: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("easydel_ragged_override", default=None)
+
+
+@contextlib.contextmanager
+def override_config(**fields: Any) -> Iterator[None]:
+    """Replace fields of the config for every call that is traced inside the ``with`` block.
+
+    Example:
+        >>> with override_config(kernel="xla"):
+        ...     pass
+    """
+    RaggedPageConfig(**fields)  # a wrong name or value is refused here, not at the first call
+    token = _override.set({**(_override.get() or {}), **fields})
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def current_override() -> Mapping[str, Any]:
+    """Fields set by the enclosing :func:`override_config` blocks."""
+    return _override.get() or {}

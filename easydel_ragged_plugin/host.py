@@ -1,0 +1,121 @@
+"""The one file that knows EasyDeL's versions and where each keeps its parts.
+
+Importing this module imports nothing but ``sys``: ``startup.py`` reads :data:`OPERATIONS_PACKAGES` in every
+interpreter of the environment. Everything else is resolved inside functions, when the host is wanted.
+"""
+
+import sys
+
+__all__ = ["OPERATIONS_PACKAGES", "OPERATION_NAMES", "SUPPORTED", "host_version", "load", "operations_module"]
+
+OPERATIONS_PACKAGES = ("easydel.operations", "easydel.layers.operations")
+"""The host's operations package, newest name first. Built-in operations are registered when it has been executed."""
+
+OPERATION_NAMES = ("ragged_page_attention_v2", "ragged_page_attention_v3")
+"""The ``attn_mechanism`` names that this package serves."""
+
+SUPPORTED = ("0.2.0.2", "0.3.0")
+"""Host versions that the tests cover in full."""
+
+PASSED_ARGUMENTS = frozenset(
+    (
+        "mask_info",
+        "bias",
+        "init_bias",
+        "causal",
+        "deterministic",
+        "dropout_rng",
+        "dropout_prob",
+        "precision",
+        "prevent_cse",
+        "cum_seqlens_q",
+        "cum_seqlens_k",
+        "normalize_output",
+        "fused_backward",
+        "policy",
+        "mode",
+    )
+)
+"""Arguments that the host's attention layer hands to every operation and that paged attention has no use for.
+
+Masks follow from the metadata, serving has no dropout and no backward pass. The operations accept these
+names and no others; see ``operations.py`` for the values that they still refuse.
+"""
+
+
+def _first_importable(names):
+    import importlib
+    import importlib.util
+
+    for name in names:
+        if name in sys.modules:
+            return sys.modules[name]
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # a parent package does not exist
+            found = None
+        if found is not None:
+            return importlib.import_module(name)
+    raise ModuleNotFoundError(
+        f"none of {', '.join(names)} can be imported: EasyDeL is not installed in this environment, or its version is "
+        f"not one of {', '.join(SUPPORTED)}. Run: pip install 'easydel-ragged-plugin[host]'",
+        name=names[0],
+    )
+
+
+def host_version():
+    """Version of the installed EasyDeL distribution, or None when there is none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("easydel")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def operations_module():
+    """The host's operations package, imported when it has not been."""
+    return _first_importable(OPERATIONS_PACKAGES)
+
+
+def load():
+    """The host's classes that the operations and the contract kit need, as attributes of one namespace.
+
+    Raises:
+        ModuleNotFoundError: no supported EasyDeL is installed.
+    """
+    import importlib
+    from types import SimpleNamespace
+
+    operations = operations_module()
+    requirements = importlib.import_module(f"{operations.__name__}.requirements")
+    caching = _first_importable(("easydel.caching", "easydel.layers.caching"))
+    try:
+        turboquant = importlib.import_module("easydel.caching.turboquant_ragged_page").TurboQuantRaggedPagesCacheView
+    except ModuleNotFoundError:  # 0.2.0.2 has none
+        turboquant = None
+    try:
+        data_parallel_axis = importlib.import_module("easydel.axis").ATTN_DP
+    except ModuleNotFoundError:  # 0.2.0.2 replicates pages
+        data_parallel_axis = None
+    helpers = importlib.import_module("easydel.utils.helpers")
+    return SimpleNamespace(
+        version=host_version(),
+        OperationImpl=operations.OperationImpl,
+        OperationRegistry=operations.OperationRegistry,
+        OperationMetadata=operations.OperationMetadata,
+        AttentionOutput=operations.AttentionOutput,
+        RequirementsBuilder=requirements.RequirementsBuilder,
+        CacheType=requirements.CacheType,
+        MetadataField=requirements.MetadataField,
+        ExecutionMode=requirements.ExecutionMode,
+        RaggedPagesCacheView=caching.RaggedPagesCacheView,
+        RaggedPagesCacheConfig=caching.RaggedPagesCacheConfig,
+        RaggedPagesMetadata=caching.RaggedPagesMetadata,
+        TurboQuantRaggedPagesCacheView=turboquant,
+        data_parallel_axis=data_parallel_axis,
+        native_runtime_forced=lambda: helpers.check_bool_flag("FORCE_NATIVE_RUNTIME", False),
+        # 0.2.0.2's attention layer casts every leaf of an operation's output, pages included, to its own dtype.
+        casts_returned_pages=operations.__name__ == "easydel.layers.operations",
+        axes=importlib.import_module("eformer.common_types"),
+    )

@@ -1,0 +1,124 @@
+"""The host's own kernels, called as the host's own operations call them.
+
+On TPU this is the first choice: ejkernel's Pallas kernels are tuned there (ragged page attention v3, Jiang et al.,
+2026, arXiv 2604.15464). Elsewhere it runs when it is asked for by name, so that anyone can have the host's kernels
+back, faults included: docs/kernels.md lists those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..config import RaggedPageConfig
+from ..layout import packing
+from ..types import AttentionRequest, Operands
+
+__all__ = ["KERNEL", "EjkernelKernel"]
+
+PALLAS_V2_HEAD_DIMS = (128, 256)
+"""What the v2 TPU kernel can tile; the host's operation takes XLA for all others."""
+
+WIDE_HEAD_DIM = 256
+WIDE_HEAD_PAGES = 8
+"""From this head_dim on, more pages in a block than this exceed 16 MiB of scoped VMEM on TPU (the host's own cap)."""
+
+
+class EjkernelKernel:
+    """ejkernel's ``ragged_page_attention_v2`` and ``_v3``."""
+
+    name = "ejkernel"
+    platforms = frozenset({"cpu", "gpu", "tpu"})
+    technologies = frozenset({"pallas", "triton", "cuda", "cute", "xla"})
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """What the host's calls can't take; whether their results are right is not asked here."""
+        if importlib.util.find_spec("ejkernel") is None:
+            return "ejkernel is not installed (it comes with EasyDeL)"
+        if request.version == "v2":
+            scales = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(request, name) is not None]
+            if scales:
+                return f"v2 takes no {', '.join(scales)}"
+            return None
+        if request.page_size % packing(request.cache_dtype):
+            return f"v3 needs a page_size that {packing(request.cache_dtype)} divides, got {request.page_size}"
+        if request.head_dim == 64 and request.platform != "tpu":
+            return "v3 runs head_dim 64 on TPU alone"
+        return None
+
+    def forward(
+        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+    ) -> tuple[jax.Array, jax.Array]:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        from ejkernel.modules import ragged_page_attention_v2, ragged_page_attention_v3
+
+        options: dict[str, Any] = {
+            "softmax_scale": request.softmax_scale,
+            "logits_soft_cap": request.logits_soft_cap,
+            "sliding_window": request.sliding_window,
+            "vmem_limit_bytes": request.vmem_limit_bytes,
+            "cfg": host_config(request, config),
+            "platform": host_platform(request, config),
+        }
+        if request.version == "v2":
+            output = ragged_page_attention_v2(
+                operands.queries,
+                operands.pages,
+                operands.context_lens,
+                operands.block_tables,
+                operands.query_start_loc,
+                operands.distribution[2:],
+                operands.sinks,
+                compute_dtype=request.compute_dtype,
+                optimized=request.optimized,
+                **options,
+            )
+            return output, operands.pages
+        assert operands.keys is not None and operands.values is not None  # api.py made them for v3
+        return ragged_page_attention_v3(
+            operands.queries,
+            operands.keys.astype(request.cache_dtype),
+            operands.values.astype(request.cache_dtype),
+            operands.pages,
+            operands.context_lens,
+            operands.block_tables.reshape(-1),
+            operands.query_start_loc,
+            operands.distribution,
+            None if operands.sinks is None else operands.sinks.astype(jnp.float32),
+            q_scale=request.q_scale,
+            k_scale=request.k_scale,
+            v_scale=request.v_scale,
+            **options,
+        )
+
+
+def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
+    """The host's platform rule, unless the config names one."""
+    if config.platform != "auto":
+        return config.platform
+    if request.platform != "tpu":
+        return "auto"
+    if request.version == "v2" and request.head_dim not in PALLAS_V2_HEAD_DIMS:
+        return "xla"
+    return "pallas"
+
+
+def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
+    """The config as ejkernel's class, or None where nothing was set, so that ejkernel chooses."""
+    from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
+
+    host_class = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config
+    wanted = {field.name for field in dataclasses.fields(host_class)} - {"platform", "backend"}
+    named = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
+    if request.platform == "tpu" and request.version == "v3" and request.head_dim >= WIDE_HEAD_DIM:
+        named["num_kv_pages_per_block"] = min(named.get("num_kv_pages_per_block", WIDE_HEAD_PAGES), WIDE_HEAD_PAGES)
+    if not named and config.backend == "any":
+        return None
+    return host_class(**named, platform=host_platform(request, config), backend=config.backend)
+
+
+KERNEL = EjkernelKernel()

@@ -1,0 +1,445 @@
+"""Portable kernel: ragged page attention in plain JAX, for every platform.
+
+Rows are split by what bounds them.
+
+*Decode rows* (one new token) are bound by reading pages. Their contexts are cut into blocks of a few pages, and the
+blocks of all rows form one list. A loop takes ``lanes`` blocks at a time from that list, whichever rows they belong
+to, computes each one's partial softmax, and merges it into the row's running state. The trip count is the number of
+live blocks, so neither the table's width nor one long row makes the others pay.
+
+*Longer rows* (prefill, chunked prefill) are bound by arithmetic. Each tile of query tokens runs over the blocks
+between the first position that its window reaches and its last causal one, with the online softmax of
+FlashAttention (Dao et al., 2022, arXiv 2205.14135).
+
+Both parts are always compiled and take zero trips when no row needs them. Pages are read through
+:class:`~easydel_ragged_plugin.layout.PageLayout`, so one program serves every cache shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..config import RaggedPageConfig
+from ..types import AttentionRequest, Operands
+
+__all__ = ["KERNEL", "XlaKernel"]
+
+DECODE_BLOCK_TOKENS = 256
+"""Tokens that one lane of the decode loop reads in a step."""
+
+DECODE_STEP_TOKENS = 2048
+"""Tokens that all lanes of the decode loop read in a step; bounds its temporary memory."""
+
+PREFILL_BLOCK_TOKENS = 256
+"""Key tokens of one prefill step."""
+
+PREFILL_TILE_ROWS = 512
+"""Rows of one prefill product: query tokens of a tile times the query heads of a group."""
+
+
+class Rows(NamedTuple):
+    """Row geometry, [rows] int32 each. Rows that are dead or malformed have no queries."""
+
+    query_start: jax.Array
+    num_queries: jax.Array
+    context: jax.Array
+
+
+class Softmax(NamedTuple):
+    """Running state of an online softmax; ``maximum`` and ``total`` lack the last axis of ``weighted``."""
+
+    maximum: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+
+
+def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
+    """Rows that can be served; all others get zero queries, so nothing of theirs is read or written.
+
+    A row is malformed when its queries run backwards or outside the batch, when its context is shorter than its
+    queries or longer than its part of the block table, or when a page that it needs is not in the cache.
+    """
+    start, end = operands.query_start_loc[:-1], operands.query_start_loc[1:]
+    num_queries = end - start
+    context = operands.context_lens
+    live = jnp.arange(request.num_rows, dtype=jnp.int32) < operands.distribution[2]
+    live &= (start >= 0) & (num_queries > 0) & (end <= request.num_tokens)
+    live &= (context >= num_queries) & (context <= request.pages_per_row * request.page_size)
+    first = first_position(request, context - num_queries) // request.page_size
+    last = (context - 1) // request.page_size
+    entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)
+    needed = (entry >= first[:, None]) & (entry <= last[:, None])
+    outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
+    live &= ~jnp.any(needed & outside, axis=1)
+    return Rows(start, jnp.where(live, num_queries, 0), context)
+
+
+def first_position(request: AttentionRequest, position: jax.Array) -> jax.Array:
+    """First key position that a query at ``position`` sees."""
+    if request.sliding_window is None:
+        return jnp.zeros_like(position)
+    return jnp.maximum(position - (request.sliding_window - 1), 0)
+
+
+def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
+    """Write the new keys and values of live tokens into their slots; every other slot keeps its bits.
+
+    The padding of a written slot (lanes past head_dim, heads past kv_heads) becomes zero, as in the TPU kernel.
+    """
+    layout, pages = request.layout, operands.pages
+    token = jnp.arange(request.num_tokens, dtype=jnp.int32)
+    row = jnp.clip(jnp.searchsorted(operands.query_start_loc, token, side="right") - 1, 0, request.num_rows - 1)
+    row = row.astype(jnp.int32)
+    offset = token - rows.query_start[row]
+    live = (offset >= 0) & (offset < rows.num_queries[row])
+    position = rows.context[row] - rows.num_queries[row] + offset
+    page_index = jnp.where(live, position // layout.page_size, 0)
+    page = operands.block_tables[row, page_index]
+    slot = page * layout.page_size + position % layout.page_size
+    slot = jnp.where(live, slot, request.num_pages * layout.page_size)  # one past the end: dropped
+
+    new = merge_heads(request, operands.keys, operands.values)
+    if request.platform == "cpu" and request.cache_dtype.itemsize < 4:
+        return select_slots(pages, new, slot)
+    flat = pages.reshape(-1, layout.token_stride)
+    if request.platform == "cpu":
+        return write_slots(flat, new, slot, live).reshape(pages.shape)
+    return flat.at[slot].set(new, mode="drop").reshape(pages.shape)
+
+
+def write_slots(flat: jax.Array, new: jax.Array, slot: jax.Array, live: jax.Array) -> jax.Array:
+    """One in-place update for each live token. XLA's CPU scatter is the same loop with a trip for dead tokens too."""
+    order = jnp.argsort(~live, stable=True)  # a select between old and new in the loop would make it copy the cache
+
+    def write(index: jax.Array, flat: jax.Array) -> jax.Array:
+        source = order[index]
+        return lax.dynamic_update_slice_in_dim(flat, lax.dynamic_slice_in_dim(new, source, 1), slot[source], 0)
+
+    return lax.fori_loop(0, jnp.sum(live), write, flat)
+
+
+def select_slots(pages: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """One in-place elementwise pass that takes either the old or the new bits of each slot.
+
+    For short float types XLA's CPU backend turns a scatter or a dynamic update into float32 arithmetic over the whole
+    cache. This select is over integers and in the cache's own shape, so it fuses into one loop over slots in place;
+    for a slot that keeps its bits the loop's body is a copy onto itself, which the compiler's memmove skips.
+    """
+    num_tokens, slots = new.shape[0], pages.shape[:2]
+    source = jnp.full(slots[0] * slots[1], num_tokens, jnp.int32)
+    source = source.at[slot].set(jnp.arange(num_tokens, dtype=jnp.int32), mode="drop").reshape(slots)
+    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
+    new = lax.bitcast_convert_type(new, bits).reshape(num_tokens, *pages.shape[2:])
+    written = jnp.expand_dims(source < num_tokens, tuple(range(2, pages.ndim)))
+    merged = jnp.where(written, new[jnp.minimum(source, num_tokens - 1)], lax.bitcast_convert_type(pages, bits))
+    return lax.bitcast_convert_type(merged, pages.dtype)
+
+
+def merge_heads(request: AttentionRequest, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Keys and values of each token as one slot of the cache, ``[tokens, token_stride]``."""
+    layout = request.layout
+    padding = layout.padded_head_dim - request.head_dim
+    pair = jnp.stack([to_cache_dtype(keys, request), to_cache_dtype(values, request)], axis=2)
+    pair = jnp.pad(pair, ((0, 0), (0, 0), (0, 0), (0, padding))) if padding else pair
+    merged = pair.reshape(pair.shape[0], -1)
+    return jnp.pad(merged, ((0, 0), (0, layout.token_stride - merged.shape[1])))
+
+
+def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
+    """Cast to the cache's dtype; 8-bit floats saturate, where a plain cast would give NaN or infinity."""
+    if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
+        limit = float(jnp.finfo(request.cache_dtype).max)
+        array = jnp.clip(array, -limit, limit)
+    return array.astype(request.cache_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Static sizes of one compiled program."""
+
+    pages: int
+    """Pages in one block."""
+    lanes: int
+    """Blocks that one decode step takes."""
+    tile: int
+    """Query tokens of a prefill tile."""
+    prefill_pages: int
+    """Pages that one prefill step reads."""
+
+    @classmethod
+    def choose(cls, request: AttentionRequest, config: RaggedPageConfig) -> Blocks:
+        """Sizes for a request: the config's where it names them, else from the defaults above."""
+
+        def pages_of(tokens: int) -> int:
+            wanted = config.num_kv_pages_per_block or -(-tokens // request.page_size)
+            return max(1, min(wanted, request.pages_per_row))
+
+        pages = pages_of(DECODE_BLOCK_TOKENS)
+        most_blocks = request.num_rows * -(-request.pages_per_row // pages)
+        lanes = max(1, min(DECODE_STEP_TOKENS // (pages * request.page_size), most_blocks))
+        tile = config.num_queries_per_block or min(256, max(32, PREFILL_TILE_ROWS // request.group_size))
+        return cls(pages, lanes, min(tile, request.num_tokens), pages_of(PREFILL_BLOCK_TOKENS))
+
+
+def operand_dtype(request: AttentionRequest) -> jnp.dtype:
+    """Dtype of the products' operands.
+
+    CPUs multiply float32 at full rate and emulate the shorter types, so there the wider one is faster and better.
+    """
+    if request.platform == "cpu":
+        return jnp.promote_types(request.compute_dtype, jnp.float32)
+    return request.compute_dtype
+
+
+def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
+    """Dtype of softmax statistics and sums: float32, or float64 for float64 queries."""
+    return jnp.promote_types(request.query_dtype, jnp.float32)
+
+
+def pin(pages: jax.Array, trip: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same values, tied to the trip of a loop.
+
+    Without it XLA moves the conversion of the cache's dtype out of the loop and converts the whole cache.
+    """
+    return lax.optimization_barrier((pages, trip))
+
+
+def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of whole pages: ``[..., pages * page_size, kv_heads, head_dim]`` for ids ``[..., pages]``."""
+    layout = request.layout
+    flat = pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
+    block = flat.at[ids].get(mode="clip")
+    block = block.reshape(*ids.shape[:-1], ids.shape[-1] * layout.page_size, layout.token_stride)
+    block = block[..., : request.num_kv_heads * layout.head_stride]
+    block = block.reshape(*block.shape[:-1], request.num_kv_heads, layout.head_stride)
+    keys = block[..., : request.head_dim]
+    values = block[..., layout.value_offset : layout.value_offset + request.head_dim]
+    return keys, values
+
+
+def logits_of(request: AttentionRequest, products: jax.Array) -> jax.Array:
+    """Scale and cap the products of queries and keys."""
+    scale = request.softmax_scale * (request.q_scale or 1.0) * (request.k_scale or 1.0)
+    logits = products * jnp.asarray(scale, products.dtype)
+    if request.logits_soft_cap is not None:
+        logits = request.logits_soft_cap * jnp.tanh(logits / request.logits_soft_cap)
+    return logits
+
+
+def weights_of(logits: jax.Array, visible: jax.Array, maximum: jax.Array) -> jax.Array:
+    """``exp(logits - maximum)`` where visible, else 0; ``maximum`` is -inf where nothing has been seen."""
+    reference = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    return jnp.where(visible, jnp.exp(logits - reference[..., None]), 0.0)
+
+
+def rescale(old: jax.Array, new: jax.Array) -> jax.Array:
+    """``exp(old - new)`` with the limit 0 where nothing had been seen."""
+    return jnp.where(jnp.isneginf(old), 0.0, jnp.exp(old - jnp.where(jnp.isneginf(new), 0.0, new)))
+
+
+def initial_softmax(request: AttentionRequest, sinks: jax.Array | None, leading: tuple[int, ...]) -> Softmax:
+    """State before any key, ``[*leading, kv_heads, group]``: a sink counts as one key without a value."""
+    dtype = statistics_dtype(request)
+    heads = (request.num_kv_heads, request.group_size)
+    if sinks is None:
+        maximum, total = jnp.full((*leading, *heads), -jnp.inf, dtype), jnp.zeros((*leading, *heads), dtype)
+    else:
+        maximum = jnp.broadcast_to(sinks.astype(dtype).reshape(heads), (*leading, *heads))
+        total = jnp.ones((*leading, *heads), dtype)
+    return Softmax(maximum, total, jnp.zeros((*leading, *heads, request.head_dim), dtype))
+
+
+def normalize(request: AttentionRequest, state: Softmax) -> jax.Array:
+    """Attention output of a finished softmax; zeros where nothing was seen."""
+    total = state.total[..., None]
+    output = jnp.where(total > 0, state.weighted / jnp.where(total > 0, total, 1.0), 0.0)
+    return (output * (request.v_scale or 1.0)).astype(request.query_dtype)
+
+
+def attend_decode(
+    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, output: jax.Array
+) -> jax.Array:
+    """Attention of all rows with one query; their tokens of ``output [tokens, kv_heads, group, head_dim]`` are set."""
+    dtype = operand_dtype(request)
+    lanes, block_tokens = blocks.lanes, blocks.pages * request.page_size
+    num_rows, num_kv_heads, group = request.num_rows, request.num_kv_heads, request.group_size
+
+    # Decode rows move to the front, so that the rows of neighbouring blocks are neighbours.
+    order = jnp.argsort(rows.num_queries != 1, stable=True).astype(jnp.int32)
+    is_decode = rows.num_queries[order] == 1
+    context = jnp.where(is_decode, rows.context[order], 0)
+    first_page = first_position(request, context - 1) // request.page_size
+    num_pages = jnp.where(is_decode, -(-context // request.page_size) - first_page, 0)
+    num_blocks = -(-num_pages // blocks.pages)
+    last_block = jnp.cumsum(num_blocks)
+    token = jnp.where(is_decode, rows.query_start[order], 0)
+    queries = operands.queries[token].reshape(num_rows, num_kv_heads, group, request.head_dim)
+    tables = operands.block_tables
+
+    def step(trip: jax.Array, state: Softmax) -> Softmax:
+        cache, trip = pin(pages, trip)
+        item = trip * lanes + jnp.arange(lanes, dtype=jnp.int32)
+        rank = jnp.sum(item[:, None] >= last_block, axis=1, dtype=jnp.int32)
+        taken = rank < num_rows
+        rank = jnp.minimum(rank, num_rows - 1)
+        block = item - (last_block[rank] - num_blocks[rank])
+        page = first_page[rank] + block * blocks.pages
+        entries = page[:, None] + jnp.arange(blocks.pages, dtype=jnp.int32)
+        ids = tables[order[rank][:, None], jnp.minimum(entries, request.pages_per_row - 1)]
+        keys, values = read_pages(request, cache, ids)
+
+        position = page[:, None] * request.page_size + jnp.arange(block_tokens, dtype=jnp.int32)
+        end = context[rank][:, None]
+        visible = taken[:, None] & (position < end) & (position >= first_position(request, end - 1))
+        keys = jnp.swapaxes(keys, 1, 2).astype(dtype)
+        values = jnp.where(visible[:, :, None, None], values, 0)  # 0 * NaN of a dead slot is NaN
+        values = jnp.swapaxes(values, 1, 2).astype(dtype)
+        products = jnp.einsum(
+            "whgd,whtd->whgt", queries[rank].astype(dtype), keys, preferred_element_type=state.total.dtype
+        )
+        visible = visible[:, None, None, :]
+        logits = jnp.where(visible, logits_of(request, products), -jnp.inf)
+        maximum = jnp.max(logits, axis=-1)
+        weights = weights_of(logits, visible, maximum)
+        part = Softmax(
+            maximum,
+            jnp.sum(weights, axis=-1),
+            jnp.einsum("whgt,whtd->whgd", weights.astype(dtype), values, preferred_element_type=state.total.dtype),
+        )
+        return merge_parts(state, part, rank, taken)
+
+    # The state has room for `lanes` ranks after the last row, so that a slice of it never clamps.
+    state = initial_softmax(request, operands.sinks, (num_rows + lanes,))
+    state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, state)
+    result = normalize(request, jax.tree.map(lambda leaf: leaf[:num_rows], state))
+    token = jnp.where(is_decode, token, request.num_tokens)  # one past the end: dropped
+    return output.at[token].set(result, mode="drop")
+
+
+def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
+    """Merge the partial softmax of each lane into the state of its row.
+
+    The lanes hold neighbouring ranks, so only ``lanes`` rows of the state take part, however many rows there are.
+    """
+    lanes = rank.shape[0]
+    base = rank[0]
+    window = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, base, lanes), state)
+    owner = (rank - base)[None, :] == jnp.arange(lanes, dtype=jnp.int32)[:, None]
+    owner = (owner & taken[None, :])[:, :, None, None]
+    maximum = jnp.maximum(window.maximum, jnp.max(jnp.where(owner, part.maximum[None], -jnp.inf), axis=1))
+    factor = jnp.where(owner, rescale(part.maximum[None], maximum[:, None]), 0.0)
+    kept = rescale(window.maximum, maximum)
+    merged = Softmax(
+        maximum,
+        kept * window.total + jnp.sum(factor * part.total[None], axis=1),
+        kept[..., None] * window.weighted + jnp.einsum("rwhg,whgd->rhgd", factor, part.weighted),
+    )
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, base, 0), state, merged)
+
+
+def attend_tiles(
+    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, output: jax.Array
+) -> jax.Array:
+    """Attention of all rows with several queries; ``output`` must have ``tile`` spare tokens at its end."""
+    dtype, stats = operand_dtype(request), statistics_dtype(request)
+    tile, step_pages = blocks.tile, blocks.prefill_pages
+    step_tokens = step_pages * request.page_size
+    num_kv_heads, group, head_dim = request.num_kv_heads, request.group_size, request.head_dim
+
+    num_tiles = jnp.where(rows.num_queries > 1, -(-rows.num_queries // tile), 0)
+    last_tile = jnp.cumsum(num_tiles)
+    padded = jnp.pad(operands.queries, ((0, tile), (0, 0), (0, 0)))
+    padded = padded.reshape(-1, num_kv_heads, group, head_dim)
+
+    def run_tile(index: jax.Array, output: jax.Array) -> jax.Array:
+        row = jnp.minimum(jnp.sum(index >= last_tile, dtype=jnp.int32), request.num_rows - 1)
+        offset = (index - (last_tile[row] - num_tiles[row])) * tile
+        start = rows.query_start[row] + offset
+        filled = jnp.minimum(rows.num_queries[row] - offset, tile)
+        first_query = rows.context[row] - rows.num_queries[row] + offset
+        query_position = first_query + jnp.arange(tile, dtype=jnp.int32)
+        queries = lax.dynamic_slice_in_dim(padded, start, tile)
+        queries = jnp.transpose(queries, (1, 2, 0, 3)).reshape(num_kv_heads, group * tile, head_dim).astype(dtype)
+        begin, end = first_position(request, first_query), first_query + filled
+        first_page = begin // request.page_size
+        table = operands.block_tables[row]
+
+        def step(trip: jax.Array, state: Softmax) -> Softmax:
+            cache, trip = pin(pages, trip)
+            page = first_page + trip * step_pages
+            entries = jnp.minimum(page + jnp.arange(step_pages, dtype=jnp.int32), request.pages_per_row - 1)
+            keys, values = read_pages(request, cache, table[entries])
+            position = page * request.page_size + jnp.arange(step_tokens, dtype=jnp.int32)
+            values = jnp.where(((position >= begin) & (position < end))[:, None, None], values, 0)
+            keys = jnp.swapaxes(keys, 0, 1).astype(dtype)
+            values = jnp.swapaxes(values, 0, 1).astype(dtype)
+            products = jnp.einsum("hmd,htd->hmt", queries, keys, preferred_element_type=stats)
+            logits = logits_of(request, products).reshape(num_kv_heads, group, tile, step_tokens)
+            visible = (position[None, :] <= query_position[:, None]) & (position[None, :] < end)
+            visible &= position[None, :] >= first_position(request, query_position)[:, None]
+            logits = jnp.where(visible, logits, -jnp.inf)
+            maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
+            weights = weights_of(logits, visible, maximum)
+            kept = rescale(state.maximum, maximum)
+            products = jnp.einsum(
+                "hmt,htd->hmd",
+                weights.reshape(num_kv_heads, group * tile, step_tokens).astype(dtype),
+                values,
+                preferred_element_type=stats,
+            )
+            return Softmax(
+                maximum,
+                kept * state.total + jnp.sum(weights, axis=-1),
+                kept[..., None] * state.weighted + products.reshape(state.weighted.shape),
+            )
+
+        state = initial_softmax(request, operands.sinks, ())
+        state = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
+        )
+        num_pages = -(-end // request.page_size) - first_page
+        state = lax.fori_loop(0, -(-num_pages // step_pages), step, state)
+        result = jnp.transpose(normalize(request, state), (2, 0, 1, 3))
+        there = lax.dynamic_slice_in_dim(output, start, tile)
+        mine = (jnp.arange(tile, dtype=jnp.int32) < filled)[:, None, None, None]
+        return lax.dynamic_update_slice_in_dim(output, jnp.where(mine, result, there), start, 0)
+
+    return lax.fori_loop(0, last_tile[-1], run_tile, output)
+
+
+class XlaKernel:
+    """Ragged page attention v2 and v3 in plain JAX."""
+
+    name = "xla"
+    platforms = frozenset({"cpu", "gpu", "tpu", "tt"})
+    technologies = frozenset({"xla"})
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """This kernel takes every valid request."""
+        return None
+
+    def forward(
+        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+    ) -> tuple[jax.Array, jax.Array]:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        blocks = Blocks.choose(request, config)
+        with jax.named_scope("ragged_page_attention_xla"):
+            rows = live_rows(request, operands)
+            pages = operands.pages
+            if operands.keys is not None:
+                pages = update_pages(request, rows, operands)
+            shape = (request.num_tokens + blocks.tile, request.num_kv_heads, request.group_size, request.head_dim)
+            output = jnp.zeros(shape, request.query_dtype)
+            output = attend_decode(request, blocks, rows, operands, pages, output)
+            if request.num_tokens > 1:
+                output = attend_tiles(request, blocks, rows, operands, pages, output)
+            output = output[: request.num_tokens].reshape(operands.queries.shape)
+        return output, pages
+
+
+KERNEL = XlaKernel()

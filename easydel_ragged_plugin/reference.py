@@ -1,0 +1,334 @@
+"""What ragged page attention means, in plain float64 NumPy.
+
+This is the oracle that every kernel is measured against, so it is slow and simple on purpose: it walks
+over rows, tokens and heads one at a time (only the keys of one query are handled together), and it
+shares no code with the kernels or with the layout module. It reads nothing that the mask does not need.
+
+The two functions take the arguments of the public functions of the same name. Arguments that choose how
+a result is computed (``config``, ``compute_dtype``, ``mesh``, ...) are accepted and change nothing here.
+
+Rules that the oracle fixes:
+
+* Row r owns tokens ``[query_start_loc[r], query_start_loc[r + 1])``. Its i-th query sits at position
+  ``context_lens[r] - number_of_queries + i`` and sees the keys at positions up to its own; a sliding
+  window of N leaves the last N of them.
+* Tokens of no live row give zeros. So do all tokens of an invalid row: one whose lengths are negative,
+  run backwards, pass the table or the tokens, or whose table names a page that does not exist among the
+  pages it needs. An invalid row writes nothing.
+* v3 writes only the slots of live tokens. There, lanes past ``head_dim`` and heads that exist only to
+  fill a group of 32 bits become zeros; every other slot keeps its bytes.
+* float8 caches saturate at the largest finite number. Wider caches round as NumPy does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["ragged_page_attention_v2", "ragged_page_attention_v3", "write_tokens"]
+
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3")
+
+
+def _first_visible(position: int, window: int | tuple[int, int] | None) -> int:
+    """Lowest position that a query at ``position`` sees."""
+    if window is None:
+        return 0
+    before = window - 1 if isinstance(window, int) else window[0]
+    return max(0, position - before)
+
+
+def _cast_to_cache(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype.name in _FLOAT8:
+        largest = float(ml_dtypes.finfo(dtype).max)
+        values = np.clip(values.astype(np.float32), -largest, largest)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+def _key_and_value_place(head: int, head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(stored head, first lane) of the key and of the value of a kv head in a v3 page with its heads flattened."""
+    if head_dim == 64:
+        return (head, 0), (head, 64)
+    return (2 * head, 0), (2 * head + 1, 0)
+
+
+def write_tokens(
+    pages: np.ndarray, table_row: np.ndarray, first_position: int, keys: np.ndarray, values: np.ndarray
+) -> None:
+    """Store keys and values ``[n, kv_heads, head_dim]`` of one row at positions ``first_position`` and up, in place.
+
+    Takes v2 pages (four dimensions) and v3 pages (five). All bytes of a written slot are set.
+    """
+    num_pages, page_size = pages.shape[:2]
+    head_dim = keys.shape[2]
+    flat = pages.reshape(num_pages, page_size, -1, pages.shape[-1])  # a view: writing it writes `pages`
+    keys, values = _cast_to_cache(keys, pages.dtype), _cast_to_cache(values, pages.dtype)
+    for index in range(len(keys)):
+        position = first_position + index
+        slot = flat[table_row[position // page_size], position % page_size]
+        slot[...] = np.zeros((), pages.dtype)
+        for head in range(keys.shape[1]):
+            if pages.ndim == 4:
+                slot[2 * head], slot[2 * head + 1] = keys[index, head], values[index, head]
+                continue
+            (k_head, k_lane), (v_head, v_lane) = _key_and_value_place(head, head_dim)
+            slot[k_head, k_lane : k_lane + head_dim] = keys[index, head]
+            slot[v_head, v_lane : v_lane + head_dim] = values[index, head]
+
+
+def _live_rows(
+    num_tokens: int,
+    num_pages: int,
+    page_size: int,
+    context_lens: np.ndarray,
+    block_tables: np.ndarray,
+    query_start_loc: np.ndarray,
+    total: int,
+    window: int | tuple[int, int] | None,
+) -> list[tuple[int, int, int, int]]:
+    """(row, first token, number of queries, context length) of each row that has work and makes sense."""
+    rows = []
+    for row in range(min(max(total, 0), len(context_lens))):
+        start, end = int(query_start_loc[row]), int(query_start_loc[row + 1])
+        context, count = int(context_lens[row]), end - start
+        if count <= 0 or start < 0 or end > num_tokens:
+            continue
+        if context < count or context > block_tables.shape[1] * page_size:
+            continue
+        lowest = _first_visible(context - count, window)
+        needed = block_tables[row, lowest // page_size : (context - 1) // page_size + 1]
+        if np.any(needed < 0) or np.any(needed >= num_pages):
+            continue
+        rows.append((row, start, count, context))
+    return rows
+
+
+def _sinks_of_head(softmax_aux: np.ndarray | None, head: int, group: int) -> np.ndarray:
+    if softmax_aux is None:
+        return np.zeros(0)
+    if softmax_aux.ndim == 1:
+        return softmax_aux[head : head + 1].astype(np.float64)
+    return softmax_aux[head // group].astype(np.float64)
+
+
+def _attend_one(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, soft_cap: float | None, sinks: np.ndarray
+) -> np.ndarray:
+    """One query ``[D]`` over the keys and values ``[n, D]`` that it sees."""
+    logits = keys @ query * scale
+    if soft_cap is not None:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+    highest = max(logits.max(initial=-np.inf), sinks.max(initial=-np.inf))
+    weights = np.exp(logits - highest)
+    return weights @ values / (weights.sum() + np.exp(sinks - highest).sum())
+
+
+def _attend(
+    queries: np.ndarray,
+    read: Any,
+    num_kv_heads: int,
+    page_size: int,
+    rows: list[tuple[int, int, int, int]],
+    block_tables: np.ndarray,
+    softmax_aux: np.ndarray | None,
+    softmax_scale: float | None,
+    logits_soft_cap: float | None,
+    window: int | tuple[int, int] | None,
+    q_scale: float | None,
+    k_scale: float | None,
+    v_scale: float | None,
+) -> np.ndarray:
+    num_q_heads, head_dim = queries.shape[1:]
+    group = num_q_heads // num_kv_heads
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+    q_factor, k_factor, v_factor = (1.0 if s is None else float(s) for s in (q_scale, k_scale, v_scale))
+    output = np.zeros(queries.shape, np.float64)
+    for row, start, count, context in rows:
+        for index in range(count):
+            position = context - count + index
+            seen = np.arange(_first_visible(position, window), position + 1)
+            pages, slots = block_tables[row, seen // page_size], seen % page_size
+            for head in range(num_q_heads):
+                keys, values = read(pages, slots, head // group)
+                output[start + index, head] = _attend_one(
+                    queries[start + index, head].astype(np.float64) * q_factor,
+                    keys.astype(np.float64) * k_factor,
+                    values.astype(np.float64) * v_factor,
+                    scale,
+                    logits_soft_cap,
+                    _sinks_of_head(softmax_aux, head, group),
+                )
+    return output
+
+
+def ragged_page_attention_v2(
+    queries: np.ndarray,
+    kv_pages: np.ndarray,
+    context_lens: np.ndarray,
+    block_tables: np.ndarray,
+    query_start_loc: np.ndarray,
+    num_seqs: np.ndarray | int,
+    softmax_aux: np.ndarray | None = None,
+    /,
+    *,
+    softmax_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    compute_dtype: Any = None,
+    optimized: bool = False,
+    sliding_window: int | tuple[int, int] | None = None,
+    mask_value: float | None = None,
+    vmem_limit_bytes: int | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    config: Any = None,
+    platform: str | None = None,
+    mesh: Any = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
+) -> np.ndarray:
+    """Attention over pages ``[pages, page_size, 2 * kv_heads, head_dim]``: K in even heads, V in odd ones.
+
+    Args:
+        queries: ``[tokens, q_heads, head_dim]``.
+        kv_pages: pages that already hold the new keys and values.
+        context_lens: ``[rows]``, new tokens included.
+        block_tables: ``[rows, pages_per_row]`` page ids, or flat.
+        query_start_loc: ``[rows + 1]``.
+        num_seqs: number of live rows, a scalar or ``[1]``.
+        softmax_aux: sink logits, ``[q_heads]`` or ``[kv_heads, n]``.
+
+    Returns:
+        ``[tokens, q_heads, head_dim]`` float64.
+    """
+    del compute_dtype, optimized, mask_value, vmem_limit_bytes, config, platform, mesh, in_specs, out_specs
+    queries, kv_pages = np.asarray(queries), np.asarray(kv_pages)
+    context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
+    block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
+    softmax_aux = None if softmax_aux is None else np.asarray(softmax_aux)
+    num_pages, page_size, combined_heads, _ = kv_pages.shape
+    rows = _live_rows(
+        len(queries),
+        num_pages,
+        page_size,
+        context_lens,
+        block_tables,
+        query_start_loc,
+        int(np.asarray(num_seqs).reshape(-1)[0]),
+        sliding_window,
+    )
+
+    def read(pages: np.ndarray, slots: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
+        return kv_pages[pages, slots, 2 * head], kv_pages[pages, slots, 2 * head + 1]
+
+    return _attend(
+        queries,
+        read,
+        combined_heads // 2,
+        page_size,
+        rows,
+        block_tables,
+        softmax_aux,
+        softmax_scale,
+        logits_soft_cap,
+        sliding_window,
+        q_scale,
+        k_scale,
+        v_scale,
+    )
+
+
+def ragged_page_attention_v3(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    kv_pages: np.ndarray,
+    context_lens: np.ndarray,
+    block_tables: np.ndarray,
+    query_start_loc: np.ndarray,
+    distribution: np.ndarray,
+    softmax_aux: np.ndarray | None = None,
+    /,
+    *,
+    softmax_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    compute_dtype: Any = None,
+    optimized: bool = False,
+    sliding_window: int | tuple[int, int] | None = None,
+    mask_value: float | None = None,
+    vmem_limit_bytes: int | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    config: Any = None,
+    platform: str | None = None,
+    mesh: Any = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the new keys and values of live tokens into a copy of the pages, then attend over it.
+
+    Pages are ``[pages, page_size, groups, pack, lanes]``. With groups and pack flattened to stored heads,
+    kv head h keeps its key in stored head 2h and its value in 2h + 1, in the first ``head_dim`` lanes;
+    where head_dim is 64, stored head h keeps the key in lanes 0-63 and the value in lanes 64-127.
+
+    Args:
+        queries: ``[tokens, q_heads, head_dim]``.
+        keys, values: ``[tokens, kv_heads, head_dim]``, stored as given after a cast to the cache's dtype.
+        kv_pages: pages before the new tokens; not changed.
+        distribution: ``[3]``; its last entry is the number of live rows.
+        context_lens, block_tables, query_start_loc, softmax_aux: as for v2.
+
+    Returns:
+        ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype.
+    """
+    del compute_dtype, optimized, mask_value, vmem_limit_bytes, config, platform, mesh, in_specs, out_specs
+    queries, keys, values, kv_pages = (np.asarray(a) for a in (queries, keys, values, kv_pages))
+    context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
+    block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
+    softmax_aux = None if softmax_aux is None else np.asarray(softmax_aux)
+    num_pages, page_size, groups, pack, lanes = kv_pages.shape
+    num_kv_heads, head_dim = keys.shape[1:]
+    rows = _live_rows(
+        len(queries),
+        num_pages,
+        page_size,
+        context_lens,
+        block_tables,
+        query_start_loc,
+        int(np.asarray(distribution)[2]),
+        sliding_window,
+    )
+    updated = kv_pages.copy()
+    flat = updated.reshape(num_pages, page_size, groups * pack, lanes)
+    for row, start, count, context in rows:
+        new = slice(start, start + count)
+        write_tokens(updated, block_tables[row], context - count, keys[new], values[new])
+
+    def read(pages: np.ndarray, slots: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
+        (k_head, k_lane), (v_head, v_lane) = _key_and_value_place(head, head_dim)
+        return (
+            flat[pages, slots, k_head, k_lane : k_lane + head_dim],
+            flat[pages, slots, v_head, v_lane : v_lane + head_dim],
+        )
+
+    output = _attend(
+        queries,
+        read,
+        num_kv_heads,
+        page_size,
+        rows,
+        block_tables,
+        softmax_aux,
+        softmax_scale,
+        logits_soft_cap,
+        sliding_window,
+        q_scale,
+        k_scale,
+        v_scale,
+    )
+    return output, updated

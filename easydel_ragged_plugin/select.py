@@ -1,0 +1,156 @@
+"""Which kernel runs a request, and why the others do not.
+
+The order of each platform is data: :data:`ORDER`. With ``kernel="auto"`` the first kernel that does not refuse is
+taken; a kernel that is named runs, or raises :class:`~easydel_ragged_plugin.errors.Unsupported`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from . import hooks
+from .config import RaggedPageConfig, current_override, from_environment
+from .errors import Unsupported
+from .kernels import ejkernel, xla
+from .types import AttentionRequest, Kernel
+
+__all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
+
+logger = logging.getLogger("easydel_ragged_plugin")
+
+BUILT_IN: dict[str, Kernel] = {kernel.name: kernel for kernel in (xla.KERNEL, ejkernel.KERNEL)}
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("xla", "ejkernel"),
+    "gpu": ("xla", "ejkernel"),
+    "tpu": ("ejkernel", "xla"),
+}
+"""Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
+
+ELSEWHERE = ("xla",)
+"""The order on a platform that :data:`ORDER` does not list."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A kernel that did not run, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What was chosen for one request.
+
+    Attributes:
+        kernel: name of the kernel that runs.
+        config: the configuration it runs with, all sources merged.
+        refusals: every kernel that was passed over, with the reason.
+        request: the request as one device sees it.
+    """
+
+    kernel: str
+    config: RaggedPageConfig
+    refusals: tuple[Refusal, ...]
+    request: AttentionRequest
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in (self.kernel, *(refusal.kernel for refusal in self.refusals)))
+        lines = [self.request.describe(), f"  {self.kernel:<{width}}  chosen"]
+        return "\n".join([*lines, *(f"  {refusal.kernel:<{width}}  {refusal.reason}" for refusal in self.refusals)])
+
+
+def kernels() -> dict[str, Kernel]:
+    """Every known kernel by name: those of hooks first, then this package's.
+
+    Raises:
+        ValueError: a hook gives something that is not a kernel, or two kernels have one name.
+    """
+    known: dict[str, Kernel] = {}
+    for group in hooks.manager().hook.ragged_kernels():
+        for kernel in group:
+            if not isinstance(kernel, Kernel):
+                raise ValueError(
+                    f"hook ragged_kernels: got {kernel!r}, wanted an object with name, platforms, technologies, refuses "
+                    "and forward (easydel_ragged_plugin.types.Kernel)."
+                )
+            if kernel.name in known or kernel.name in BUILT_IN:
+                raise ValueError(f"hook ragged_kernels: the name {kernel.name!r} is taken; give the kernel another name.")
+            known[kernel.name] = kernel
+    return known | BUILT_IN
+
+
+def resolve_config(request: AttentionRequest, call: RaggedPageConfig | None = None) -> RaggedPageConfig:
+    """Merge the sources of ``config.py``, field by field: a field at its default leaves it to the next source.
+
+    Raises:
+        ValueError: a hook returned something else than a RaggedPageConfig.
+    """
+    hooked = hooks.manager().hook.ragged_config(request=request)
+    if hooked is not None and not isinstance(hooked, RaggedPageConfig):
+        raise ValueError(f"hook ragged_config: got {type(hooked).__name__}, wanted RaggedPageConfig or None.")
+    merged: dict[str, object] = {}
+    for source in (from_environment(), call, hooked):  # weakest first
+        if source is not None:
+            merged |= {
+                field.name: getattr(source, field.name)
+                for field in dataclasses.fields(source)
+                if getattr(source, field.name) != field.default
+            }
+    return RaggedPageConfig(**{**merged, **current_override()})  # type: ignore[arg-type]
+
+
+def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> tuple[Kernel, Selection]:
+    """The kernel for ``request`` and the record of the choice.
+
+    Raises:
+        ValueError: the config names a kernel that does not exist.
+        Unsupported: the kernel that was named refuses, or no kernel takes the request.
+    """
+    config = resolve_config(request, call)
+    known = kernels()
+    if config.kernel == "auto":
+        order = [name for name in known if name not in BUILT_IN]
+        order += [name for name in ORDER.get(request.platform, ELSEWHERE)]
+    elif config.kernel in known:
+        order = [config.kernel]
+    else:
+        raise ValueError(
+            f"kernel {config.kernel!r} is unknown. Known: {', '.join(known)}. A kernel can be named in the call's config, "
+            "in the host's operation_configs, by override_config or through EASYDEL_RAGGED_KERNEL."
+        )
+    reasons = {name: why_not(kernel, request, config) for name, kernel in known.items()}
+    chosen = next((name for name in order if reasons[name] is None), None)
+    if chosen is None:
+        listing = "; ".join(f"{name}: {reasons[name]}" for name in order)
+        raise Unsupported(f"{listing}. Request: {request.describe()}.")
+    refusals = tuple(Refusal(name, reason or "later in the order") for name, reason in reasons.items() if name != chosen)
+    selection = Selection(chosen, config, refusals, request)
+    hooks.manager().hook.ragged_selected(request=request, selection=selection)
+    passed_over = order[: order.index(chosen)]
+    if passed_over:
+        for name in passed_over:
+            warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
+    logger.debug("%s", selection)
+    return known[chosen], selection
+
+
+def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig) -> str | None:
+    """Why ``kernel`` can't run ``request`` under ``config``, or None when it can."""
+    if request.platform not in kernel.platforms:
+        return f"runs on {', '.join(sorted(kernel.platforms))}, not on {request.platform}"
+    if config.platform != "auto" and config.platform not in kernel.technologies:
+        return f"is {', '.join(sorted(kernel.technologies))}; the config asks for platform {config.platform!r}"
+    return kernel.refuses(request)
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a fallback at WARNING, each distinct one once in a process."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s", message)
