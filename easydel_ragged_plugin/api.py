@@ -16,7 +16,6 @@ import contextvars
 import dataclasses
 import functools
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from . import sharding
+from . import sharding, validation
 from .config import RaggedPageConfig, as_config
 from .layout import PageLayout, Version
 from .select import Selection, select
@@ -37,23 +36,21 @@ from .types import AttentionRequest, Kernel, Operands
 __all__ = ["CHECK_VARIABLE", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
 
 CHECK_VARIABLE = "EASYDEL_RAGGED_CHECK"
-LARGEST_MASK_VALUE = -1e9
-"""A mask value up to this one leaves a masked key no weight in float32, which is what the kernels compute."""
 
 logger = logging.getLogger("easydel_ragged_plugin")
 
 Config = RaggedPageConfig | str | None
 Window = int | tuple[int, int] | None
-Sinks = Float[Array, "q_heads"] | Float[Array, "kv_heads sinks"] | None  # noqa: F821
+Sinks = Float[Array, "q_heads"] | Float[Array, "kv_heads sinks"] | None
 
 
 def ragged_page_attention_v2(
     queries: Float[Array, "tokens q_heads head_dim"],
     kv_pages: Float[Array, "pages page_size kv_heads_x2 head_dim"],
-    context_lens: Int[Array, "rows"],  # noqa: F821
+    context_lens: Int[Array, rows],  # noqa: F821
     block_tables: Int[Array, "rows pages_per_row"],
-    query_start_loc: Int[Array, "rows_plus_1"],  # noqa: F821
-    num_seqs: Int[Array, "1"] | int,
+    query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
+    num_seqs: Int[Array, 1] | int,
     softmax_aux: Sinks = None,
     /,
     *,
@@ -110,8 +107,9 @@ def ragged_page_attention_v2(
     if num_seqs.shape != (1,):
         raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the count of rows to look at.")
     call = _prepare(
-        "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc, jnp.broadcast_to(num_seqs, (3,)),
-        softmax_aux, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype,
+        "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc,
+        jnp.broadcast_to(num_seqs, (3,)), softmax_aux,
+        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype,
         optimized=optimized, sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes,
         q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, config=config, platform=platform, mesh=mesh,
         in_specs=in_specs,
@@ -124,10 +122,10 @@ def ragged_page_attention_v3(
     keys: Float[Array, "tokens kv_heads head_dim"],
     values: Float[Array, "tokens kv_heads head_dim"],
     kv_pages: Float[Array, "pages page_size groups pack padded_head_dim"],
-    context_lens: Int[Array, "rows"],  # noqa: F821
-    block_tables: Int[Array, "rows pages_per_row"] | Int[Array, "rows_x_pages_per_row"],  # noqa: F821
-    query_start_loc: Int[Array, "rows_plus_1"],  # noqa: F821
-    distribution: Int[Array, "3"],
+    context_lens: Int[Array, rows],  # noqa: F821
+    block_tables: Int[Array, "rows pages_per_row"] | Int[Array, rows_x_pages_per_row],  # noqa: F821
+    query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
+    distribution: Int[Array, 3],
     softmax_aux: Sinks = None,
     /,
     *,
@@ -164,7 +162,7 @@ def ragged_page_attention_v3(
         The attention output in the queries' dtype, and the updated pages.
 
     Raises:
-        ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing, before anything is written.
+        ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing: nothing is written.
         Unsupported: the kernel that was named refuses.
     """
     call = _prepare(
@@ -252,10 +250,10 @@ def _prepare(
 ) -> _Call:
     """Validate a call and choose its kernel."""
     call_config = as_config(config)
-    num_kv_heads = _check_shapes(version, queries, keys, values, pages)
+    num_kv_heads = validation.check_shapes(version, queries, keys, values, pages)
     num_tokens, num_q_heads, head_dim = queries.shape
     known_lens = context_lens if isinstance(context_lens, np.ndarray) else None
-    context_lens, query_start_loc, block_tables = _check_index_arrays(
+    context_lens, query_start_loc, block_tables = validation.check_index_arrays(
         context_lens, query_start_loc, block_tables, distribution
     )
     num_rows, pages_per_row = block_tables.shape
@@ -278,15 +276,15 @@ def _prepare(
         num_pages=pages.shape[0],
         query_dtype=np.dtype(queries.dtype),
         cache_dtype=cache_dtype,
-        compute_dtype=_float_dtype("compute_dtype", compute_dtype, queries.dtype),
+        compute_dtype=validation.float_dtype("compute_dtype", compute_dtype, queries.dtype),
         layout=PageLayout.of(version, pages.shape, num_kv_heads, head_dim, cache_dtype),
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else _number("softmax_scale", softmax_scale),
-        sliding_window=_window(sliding_window),
-        logits_soft_cap=None if logits_soft_cap is None else _positive("logits_soft_cap", logits_soft_cap),
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else validation.number("softmax_scale", softmax_scale),
+        sliding_window=validation.window_tokens(sliding_window),
+        logits_soft_cap=None if logits_soft_cap is None else validation.positive("logits_soft_cap", logits_soft_cap),
         has_sinks=softmax_aux is not None,
-        **_check_options(options),
+        **validation.check_options(options),
     )
-    _check_mask_value(mask_value)
+    validation.check_mask_value(mask_value)
     operands = Operands(
         jnp.asarray(queries),
         None if keys is None else jnp.asarray(keys),
@@ -296,190 +294,15 @@ def _prepare(
         block_tables,
         query_start_loc,
         jnp.asarray(distribution),
-        None if softmax_aux is None else _sinks(softmax_aux, num_q_heads, num_kv_heads),
+        None if softmax_aux is None else validation.sinks_per_head(softmax_aux, num_q_heads, num_kv_heads),
     )
-    specs = _specs(version, mesh, in_specs)
+    specs = validation.specs_of(version, mesh, in_specs)
     shards = sharding.plan(request, operands, mesh, *specs)
     local = sharding.local_request(request, operands.pages.shape, shards)
     kernel, selection = select(local, call_config)
     if os.environ.get(CHECK_VARIABLE, "") not in ("", "0"):
         jax.debug.callback(functools.partial(_report_bad_rows, request), *operands[4:8])
     return _Call(kernel, selection, shards, operands)
-
-
-def _check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: Any) -> int:
-    """Check queries, keys, values and pages against one another; the number of kv heads."""
-    for name, array, form in (
-        ("queries", queries, "[tokens, q_heads, head_dim]"),
-        ("keys", keys, "[tokens, kv_heads, head_dim]"),
-        ("values", values, "[tokens, kv_heads, head_dim]"),
-    ):
-        if array is None:
-            continue
-        if len(array.shape) != 3:
-            raise ValueError(f"{name}: got shape {tuple(array.shape)}, wanted {form}. Drop the batch axis with reshape.")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: got dtype {array.dtype}, wanted a float dtype. Cast with .astype(jnp.bfloat16).")
-    rank = 4 if version == "v2" else 5
-    if len(pages.shape) != rank:
-        raise ValueError(
-            f"kv_pages: got shape {tuple(pages.shape)}, wanted {rank} axes for {version}. "
-            f"page_shape({version!r}, ...) gives the shape."
-        )
-    if not jnp.issubdtype(pages.dtype, jnp.floating):
-        raise ValueError(f"kv_pages: got dtype {pages.dtype}, wanted a float dtype.")
-    if 0 in pages.shape:
-        raise ValueError(f"kv_pages: got shape {tuple(pages.shape)}, wanted at least one page of one token.")
-    num_tokens, num_q_heads, head_dim = queries.shape
-    if not num_tokens or not num_q_heads or not head_dim:
-        raise ValueError(f"queries: got shape {tuple(queries.shape)}, wanted at least one token, head and element.")
-    if keys is None:
-        num_kv_heads = pages.shape[2] // 2
-    else:
-        if tuple(keys.shape) != tuple(values.shape):
-            raise ValueError(f"values: got shape {tuple(values.shape)}, wanted the keys' {tuple(keys.shape)}.")
-        if (keys.shape[0], keys.shape[2]) != (num_tokens, head_dim):
-            raise ValueError(
-                f"keys: got shape {tuple(keys.shape)}, wanted [{num_tokens}, kv_heads, {head_dim}] as the queries have."
-            )
-        num_kv_heads = keys.shape[1]
-    if not num_kv_heads or num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"queries: got {num_q_heads} heads over {num_kv_heads} kv heads, wanted a multiple. "
-            "Every kv head serves the same number of query heads."
-        )
-    return num_kv_heads
-
-
-def _check_index_arrays(
-    context_lens: Any, query_start_loc: Any, block_tables: Any, distribution: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    for name, array, ranks in (
-        ("context_lens", context_lens, (1,)),
-        ("query_start_loc", query_start_loc, (1,)),
-        ("block_tables", block_tables, (1, 2)),
-        ("distribution", distribution, (1,)),
-    ):
-        if not hasattr(array, "shape") or len(array.shape) not in ranks:
-            raise ValueError(
-                f"{name}: got {getattr(array, 'shape', type(array).__name__)}, wanted an array of rank {ranks[-1]}."
-            )
-        if array.dtype != np.int32:
-            raise ValueError(f"{name}: got dtype {array.dtype}, wanted int32. Cast with .astype(jnp.int32).")
-    num_rows = context_lens.shape[0]
-    if not num_rows:
-        raise ValueError("context_lens: got no rows, wanted at least one. Skip the call for an empty batch.")
-    if query_start_loc.shape != (num_rows + 1,):
-        raise ValueError(
-            f"query_start_loc: got shape {tuple(query_start_loc.shape)}, wanted ({num_rows + 1},): one start for each of "
-            f"the {num_rows} rows, and the end of the last."
-        )
-    if distribution.shape != (3,):
-        raise ValueError(f"distribution: got shape {tuple(distribution.shape)}, wanted (3,): decode_end, prefill_end, total.")
-    size = math.prod(block_tables.shape)
-    if not size or size % num_rows or (len(block_tables.shape) == 2 and block_tables.shape[0] != num_rows):
-        raise ValueError(
-            f"block_tables: got shape {tuple(block_tables.shape)}, wanted [{num_rows}, pages_per_row] (or flat) with at "
-            "least one page for each row of context_lens."
-        )
-    tables = jnp.asarray(block_tables).reshape(num_rows, size // num_rows)
-    return jnp.asarray(context_lens), jnp.asarray(query_start_loc), tables
-
-
-def _float_dtype(name: str, value: Any, default: Any) -> np.dtype:
-    try:
-        dtype = np.dtype(default if value is None else value)
-    except TypeError:
-        raise ValueError(f"{name}: got {value!r}, wanted a float dtype such as jnp.float32, or None.") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}: got {dtype.name}, wanted a float dtype such as float32, or None.")
-    return dtype
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | str) or isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
-        raise ValueError(f"{name}: got {value!r}, wanted one Python number, known while tracing.")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number}, wanted a finite number.")
-    return number
-
-
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if number <= 0:
-        raise ValueError(f"{name}: got {number}, wanted a number above 0, or None to switch it off.")
-    return number
-
-
-def _window(value: Any) -> int | None:
-    """Tokens that a query sees, its own included, from an int or a (left, right) pair."""
-    if value is None:
-        return None
-    integral = (int, np.integer)
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, integral) for part in value):
-        left, right = (int(part) for part in value)
-        if left < -1 or right < -1:
-            raise ValueError(f"sliding_window: got {value!r}, wanted a pair of token counts, or -1 for no limit.")
-        return None if left == -1 else left + 1
-    if isinstance(value, bool) or not isinstance(value, integral) or value < 1:
-        raise ValueError(
-            f"sliding_window: got {value!r}, wanted an int of at least 1 (the query's own token counts), a pair "
-            "(left, right), or None for no window."
-        )
-    return int(value)
-
-
-def _check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Scales, the VMEM ceiling and the hint, checked."""
-    for name in ("q_scale", "k_scale", "v_scale"):
-        if options[name] is not None:
-            options[name] = _positive(name, options[name])
-    limit = options["vmem_limit_bytes"]
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"vmem_limit_bytes: got {limit!r}, wanted a number of bytes of at least 1, or None.")
-    options["optimized"] = bool(options["optimized"])
-    return options
-
-
-def _check_mask_value(value: Any) -> None:
-    # -inf is a fine mask value, so _number does not fit.
-    if value is not None and not (isinstance(value, int | float | np.number) and value <= LARGEST_MASK_VALUE):
-        raise ValueError(
-            f"mask_value: got {value!r}, wanted None or a number up to {LARGEST_MASK_VALUE:g}: masked keys have no weight "
-            "in these kernels, and a larger value asks for one."
-        )
-
-
-def _sinks(softmax_aux: Any, num_q_heads: int, num_kv_heads: int) -> jax.Array:
-    """One float32 sink logit for each query head; several sinks of a kv head add up in the softmax's sum."""
-    sinks = jnp.asarray(softmax_aux)
-    if not jnp.issubdtype(sinks.dtype, jnp.floating):
-        raise ValueError(f"softmax_aux: got dtype {sinks.dtype}, wanted a float dtype.")
-    sinks = sinks.astype(jnp.promote_types(sinks.dtype, jnp.float32))
-    if sinks.shape == (num_q_heads,):
-        return sinks
-    if sinks.ndim == 2 and sinks.shape[0] == num_kv_heads and sinks.shape[1] > 0:
-        return jnp.repeat(jax.nn.logsumexp(sinks, axis=1), num_q_heads // num_kv_heads)
-    raise ValueError(
-        f"softmax_aux: got shape {sinks.shape}, wanted ({num_q_heads},): one logit for each query head, or "
-        f"({num_kv_heads}, sinks): the sinks of each kv head."
-    )
-
-
-def _specs(
-    version: Version, mesh: Mesh | None, in_specs: tuple[PartitionSpec | None, ...] | None
-) -> tuple[PartitionSpec | None, PartitionSpec | None]:
-    """Partition specs of queries and pages."""
-    if mesh is None:
-        if in_specs is not None:
-            raise ValueError("in_specs: got specs without a mesh. Pass mesh= as well.")
-        return None, None
-    wanted = (6, 7) if version == "v2" else (8, 9)
-    if in_specs is None or len(in_specs) not in wanted:
-        got = "None" if in_specs is None else f"{len(in_specs)} specs"
-        raise ValueError(f"in_specs: got {got}, wanted one for each of the {wanted[1]} positional arguments, in order.")
-    return in_specs[0], in_specs[1 if version == "v2" else 3]
 
 
 def _report_bad_rows(

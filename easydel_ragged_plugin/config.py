@@ -20,7 +20,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["KERNEL_VARIABLE", "RaggedPageConfig", "as_config", "current_override", "from_environment", "override_config"]
+__all__ = [
+    "KERNEL_VARIABLE",
+    "RaggedPageConfig",
+    "as_config",
+    "current_override",
+    "from_environment",
+    "override_config",
+]
 
 KERNEL_VARIABLE = "EASYDEL_RAGGED_KERNEL"
 
@@ -38,8 +45,8 @@ class RaggedPageConfig:
         chunk_prefill_size: tokens of a prefill chunk (read by the TPU kernel).
         num_warps: warps of a Triton program.
         num_stages: pipeline stages of a Triton program.
-        platform: the host's word for a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``); keeps the
-            choice to kernels of that technology. ``"auto"`` for any.
+        platform: the host's word for a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``);
+            keeps the choice to kernels of that technology. ``"auto"`` for any.
         backend: kept for the host's config classes; ``"any"`` or a platform's name.
     """
 
@@ -60,7 +67,9 @@ class RaggedPageConfig:
         for name in _BLOCK_FIELDS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, wanted an int of at least 1, or None to let the kernel choose.")
+                raise ValueError(
+                    f"{name}: got {value!r}, wanted an int of at least 1, or None to let the kernel choose."
+                )
 
 
 def as_config(value: Any) -> RaggedPageConfig | None:
@@ -75,7 +84,12 @@ def as_config(value: Any) -> RaggedPageConfig | None:
         return RaggedPageConfig(kernel=value)
     names = {field.name for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
     # ejkernel's v2 and v3 classes, told by their fields: importing ejkernel to compare types would cost seconds.
-    if isinstance(value, type) or not names >= {"num_kv_pages_per_block", "num_queries_per_block", "platform", "backend"}:
+    if isinstance(value, type) or not names >= {
+        "num_kv_pages_per_block",
+        "num_queries_per_block",
+        "platform",
+        "backend",
+    }:
         raise ValueError(
             f"config: got {type(value).__name__}, wanted RaggedPageConfig, a kernel's name, or ejkernel's "
             "RaggedPageAttentionv2Config / RaggedPageAttentionv3Config."
@@ -92,7 +106,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> RaggedPageConfi
     return RaggedPageConfig(kernel=kernel) if kernel else None
 
 
-_override: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("easydel_ragged_override", default=None)
+_override: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
+    "easydel_ragged_override", default=None
+)
 
 
 @contextlib.contextmanager

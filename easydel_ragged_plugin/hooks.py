@@ -99,11 +99,7 @@ def unregister(plugin: Any) -> None:
 def _register(plugins: pluggy.PluginManager, plugin: Any, name: str | None) -> str:
     name = name or plugins.get_canonical_name(plugin)
     known = sorted(hook for hook in vars(HookSpecs) if hook.startswith("ragged_"))
-    marked = [
-        attribute
-        for attribute in dir(plugin)
-        if plugins.parse_hookimpl_opts(plugin, attribute) is not None
-    ]
+    marked = [attribute for attribute in dir(plugin) if plugins.parse_hookimpl_opts(plugin, attribute) is not None]
     unknown = [hook for hook in marked if hook not in known]
     if unknown:
         raise ValueError(f"hook plugin {name!r}: no hook is called {', '.join(unknown)}. Hooks: {', '.join(known)}.")

@@ -6,6 +6,11 @@ interpreter of the environment. Everything else is resolved inside functions, wh
 
 import sys
 
+TYPE_CHECKING = False  # what type checkers take for typing.TYPE_CHECKING
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
 __all__ = ["OPERATIONS_PACKAGES", "OPERATION_NAMES", "SUPPORTED", "host_version", "load", "operations_module"]
 
 OPERATIONS_PACKAGES = ("easydel.operations", "easydel.layers.operations")
@@ -43,7 +48,7 @@ names and no others; see ``operations.py`` for the values that they still refuse
 """
 
 
-def _first_importable(names):
+def _first_importable(names: tuple[str, ...]) -> "ModuleType":
     import importlib
     import importlib.util
 
@@ -63,7 +68,7 @@ def _first_importable(names):
     )
 
 
-def host_version():
+def host_version() -> str | None:
     """Version of the installed EasyDeL distribution, or None when there is none."""
     from importlib import metadata
 
@@ -73,12 +78,12 @@ def host_version():
         return None
 
 
-def operations_module():
+def operations_module() -> "ModuleType":
     """The host's operations package, imported when it has not been."""
     return _first_importable(OPERATIONS_PACKAGES)
 
 
-def load():
+def load() -> "Any":
     """The host's classes that the operations and the contract kit need, as attributes of one namespace.
 
     Raises:

@@ -92,9 +92,11 @@ class PageLayout:
         return self.page_size * self.token_stride
 
     @classmethod
-    def of(cls, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype) -> PageLayout:
+    def of(
+        cls, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype
+    ) -> PageLayout:
         """Layout of a page array of ``shape``, or ValueError when that shape can't hold this geometry."""
-        wanted = page_shape(version, *shape[:2], num_kv_heads, head_dim, dtype) if len(shape) >= 2 else None
+        wanted = page_shape(version, shape[0], shape[1], num_kv_heads, head_dim, dtype) if len(shape) >= 2 else None
         if wanted is None or tuple(shape) != wanted:
             form = (
                 "[pages, page_size, 2 * kv_heads, head_dim]"
@@ -102,8 +104,8 @@ class PageLayout:
                 else "[pages, page_size, groups, pack, padded_head_dim]"
             )
             raise ValueError(
-                f"{version} pages: got shape {tuple(shape)}, wanted {wanted or form} ({form}) for {num_kv_heads} kv heads "
-                f"of head_dim {head_dim} in {np.dtype(dtype).name}. Build the cache with "
+                f"{version} pages: got shape {tuple(shape)}, wanted {wanted or form} ({form}) for "
+                f"{num_kv_heads} kv heads of head_dim {head_dim} in {np.dtype(dtype).name}. Build the cache with "
                 f"page_shape({version!r}, num_pages, page_size, {num_kv_heads}, {head_dim}, dtype), or pass keys and "
                 "values of the cache's own geometry."
             )

@@ -22,7 +22,7 @@ _EMPTY, _HEAD, _PREFILL = _host.axes.EMPTY, _host.axes.HEAD, _host.axes.MODE_PRE
 __all__ = ["RaggedPageAttnV2", "RaggedPageAttnV3"]
 
 
-class _RaggedPageAttention(_host.OperationImpl):
+class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
     """What both operations share: every forward method leads to :meth:`_forward`."""
 
     version: Literal["v2", "v3"]
@@ -79,7 +79,7 @@ class _RaggedPageAttention(_host.OperationImpl):
             cache_view: object with ``kv_pages`` and ``metadata``. v3 puts the updated pages into it.
             cache_metadata: the host's ``RaggedPagesMetadata``.
             softmax_scale, logits_soft_cap, sliding_window, softmax_aux, mask_value, vmem_limit_bytes, compute_dtype,
-                optimized: as in :func:`easydel_ragged_plugin.ragged_page_attention_v2`.
+                optimized, q_scale, k_scale, v_scale: as in :func:`easydel_ragged_plugin.ragged_page_attention_v2`.
 
         Returns:
             The host's ``AttentionOutput``: the output in the query's dtype, no weights, and for v3 the same cache view.
@@ -134,6 +134,9 @@ class _RaggedPageAttention(_host.OperationImpl):
         softmax_aux: jax.Array | None = None,
         mask_value: float | None = None,
         vmem_limit_bytes: int | None = None,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
         **host_arguments: Any,
     ) -> Any:
         options = {
@@ -144,19 +147,16 @@ class _RaggedPageAttention(_host.OperationImpl):
             "vmem_limit_bytes": vmem_limit_bytes,
             "compute_dtype": compute_dtype,
             "optimized": optimized,
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
         }
         self._check_host_arguments(host_arguments)
         turboquant = _host.TurboQuantRaggedPagesCacheView
         if turboquant is not None and isinstance(cache_view, turboquant):
-            return self._previous_class()(self.metadata).forward_native(
-                query=query,
-                key=key,
-                value=value,
-                cache_view=cache_view,
-                cache_metadata=cache_metadata,
-                softmax_aux=softmax_aux,
-                **options,
-            )
+            arrays = {"query": query, "key": key, "value": value, "softmax_aux": softmax_aux}
+            previous = self._previous_class()(self.metadata)
+            return previous.forward_native(cache_view=cache_view, cache_metadata=cache_metadata, **arrays, **options)
         pages = self._pages_of(cache_view)
         config = as_config(self.metadata.get_operation_config(self.get_impl_name()))
         options |= {
@@ -212,12 +212,12 @@ class _RaggedPageAttention(_host.OperationImpl):
         pages = getattr(cache_view, "kv_pages", None)
         if pages is None:
             raise ValueError(
-                f"cache_view: got {type(cache_view).__name__}, wanted a view with kv_pages, such as RaggedPagesCacheView. "
-                "The model must be served with a paged cache to use ragged page attention."
+                f"cache_view: got {type(cache_view).__name__}, wanted a view with kv_pages, such as "
+                "RaggedPagesCacheView. The model must be served with a paged cache to use ragged page attention."
             )
         if not isinstance(pages, jax.Array):
             raise Unsupported(
-                f"{self.get_impl_name()}: pages of type {type(pages).__name__}. Choose a cache dtype without a quantizer."
+                f"{self.get_impl_name()}: pages of type {type(pages).__name__}. Choose a cache without a quantizer."
             )
         return pages
 

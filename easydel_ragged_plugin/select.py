@@ -73,11 +73,13 @@ def kernels() -> dict[str, Kernel]:
         for kernel in group:
             if not isinstance(kernel, Kernel):
                 raise ValueError(
-                    f"hook ragged_kernels: got {kernel!r}, wanted an object with name, platforms, technologies, refuses "
-                    "and forward (easydel_ragged_plugin.types.Kernel)."
+                    f"hook ragged_kernels: got {kernel!r}, wanted an object with name, platforms, technologies, "
+                    "refuses and forward (easydel_ragged_plugin.types.Kernel)."
                 )
             if kernel.name in known or kernel.name in BUILT_IN:
-                raise ValueError(f"hook ragged_kernels: the name {kernel.name!r} is taken; give the kernel another name.")
+                raise ValueError(
+                    f"hook ragged_kernels: the name {kernel.name!r} is taken; give the kernel another name."
+                )
             known[kernel.name] = kernel
     return known | BUILT_IN
 
@@ -99,7 +101,7 @@ def resolve_config(request: AttentionRequest, call: RaggedPageConfig | None = No
                 for field in dataclasses.fields(source)
                 if getattr(source, field.name) != field.default
             }
-    return RaggedPageConfig(**{**merged, **current_override()})  # type: ignore[arg-type]
+    return RaggedPageConfig(**{**merged, **current_override()})
 
 
 def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> tuple[Kernel, Selection]:
@@ -113,26 +115,26 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
     known = kernels()
     if config.kernel == "auto":
         order = [name for name in known if name not in BUILT_IN]
-        order += [name for name in ORDER.get(request.platform, ELSEWHERE)]
+        order += list(ORDER.get(request.platform, ELSEWHERE))
     elif config.kernel in known:
         order = [config.kernel]
     else:
         raise ValueError(
-            f"kernel {config.kernel!r} is unknown. Known: {', '.join(known)}. A kernel can be named in the call's config, "
-            "in the host's operation_configs, by override_config or through EASYDEL_RAGGED_KERNEL."
+            f"kernel {config.kernel!r} is unknown. Known: {', '.join(known)}. A kernel can be named in the call's "
+            "config, in the host's operation_configs, by override_config or through EASYDEL_RAGGED_KERNEL."
         )
     reasons = {name: why_not(kernel, request, config) for name, kernel in known.items()}
     chosen = next((name for name in order if reasons[name] is None), None)
     if chosen is None:
         listing = "; ".join(f"{name}: {reasons[name]}" for name in order)
         raise Unsupported(f"{listing}. Request: {request.describe()}.")
-    refusals = tuple(Refusal(name, reason or "later in the order") for name, reason in reasons.items() if name != chosen)
+    refusals = tuple(
+        Refusal(name, reason or "later in the order") for name, reason in reasons.items() if name != chosen
+    )
     selection = Selection(chosen, config, refusals, request)
     hooks.manager().hook.ragged_selected(request=request, selection=selection)
-    passed_over = order[: order.index(chosen)]
-    if passed_over:
-        for name in passed_over:
-            warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
+    for name in order[: order.index(chosen)]:
+        warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
     logger.debug("%s", selection)
     return known[chosen], selection
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,19 +123,18 @@ def run(
     kv_heads, page_axes = shards.head_axes or None, shards.page_axes or None
     queries, keys = PartitionSpec(None, q_heads, None), PartitionSpec(None, kv_heads, None)
     pages = PartitionSpec(page_axes, None, kv_heads, *[None] * (operands.pages.ndim - 3))
-    whole = PartitionSpec()
-    has_keys, has_sinks = operands.keys is not None, operands.sinks is not None
-    specs = Operands(
-        queries,
-        keys if has_keys else None,
-        keys if has_keys else None,
-        pages,
-        PartitionSpec(page_axes),
-        PartitionSpec(page_axes, None),
-        whole,
-        whole,
-        PartitionSpec(q_heads) if has_sinks else None,
-    )
+    specs: Any = {
+        "queries": queries,
+        "keys": keys if operands.keys is not None else None,
+        "values": keys if operands.values is not None else None,
+        "pages": pages,
+        "context_lens": PartitionSpec(page_axes),
+        "block_tables": PartitionSpec(page_axes, None),
+        "query_start_loc": PartitionSpec(),
+        "distribution": PartitionSpec(),
+        "sinks": PartitionSpec(q_heads) if operands.sinks is not None else None,
+    }
+    specs = Operands(**specs)
 
     def body(local: Operands) -> tuple[jax.Array, jax.Array]:
         if shards.page_axes:
@@ -144,7 +144,9 @@ def run(
             output = jax.lax.psum(output, shards.page_axes)
         return output, new_pages
 
-    return jax.shard_map(body, mesh=shards.mesh, in_specs=(specs,), out_specs=(queries, pages), check_vma=False)(operands)
+    return jax.shard_map(body, mesh=shards.mesh, in_specs=(specs,), out_specs=(queries, pages), check_vma=False)(
+        operands
+    )
 
 
 def local_rows(operands: Operands, shards: Shards) -> Operands:

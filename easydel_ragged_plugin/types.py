@@ -106,8 +106,9 @@ class AttentionRequest:
             options.append("sinks")
         return " ".join(
             [
-                f"{self.version} on {self.platform}: {self.num_tokens} tokens, {self.num_q_heads}/{self.num_kv_heads} heads,",
-                f"head_dim {self.head_dim}, {self.num_rows} rows x {self.pages_per_row} pages of {self.page_size},",
+                f"{self.version} on {self.platform}: {self.num_tokens} tokens,",
+                f"{self.num_q_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim},",
+                f"{self.num_rows} rows x {self.pages_per_row} pages of {self.page_size},",
                 f"{self.query_dtype.name} queries, {self.cache_dtype.name} cache",
                 *options,
             ]

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..config import RaggedPageConfig
-from ..layout import packing
-from ..types import AttentionRequest, Operands
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.layout import packing
+from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 __all__ = ["KERNEL", "EjkernelKernel"]
 
@@ -78,7 +78,8 @@ class EjkernelKernel:
                 **options,
             )
             return output, operands.pages
-        assert operands.keys is not None and operands.values is not None  # api.py made them for v3
+        assert operands.keys is not None
+        assert operands.values is not None
         return ragged_page_attention_v3(
             operands.queries,
             operands.keys.astype(request.cache_dtype),

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..config import RaggedPageConfig
-from ..types import AttentionRequest, Operands
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 __all__ = ["KERNEL", "XlaKernel"]
 
@@ -140,8 +140,10 @@ def select_slots(pages: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array
     return lax.bitcast_convert_type(merged, pages.dtype)
 
 
-def merge_heads(request: AttentionRequest, keys: jax.Array, values: jax.Array) -> jax.Array:
+def merge_heads(request: AttentionRequest, keys: jax.Array | None, values: jax.Array | None) -> jax.Array:
     """Keys and values of each token as one slot of the cache, ``[tokens, token_stride]``."""
+    assert keys is not None  # for v3, api.py made both
+    assert values is not None
     layout = request.layout
     padding = layout.padded_head_dim - request.head_dim
     pair = jnp.stack([to_cache_dtype(keys, request), to_cache_dtype(values, request)], axis=2)
