@@ -110,7 +110,8 @@ def _register(plugins: pluggy.PluginManager, plugin: Any, name: str | None) -> s
     try:
         plugins.register(plugin, name=name)
     except pluggy.PluginValidationError as error:
-        plugins.unregister(plugin)  # pluggy keeps the hooks it had checked before the bad one
+        if plugins.is_registered(plugin):  # pluggy keeps the hooks that it checked before the bad one
+            plugins.unregister(plugin)
         raise ValueError(f"hook plugin {name!r}: {error}") from error
     return name
 

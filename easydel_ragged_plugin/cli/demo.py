@@ -1,0 +1,253 @@
+"""``easydel-ragged demo``: a real model answers through EasyDeL's engine on this package's operation."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from easydel_ragged_plugin import host, startup
+
+from . import model as models
+from .engine import Answer, Engine, Settings, Workers, import_host
+from .output import count_compilations, hushed, stage
+
+__all__ = ["DEFAULT_PROMPTS", "run"]
+
+#: The first is asked when none is given; a comparison asks all of them in one batch.
+DEFAULT_PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "List five animals that live in the forest.",
+)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _settings(prompt_tokens: Sequence[int], max_tokens: int, page_size: int, dtype: str) -> Settings:
+    """Engine settings that fit these prompts with few compilations."""
+    # At least 4: a step of 4 tokens takes as long as one of 1, and two programs less are compiled.
+    requests = max(4, _power_of_two(len(prompt_tokens)))
+    # The engine keeps `requests` tokens in reserve.
+    needed = max(prompt_tokens) + max_tokens + requests
+    return Settings(
+        mechanism="ragged_page_attention_v3",
+        max_model_len=-(-needed // page_size) * page_size,
+        max_requests=requests,
+        decode_bucket=requests,
+        tokens_per_step=4 * requests,
+        page_size=page_size,
+        dtype=dtype,
+    )
+
+
+def _refuse(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def _check_environment() -> None:
+    missing = models.missing_packages()
+    if missing:
+        raise _refuse(
+            f"the demo needs {', '.join(missing)}, which this environment lacks. "
+            "Run: pip install 'easydel-ragged-plugin\\[demo]'"
+        )
+
+
+def _prepare_model(console: Console, model: str | None) -> str:
+    """A folder or hub id that the host can load."""
+    if model is not None:
+        if models.looks_like_path(model) and not (Path(model).expanduser() / "config.json").is_file():
+            raise _refuse(f"--model {model}: no config.json there. Give a folder of a Hugging Face model, or a hub id.")
+        return str(Path(model).expanduser()) if models.looks_like_path(model) else model
+    try:
+        ready = models.converted()
+        if ready is not None:
+            return str(ready)
+        with stage(console, f"fetching {models.MODEL_NAME} (once, into {models.cache_dir()})", in_bytes=True) as update:
+            models.fetch(update)
+        with stage(console, "converting it for EasyDeL (once)") as update:
+            return str(models.prepare(converted=update))
+    except models.FetchError as error:
+        raise _refuse(str(error).replace("[", "\\[")) from error
+
+
+def _head_dim(model: str) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _start(console: Console, label: str, model: str, settings: Settings, tokenizer: Any, workers: Workers) -> Engine:
+    with contextlib.ExitStack() as stages:
+        loading = stages.enter_context(contextlib.ExitStack())
+        loading.enter_context(stage(console, f"loading the model ({label})"))
+
+        def loaded() -> None:
+            loading.close()
+            update = stages.enter_context(stage(console, f"compiling the engine ({label})"))
+            stages.enter_context(count_compilations(update))
+
+        return Engine(model, settings, tokenizer, workers, loaded=loaded)
+
+
+@contextlib.contextmanager
+def _shown_live(console: Console, prompts: Sequence[str]) -> Iterator[Any]:
+    """Show several growing answers at once; yields the callback of :meth:`Engine.chat`."""
+    texts = [""] * len(prompts)
+
+    def picture() -> Group:
+        lines = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            lines += [Text(f"> {prompt}", style="bold"), Text(text + "\n")]
+        return Group(*lines)
+
+    with Live(picture(), console=console, refresh_per_second=8, vertical_overflow="visible") as live:
+
+        def grew(index: int, text: str) -> None:
+            texts[index] = text
+            live.update(picture())
+
+        yield grew
+
+
+def _stream_one(console: Console, engine: Engine, prompt: str, max_tokens: int) -> tuple[list[Answer], float]:
+    console.print(Text(f"> {prompt}", style="bold"))
+    shown = 0
+
+    def grew(index: int, text: str) -> None:
+        nonlocal shown
+        console.file.write(text[shown:])
+        console.file.flush()
+        shown = max(shown, len(text))
+
+    answers, seconds = engine.chat([prompt], max_tokens, grew)
+    console.file.write("\n\n")
+    return answers, seconds
+
+
+def _serve(console: Console, engine: Engine, prompts: Sequence[str], max_tokens: int) -> None:
+    engine.chat(prompts, 2)  # the first steps of a process are slower: buffers, threads, tokenizer
+    if len(prompts) == 1:
+        answers, seconds = _stream_one(console, engine, prompts[0], max_tokens)
+    else:
+        with _shown_live(console, prompts) as grew:
+            answers, seconds = engine.chat(prompts, max_tokens, grew)
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    console.print(
+        f"{tokens} tokens in {seconds:.1f} s: [bold]{tokens / seconds:.1f} tokens per second[/bold]"
+        f" ({len(prompts)} request{'s' * (len(prompts) > 1)}, prompts included)",
+        highlight=False,
+    )
+    console.print(f"operation  {engine.operation}", highlight=False)
+    console.print(f"kernel     {_kernel(engine)}", highlight=False)
+
+
+def _kernel(engine: Engine) -> str:
+    if engine.settings.host_kernels:
+        return "EasyDeL's own (the class that held the name before this package)"
+    return ", ".join(engine.kernels) or "unknown: no call was traced"
+
+
+def _compare(
+    console: Console, engines: dict[str, Engine], prompts: Sequence[str], max_tokens: int, repeats: int
+) -> None:
+    rates: dict[str, list[float]] = {label: [] for label in engines}
+    answers: dict[str, list[Answer]] = {}
+    for label, engine in engines.items():
+        with stage(console, f"warming up ({label})"):
+            engine.chat(prompts, 2)
+    with stage(console, f"asking {len(prompts)} prompts, {repeats} rounds") as update:
+        done = 0
+        for _ in range(repeats):  # A B C A B C: a slow moment of the machine hits all alike
+            for label, engine in engines.items():
+                update(done, repeats * len(engines))
+                answers[label], seconds = engine.chat(prompts, max_tokens)
+                rates[label].append(sum(len(answer.token_ids) for answer in answers[label]) / seconds)
+                done += 1
+    first = next(iter(answers.values()))
+    for prompt, answer in zip(prompts, first, strict=True):
+        console.print(Text(f"> {prompt}", style="bold"))
+        console.print(Text(f"{answer.text}\n"))
+    table = Table(title=f"median of {repeats} interleaved rounds, {len(prompts)} requests at once, prompts included")
+    for heading in ("", "tokens per second", "all rounds", "kernel", "same tokens"):
+        table.add_column(heading, justify="right" if heading in ("tokens per second", "all rounds") else "left")
+    for label, engine in engines.items():
+        same = [a.token_ids for a in answers[label]] == [a.token_ids for a in first]
+        rounds = " ".join(f"{rate:.1f}" for rate in rates[label])
+        kernel = "EasyDeL's own" if engine.settings.host_kernels else _kernel(engine)
+        table.add_row(label, f"{statistics.median(rates[label]):.1f}", rounds, kernel, "yes" if same else "no")
+    console.print(table)
+
+
+def run(
+    *,
+    mechanism: str,
+    prompts: Sequence[str],
+    model: str | None,
+    host_kernels: bool,
+    max_tokens: int,
+    compare: bool,
+    repeats: int,
+    page_size: int,
+    dtype: str,
+    verbose: bool,
+) -> None:
+    """See ``easydel-ragged demo --help``."""
+    _check_environment()
+    prompts = list(prompts) or list(DEFAULT_PROMPTS if compare else DEFAULT_PROMPTS[:1])
+    with hushed(None if verbose else models.cache_dir() / "demo.log") as console, contextlib.ExitStack() as running:
+        source = _prepare_model(console, model)
+        with stage(console, "importing EasyDeL"):
+            import_host()
+        if not startup.status().active:
+            console.print(
+                "[yellow]note:[/yellow] the plugin was not active in this process; this run activates it by hand. "
+                "'easydel-ragged doctor' tells why.",
+                highlight=False,
+            )
+        tokenizer = models.load_tokenizer(source)
+        lengths = [len(tokenizer(Engine.as_chat(tokenizer, prompt))["input_ids"]) for prompt in prompts]
+        base = _settings(lengths, max_tokens, page_size, dtype)
+        variants = _variants(mechanism, host_kernels, compare, _head_dim(source))
+        console.print(
+            f"[bold]{models.MODEL_NAME if model is None else model}[/bold] on EasyDeL {host.host_version()}, {dtype}"
+        )
+        workers = running.enter_context(Workers(source))
+        engines = {}
+        for label, changes in variants.items():
+            engine = _start(console, label, source, base.replace(**changes), tokenizer, workers)
+            engines[label] = running.enter_context(engine)
+        console.print()
+        if compare:
+            _compare(console, engines, prompts, max_tokens, repeats)
+        else:
+            _serve(console, next(iter(engines.values())), prompts, max_tokens)
+
+
+def _variants(mechanism: str, host_kernels: bool, compare: bool, head_dim: int) -> dict[str, dict[str, Any]]:
+    """Label and settings of each engine to run."""
+    v2: dict[str, Any] = {"mechanism": "ragged_page_attention_v2"}
+    v3: dict[str, Any] = {"mechanism": "ragged_page_attention_v3"}
+    theirs = {"host_kernels": True}
+    host_v3_runs = head_dim != 64
+    if compare:
+        engines = {"this package's v3": v3, "this package's v2": v2, "EasyDeL's v2": {**v2, **theirs}}
+        return {**engines, "EasyDeL's v3": {**v3, **theirs}} if host_v3_runs else engines
+    if host_kernels and mechanism == "v3" and not host_v3_runs:
+        raise _refuse("EasyDeL's own v3 does not run with head_dim 64, which this model has. Add --mechanism v2.")
+    chosen = v2 if mechanism == "v2" else v3
+    return {f"EasyDeL's {mechanism}": {**chosen, **theirs}} if host_kernels else {f"this package's {mechanism}": chosen}

@@ -1,0 +1,288 @@
+"""``easydel-ragged doctor``: what is installed, what is active, which kernel would run, and is its answer right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from easydel_ragged_plugin import host, startup
+
+from .output import hushed
+
+__all__ = ["Report", "examine", "run"]
+
+DISTRIBUTIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel", "eformer", "transformers", "torch")
+VARIABLES = (
+    "EASYDEL_RAGGED_PLUGIN",
+    "EASYDEL_RAGGED_KERNEL",
+    "EASYDEL_RAGGED_CHECK",
+    "EASYDEL_RAGGED_CACHE",
+    "EJKERNEL_AUTOTUNE_POLICY",
+    "FORCE_NATIVE_RUNTIME",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+)
+
+
+@dataclasses.dataclass
+class Report:
+    """What the command found; ``--json`` prints these fields.
+
+    Attributes:
+        versions: distribution to version, None where it is not installed.
+        devices: JAX's devices.
+        environment: the variables that are set.
+        activation: None without EasyDeL; else ``status()`` as text and the classes that serve the operations.
+        selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
+        self_check: for v2 and v3, "ok" with the largest error, or what went wrong.
+        hooks: registered hook plugins.
+        notes: what a user should know, none of it an error.
+        problems: why the exit code is not 0.
+    """
+
+    python: str
+    versions: dict[str, str | None]
+    devices: list[str]
+    environment: dict[str, str]
+    activation: dict[str, Any] | None
+    selection: dict[str, dict[str, Any]]
+    self_check: dict[str, str]
+    hooks: list[str]
+    notes: list[str]
+    problems: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when nothing is wrong."""
+        return 1 if self.problems else 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
+    version = host.host_version()
+    if version is None:
+        notes.append(
+            "EasyDeL is not installed: the functions work, there is no engine to serve with. "
+            "Run: pip install 'easydel-ragged-plugin[host]'"
+        )
+        return None
+    if version not in host.SUPPORTED:
+        notes.append(f"EasyDeL {version} is not one of the tested versions ({', '.join(host.SUPPORTED)}).")
+    registry = host.load().OperationRegistry._registry
+    status = startup.status()
+    if not status.active:
+        problems.append(f"the plugin is not active in EasyDeL: {str(status).splitlines()[0]}")
+    return {
+        "active": status.active,
+        "status": str(status),
+        "operations": {name: _path(registry.get(name)) for name in host.OPERATION_NAMES},
+        "replaced": {name: _path(startup.original(name)) for name in host.OPERATION_NAMES},
+        "failures": [str(failure) for failure in status.failures],
+    }
+
+
+def _path(cls: type | None) -> str | None:
+    return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _selection() -> dict[str, dict[str, Any]]:
+    """What a decode step of 8 requests would get: 32 q heads, 8 kv heads, head_dim 128, pages of 128, bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from easydel_ragged_plugin import api
+    from easydel_ragged_plugin.errors import Unsupported
+    from easydel_ragged_plugin.layout import page_shape
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    query, key = array(8, 32, 128), array(8, 8, 128)
+    index = [array(*shape, dtype=jnp.int32) for shape in ((8,), (8, 64), (9,))]
+    pages = {version: array(*page_shape(version, 512, 128, 8, 128, jnp.bfloat16)) for version in ("v2", "v3")}
+    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "v2": (api.ragged_page_attention_v2, (query, pages["v2"], *index, array(1, dtype=jnp.int32))),
+        "v3": (api.ragged_page_attention_v3, (query, key, key, pages["v3"], *index, array(3, dtype=jnp.int32))),
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for version, (function, arguments) in calls.items():
+        try:
+            chosen = api.explain(function, *arguments)
+        except (Unsupported, ValueError) as error:
+            found[version] = {"kernel": None, "refusals": {}, "error": str(error)}
+        else:
+            found[version] = {
+                "kernel": chosen.kernel,
+                "refusals": {each.kernel: each.reason for each in chosen.refusals},
+            }
+    return found
+
+
+def _self_check(version: Any) -> str:
+    """Compare a small batch (a prompt, decodes, a chunk, padding, a dead row) with the float64 oracle."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from easydel_ragged_plugin import api
+    from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
+    from easydel_ragged_plugin.testing.tolerances import tolerance_for
+
+    rows = (Row(11, 1), Row(5, 1), Row(9, 9), Row(14, 6))
+    case = Case("doctor", rows, sliding_window=10, num_tokens=20, num_rows=5, num_pages=24)
+    batch = build_batch(case, version)
+    index: Any = [jnp.asarray(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
+    queries, keys, values = (jnp.asarray(a) for a in (batch.queries, batch.keys, batch.values))
+    options: dict[str, Any] = dict(case.options)
+    if version == "v2":
+        pages = jnp.asarray(batch.updated_pages)
+        arguments: Any = (queries, pages, *index, jnp.asarray(batch.num_seqs))
+        output = api.ragged_page_attention_v2(*arguments, **options)
+    else:
+        arguments = (queries, keys, values, jnp.asarray(batch.pages), *index, jnp.asarray(batch.distribution))
+        output, pages = api.ragged_page_attention_v3(*arguments, **options)
+    expected, expected_pages = batch.expected()
+    difference = np.abs(np.asarray(output, np.float64) - expected)
+    bound = tolerance_for(case)
+    if not (difference <= bound.atol + bound.rtol * np.abs(expected)).all():
+        return f"WRONG: the answer is off by up to {difference.max():.3g}"
+    if np.asarray(pages).tobytes() != expected_pages.tobytes():
+        return "WRONG: the pages after the call are not the right ones"
+    return f"ok (largest error {difference.max():.1e})"
+
+
+def _notes(backend: str, host_version: str | None) -> list[str]:
+    notes = []
+    if os.environ.get("EASYDEL_RAGGED_KERNEL"):
+        notes.append("EASYDEL_RAGGED_KERNEL is set: that kernel runs or raises, nothing else is tried.")
+    if backend == "gpu" and host_version:
+        notes.append(
+            "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
+        )
+    if backend == "cpu" and host_version == "0.2.0.2":
+        notes.append(
+            "EasyDeL 0.2.0.2 can't size its cache on CPU (per_device_hbm_budget_bytes raises AttributeError); "
+            "'easydel-ragged demo' works around it."
+        )
+    return notes
+
+
+def examine(say: Any = lambda text: None) -> Report:
+    """Run all checks.
+
+    Args:
+        say: called with a line of text before each step.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}  # the host adds to XLA_FLAGS
+    say("importing EasyDeL (10 to 20 seconds)" if host.host_version() else "importing JAX")
+    activation = _activation(problems, notes)
+    import jax
+
+    from easydel_ragged_plugin import hooks
+
+    say("asking for kernels")
+    selection = _selection()
+    problems += [f"{version}: {each['error']}" for version, each in selection.items() if each.get("error")]
+    self_check = {}
+    for version in ("v2", "v3"):
+        say(f"checking {version} against the reference")
+        # Whatever a kernel raises here is the finding that this command exists to report.
+        try:
+            self_check[version] = _self_check(version)
+        except Exception as error:
+            self_check[version] = f"FAILED: {type(error).__name__}: {error}"
+        if not self_check[version].startswith("ok"):
+            problems.append(f"self-check of {version}: {self_check[version]}")
+    return Report(
+        python=platform.python_version(),
+        versions={name: _version(name) for name in DISTRIBUTIONS},
+        devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
+        environment=environment,
+        activation=activation,
+        selection=selection,
+        self_check=self_check,
+        hooks=[name for name, _ in hooks.manager().list_name_plugin()],
+        notes=notes + _notes(jax.default_backend(), host.host_version()),
+        problems=problems,
+    )
+
+
+def _print(console: Console, report: Report) -> None:
+    def section(title: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]")
+
+    def line(text: str, style: str | None = None) -> None:
+        console.print(f"  {text}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+    section("versions")
+    line(f"python {report.python} ({sys.executable})")
+    for name, version in report.versions.items():
+        line(f"{name} {version or 'not installed'}")
+    section("devices")
+    for device in report.devices:
+        line(device)
+    if report.environment:
+        section("environment")
+        for name, value in report.environment.items():
+            line(f"{name}={value}")
+    section("activation")
+    if report.activation is None:
+        line("no EasyDeL: functions only")
+    else:
+        for text in report.activation["status"].splitlines():
+            line(text)
+    section("kernels for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
+    for version, chosen in report.selection.items():
+        line(f"{version}: {chosen['kernel'] or chosen.get('error')}")
+        for name, reason in chosen["refusals"].items():
+            line(f"    not {name}: {reason}")
+    if report.hooks:
+        section("hook plugins")
+        line(", ".join(report.hooks))
+    section("self-check")
+    for version, outcome in report.self_check.items():
+        line(f"{version}: {outcome}", "green" if outcome.startswith("ok") else "red")
+    if report.notes:
+        section("notes")
+        for note in report.notes:
+            line(note)
+    console.print()
+    if report.problems:
+        console.print("[bold red]problems[/bold red]")
+        for problem in report.problems:
+            line(problem, "red")
+    else:
+        console.print("[bold green]all is well[/bold green]")
+
+
+def run(*, as_json: bool, verbose: bool) -> int:
+    """See ``easydel-ragged doctor --help``. Returns the exit code."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        hushed(None if verbose else Path(scratch) / "doctor.log") as console,
+    ):
+        if as_json:
+            report = examine()
+            console.file.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+            console.file.flush()
+        else:
+            with console.status("starting") as status:
+                report = examine(status.update)
+            _print(console, report)
+    return report.exit_code

@@ -1,0 +1,306 @@
+"""EasyDeL's serving engine, set up small: what the demo, the comparison and the real-model tests run.
+
+The engine compiles one program for each token bucket, so a start costs about as many compilations as there are
+powers of two between ``decode_bucket`` and ``tokens_per_step``. Both default to what a handful of short requests
+needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from easydel_ragged_plugin import host, startup
+from easydel_ragged_plugin.hooks import hookimpl, register, unregister
+
+__all__ = ["Answer", "Engine", "Settings", "Workers", "import_host"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    Attributes:
+        mechanism: ``ragged_page_attention_v2`` or ``ragged_page_attention_v3``.
+        host_kernels: use the class that held the name before this package.
+        max_model_len: tokens of the longest request, answer included; a multiple of ``page_size``.
+        max_requests: requests served at once.
+        decode_bucket: tokens of the smallest compiled step, a power of two.
+        tokens_per_step: tokens of the largest compiled step, a power of two; longer prompts go in chunks.
+        page_size: tokens in a page.
+        dtype: dtype of weights, activations and cache.
+    """
+
+    mechanism: str
+    host_kernels: bool = False
+    max_model_len: int = 512
+    max_requests: int = 4
+    decode_bucket: int = 16
+    tokens_per_step: int = 16
+    page_size: int = 16
+    dtype: str = "float32"
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One finished request.
+
+    Attributes:
+        text: the answer, special tokens left out.
+        token_ids: its tokens, without the end-of-text token (hosts differ in whether they report it).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class _Watcher:
+    """Hook that notes which kernels the traced calls got."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    @hookimpl
+    def ragged_selected(self, selection: Any) -> None:
+        if selection.kernel not in self.kernels:
+            self.kernels.append(str(selection.kernel))
+
+
+class Workers:
+    """The host's two tokenizer processes, started once and shared by engines.
+
+    Importing their libraries takes longer than anything they do, and an engine that owns its processes leaves
+    them behind unless somebody shuts them down.
+    """
+
+    def __init__(self, model: str) -> None:
+        manager = importlib.import_module("easydel.workers.esurge.pipeline.worker_manager").WorkerManager
+        # The default of 30 s in EasyDeL 0.2.0.2 is short for a loaded machine.
+        self._manager = manager(model, startup_timeout=300.0)
+        self._error: BaseException | None = None
+        self._starting = threading.Thread(target=self._start, daemon=True)
+        self._starting.start()
+
+    def _start(self) -> None:
+        try:
+            self._manager.start(detokenizer_max_states=1 << 12, tokenizer_endpoint=None, detokenizer_endpoint=None)
+        except BaseException as error:  # raised again where the endpoints are asked for
+            self._error = error
+
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Arguments of the engine that make it use these processes; waits until they answer."""
+        self._starting.join()
+        if self._error is not None:
+            raise self._error
+        return {
+            "tokenizer_endpoint": self._manager.tokenizer_endpoint,
+            "detokenizer_endpoint": self._manager.detokenizer_endpoint,
+        }
+
+    def close(self) -> None:
+        """End the processes."""
+        self._starting.join()
+        self._manager.shutdown()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def import_host() -> None:
+    """Import EasyDeL's serving parts (10 to 20 seconds) and make sure that our operations hold their names."""
+    # Read when TensorFlow-style C++ logging and eSurge's workers start, so set before they are imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    host.operations_module()
+    importlib.import_module("easydel.inference.esurge")
+
+
+@contextlib.contextmanager
+def _operations_of(settings: Settings) -> Iterator[str]:
+    """Registry state for building one engine: ours, or the host's. Yields the class that serves the mechanism."""
+    was_active = startup.status().active
+    if settings.host_kernels:
+        startup.deactivate()
+    else:
+        startup.activate()
+    try:
+        registry = host.load().OperationRegistry
+        yield _class_path(registry._registry.get(settings.mechanism))
+    finally:
+        if was_active or not settings.host_kernels:
+            startup.activate()
+
+
+def _class_path(cls: type | None) -> str:
+    return "nothing" if cls is None else f"{cls.__module__}.{cls.__qualname__}"
+
+
+@contextlib.contextmanager
+def _page_budget(settings: Settings, slot_bytes: int) -> Iterator[None]:
+    """Let the host allocate the pages that these requests need, where it can't see the device's memory.
+
+    On CPU EasyDeL 0.3.0 takes 4 GiB whatever ``hbm_utilization`` says, and 0.2.0.2 crashes because a CPU device has no
+    memory statistics. Devices that have them are left to the host.
+    """
+    import jax
+
+    if any(device.memory_stats() for device in jax.local_devices()):
+        yield
+        return
+    module: Any = sys.modules[host.load().RaggedPagesCacheConfig.__module__]
+    # Page 0 is reserved, and a request that finishes holds its pages until the next step.
+    pages = 2 * settings.max_requests * -(-settings.max_model_len // settings.page_size) + 8
+    budget = pages * settings.page_size * slot_bytes
+    replaced = module.per_device_hbm_budget_bytes
+    module.per_device_hbm_budget_bytes = lambda *args, **kwargs: budget
+    try:
+        yield
+    finally:
+        module.per_device_hbm_budget_bytes = replaced
+
+
+class Engine:
+    """A running engine. Use as a context manager, or call :meth:`close`.
+
+    Attributes:
+        settings: how it was set up.
+        operation: module and name of the class that serves the mechanism.
+        kernels: kernels of this package that its programs were traced with; empty with the host's class.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: Settings,
+        tokenizer: Any,
+        workers: Workers,
+        *,
+        loaded: Callable[[], None] = lambda: None,
+    ):
+        import jax
+        import jax.numpy as jnp
+
+        easydel = importlib.import_module("easydel")
+        esurge = importlib.import_module("easydel.inference.esurge").eSurge
+        self.settings = settings
+        self.tokenizer = tokenizer
+        dtype = jnp.dtype(settings.dtype).type
+        watcher = _Watcher()
+        with _operations_of(settings) as self.operation:
+            network = easydel.AutoEasyDeLModelForCausalLM.from_pretrained(
+                model,
+                dtype=dtype,
+                param_dtype=dtype,
+                precision=jax.lax.Precision.HIGHEST if settings.dtype == "float32" else jax.lax.Precision.DEFAULT,
+                sharding_axis_dims=(1, 1, 1, -1, 1),
+                auto_shard_model=True,
+                config_kwargs=easydel.EasyDeLBaseConfigDict(
+                    attn_mechanism=settings.mechanism,
+                    attn_dtype=dtype,
+                    kvdtype=dtype,
+                    freq_max_position_embeddings=settings.max_model_len,
+                    mask_max_position_embeddings=settings.max_model_len,
+                ),
+            )
+            loaded()
+            config = network.config.get_text_config()
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            width = jnp.dtype(dtype).itemsize
+            slot_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * width
+            register(watcher)
+            try:
+                with _page_budget(settings, slot_bytes):
+                    self._engine = esurge(
+                        model=network,
+                        tokenizer=tokenizer,
+                        dtype=dtype,
+                        max_model_len=settings.max_model_len,
+                        max_num_seqs=settings.max_requests,
+                        max_num_seq_buckets=[settings.max_requests],
+                        min_input_pad=settings.max_requests,
+                        min_token_pad=settings.decode_bucket,
+                        max_num_batched_tokens=settings.tokens_per_step,
+                        page_size=settings.page_size,
+                        # Answers must not depend on what was asked before.
+                        enable_prefix_caching=False,
+                        overlap_execution=False,
+                        **workers.endpoints,
+                    )
+            finally:
+                unregister(watcher)
+        self.kernels = tuple(watcher.kernels)
+
+    def chat(
+        self, prompts: Sequence[str], max_tokens: int, grew: Callable[[int, str], None] = lambda index, text: None
+    ) -> tuple[list[Answer], float]:
+        """Ask all prompts at once, greedily.
+
+        Args:
+            prompts: user messages; the tokenizer's chat template is applied where there is one.
+            max_tokens: longest answer.
+            grew: called with the prompt's index and its whole answer so far, from one thread for each prompt.
+
+        Returns:
+            The answers, and the seconds from the first request to the last token.
+        """
+        params = importlib.import_module("easydel.inference.sampling_params").SamplingParams
+        answers: list[Answer | None] = [None] * len(prompts)
+        errors: list[BaseException] = []
+
+        def ask(index: int, text: str) -> None:
+            try:
+                sampling = params(max_tokens=max_tokens, temperature=0.0, skip_special_tokens=True)
+                for output in self._engine.stream(text, sampling):
+                    if output.accumulated_text:
+                        grew(index, output.accumulated_text)
+                tokens = tuple(int(token) for token in output.outputs[0].token_ids)
+                if tokens and tokens[-1] == self.tokenizer.eos_token_id:
+                    tokens = tokens[:-1]
+                answers[index] = Answer(output.accumulated_text, tokens)
+            except BaseException as error:  # raised again in the caller's thread
+                errors.append(error)
+
+        texts = [self.as_chat(self.tokenizer, prompt) for prompt in prompts]
+        threads = [threading.Thread(target=ask, args=item, daemon=True) for item in enumerate(texts)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        elapsed = time.perf_counter() - started
+        if errors:
+            raise errors[0]
+        return [answer for answer in answers if answer is not None], elapsed
+
+    @staticmethod
+    def as_chat(tokenizer: Any, prompt: str) -> str:
+        """``prompt`` as the user's message in the tokenizer's chat template, or as it is where there is none."""
+        if not tokenizer.chat_template:
+            return prompt
+        message = [{"role": "user", "content": prompt}]
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    def close(self) -> None:
+        """Stop the scheduler thread."""
+        self._engine.terminate()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,154 @@
+"""What the commands show: stages with progress, and a place for the host's own log lines.
+
+EasyDeL, XLA, tqdm and the tokenizer processes write to the terminal as they please, from Python, from C++ and
+from other processes. :func:`hushed` sends all of it to one file, while the command's own console keeps the
+terminal; when something fails, the file's last lines are shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+__all__ = ["Update", "count_compilations", "hushed", "stage"]
+
+Update = Callable[[int, int], None]
+"""``update(done, total)``: turns a stage's spinner into a bar."""
+
+_COUNT = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+@contextlib.contextmanager
+def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Update]:
+    """Show ``text`` with a spinner and the time it takes; a bar once the work knows how much there is.
+
+    Where the output is no terminal, one line at the end says what was done and how long it took.
+    """
+    started = time.perf_counter()
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        amount,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    task = progress.add_task(text, total=None)
+
+    def update(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+
+    finished = False
+    live = console.is_terminal
+    if live:
+        progress.start()
+    try:
+        yield update
+        finished = True
+    finally:
+        if live:
+            progress.stop()
+        elapsed = time.perf_counter() - started
+        if finished and elapsed >= 0.5:
+            console.print(f"[green]✓[/green] {text} [dim]{elapsed:.1f} s[/dim]", highlight=False)
+
+
+class _CompilationCounter(logging.Handler):
+    """Reads ``[2/5]`` in the engine's log lines."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__(logging.INFO)
+        self._update = update
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _COUNT.search(record.getMessage())
+        if found:
+            self._update(int(found[1]) - 1, int(found[2]))
+
+
+@contextlib.contextmanager
+def count_compilations(update: Update) -> Iterator[None]:
+    """Feed ``update`` from the engine's log while it compiles. Without such lines the spinner just goes on."""
+    counter = _CompilationCounter(update)
+    loggers = [logging.getLogger(name) for name in ("eSurge-ExecutionManager", "eSurge")]
+    for logger in loggers:
+        logger.addHandler(counter)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(counter)
+
+
+@contextlib.contextmanager
+def hushed(log: Path | None) -> Iterator[Console]:
+    """Send both output streams of the process, and of those it starts, to ``log``; yields a console on the terminal.
+
+    Args:
+        log: file to write; None leaves the streams alone.
+    """
+    if log is None:
+        yield Console()
+        return
+    try:
+        sys.stdout.fileno()
+        sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # captured by a test runner or a notebook: nothing to redirect
+        yield Console()
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved_out, saved_err = os.dup(1), os.dup(2)
+    failed = False
+    with log.open("w", encoding="utf-8") as file, os.fdopen(os.dup(saved_out), "w", encoding="utf-8") as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield Console(file=terminal, width=_width(saved_out))
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved_out, 1)
+            os.dup2(saved_err, 2)
+            os.close(saved_out)
+            os.close(saved_err)
+            if failed:
+                _show_tail(log)
+
+
+def _width(descriptor: int) -> int | None:
+    """Columns of the terminal behind ``descriptor``. Rich would look at the streams, which lead to a file now."""
+    try:
+        return os.get_terminal_size(descriptor).columns
+    except OSError:  # a pipe or a file
+        return None if "COLUMNS" in os.environ else 120
+
+
+def _show_tail(log: Path, lines: int = 15) -> None:
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    text = [line for line in text if line and "%|" not in line]  # no progress bars
+    if text:
+        print("\n".join([f"last lines of {log}:", *(f"  {line[:300]}" for line in text[-lines:])]), file=sys.stderr)

@@ -1,0 +1,45 @@
+"""A contract kit for ragged page attention operations of EasyDeL, for anyone who writes one.
+
+Start with :class:`RaggedPageAttentionContract`. The cases and the oracle also serve alone: they need NumPy only.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = [
+    "CASES",
+    "Batch",
+    "Capabilities",
+    "Case",
+    "RaggedPageAttentionContract",
+    "Row",
+    "build_batch",
+    "case_named",
+    "oracle_operation",
+]
+
+# The contract's assertions are to explain themselves, as those in test files do. Only pytest can arrange that, and only
+# before the module is imported.
+if "pytest" in sys.modules:
+    sys.modules["pytest"].register_assert_rewrite(f"{__name__}.contract")
+
+_FROM_CONTRACT = ("Capabilities", "RaggedPageAttentionContract")
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the cases are wanted without pytest, hypothesis and the host (by the benchmark, for one).
+    if name in _FROM_CONTRACT:
+        from . import contract
+
+        return getattr(contract, name)
+    if name == "oracle_operation":
+        from . import oracle
+
+        return oracle.oracle_operation
+    if name in __all__:
+        from . import cases
+
+        return getattr(cases, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

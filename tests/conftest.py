@@ -1,0 +1,115 @@
+"""Fixtures that more than one test file needs: the repository, its distributions, interpreters that have them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+RunPython = Callable[..., str]
+
+
+def pytest_report_header() -> str:
+    spec = importlib.util.find_spec("easydel_ragged_plugin")
+    versions = []
+    for name in ("jax", "easydel", "ejkernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    return f"tested: {spec.origin if spec else 'nothing'}, with {', '.join(versions)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("easydel") is None:
+        skip = pytest.mark.skip(reason="no EasyDeL in this environment")
+        for item in items:
+            if item.get_closest_marker("host") is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def uv() -> str:
+    """The uv executable: the one installed beside pytest, or the one on PATH."""
+    beside = Path(sys.executable).with_name("uv")
+    found = str(beside) if beside.exists() else shutil.which("uv")
+    if found is None:
+        pytest.fail("got no uv executable, wanted one beside pytest or on PATH; run: pip install uv")
+    return found
+
+
+@pytest.fixture(scope="session")
+def run() -> RunPython:
+    """Run a command in a clean environment and return its output, stdout and stderr together.
+
+    Fails with the output when the exit status is not ``status``. ``environment`` adds variables.
+    """
+
+    def run(
+        *command: str | os.PathLike[str],
+        environment: dict[str, str] | None = None,
+        status: int = 0,
+        cwd: Path | None = None,
+        timeout_s: float = 300,
+    ) -> str:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("EASYDEL_RAGGED")}
+        for name in ("PYTHONPATH", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"):
+            clean.pop(name, None)
+        finished = subprocess.run(
+            [os.fspath(part) for part in command],
+            env={**clean, **(environment or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert finished.returncode == status, f"exit status {finished.returncode}:\n{finished.stdout}"
+        return finished.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory, repository: Path, uv: str, run: RunPython) -> Path:
+    """A folder with the sdist, and with the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(uv, "build", "--quiet", repository, "--out-dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_python(tmp_path_factory: pytest.TempPathFactory, uv: str, run: RunPython) -> Callable[..., Path]:
+    """Make a fresh virtual environment with the given installs (no dependencies) and return its interpreter."""
+
+    def new_python(*installs: str | os.PathLike[str]) -> Path:
+        folder = tmp_path_factory.mktemp("venv")
+        run(uv, "venv", "--quiet", "--python", sys.executable, folder / "venv")
+        python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+        # Copies: tests spoil installed files, which uv would otherwise share with its cache.
+        how = ("--quiet", "--no-deps", "--compile-bytecode", "--link-mode=copy")
+        run(uv, "pip", "install", *how, "--python", python, *installs)
+        return python
+
+    return new_python
+
+
+@pytest.fixture(scope="session")
+def bare_python(distributions: Path, new_python: Callable[..., Path]) -> Path:
+    """An interpreter that has this package's wheel and nothing else: no JAX, no EasyDeL."""
+    (wheel,) = distributions.glob("*.whl")
+    return new_python(wheel)

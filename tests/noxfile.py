@@ -1,0 +1,119 @@
+"""Everything that CI runs, each in an environment that nox makes: ``nox -f tests/noxfile.py``.
+
+The package is built into a wheel and that wheel is tested, start-up files and all; pytest runs from this folder, so
+that nothing is imported from the checkout. Two hosts are tested in full, because one wheel serves both; the examples
+of README and docs are tests like any other. Pass
+``-- -k name`` to hand options to pytest, ``-s alone`` to run one session, ``-r`` to keep environments.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+HOSTS = ("0.3.0", "0.2.0.2")
+# Both judge by rules that change from version to version.
+RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
+
+nox.needs_version = ">=2024.4"
+nox.options.default_venv_backend = "uv"
+nox.options.envdir = ROOT / ".nox"
+nox.options.sessions = ["lint", "types", "alone", "host"]
+nox.options.error_on_missing_interpreters = False
+
+
+def pip_setting(variable: str, option: str) -> str | None:
+    """What pip was told: uv reads none of pip's settings, and the machine's owner had reasons for them."""
+    if variable in os.environ:
+        return os.environ[variable]
+    command = [sys.executable, "-m", "pip", "config", "get", f"global.{option}"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None if asked.returncode == 0 else None
+
+
+for variable, pip_variable, option in (
+    ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "index-url"),
+    ("UV_FIND_LINKS", "PIP_FIND_LINKS", "find-links"),
+    ("SSL_CERT_FILE", "PIP_CERT", "cert"),
+):
+    setting = pip_setting(pip_variable, option)
+    if setting:
+        os.environ.setdefault(variable, setting)
+os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")  # interpreters are the machine's own
+os.environ.setdefault("UV_HTTP_TIMEOUT", "180")
+
+# A folder of wheels beside the index holds the CPU build of torch, whose version with "+cpu" counts as newer than
+# the index's, but only of this version and for this Python. Without it, torch is what the index has.
+HAS_CPU_TORCH = bool(os.environ.get("UV_FIND_LINKS")) and sys.version_info[:2] == (3, 11)
+TORCH = "torch==2.13.0" if HAS_CPU_TORCH else "torch"
+
+
+def newest_python() -> str:
+    """``3.13`` where the machine has it, else the one that runs nox."""
+    on_path = shutil.which("python3.13")
+    # What is on PATH may be pyenv's stand-in for a version that is not switched on.
+    of_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob("3.13*/bin/python3.13")
+    for candidate in [*([on_path] if on_path else []), *map(str, sorted(of_pyenv))]:
+        if subprocess.run([candidate, "-c", "import ssl"], capture_output=True, check=False).returncode == 0:
+            return candidate
+    return sys.executable
+
+
+def install(session: nox.Session, extras: str, *others: str) -> None:
+    """Build the wheel and install it with ``extras``, never a cached build of an earlier state of the sources."""
+    # Not session.create_tmp(): it moves TMPDIR to a path that is too long for the sockets of Ray.
+    folder = Path(session.virtualenv.location, "built")
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("uv", "build", "--quiet", "--out-dir", str(folder), str(ROOT), external=True)
+    (wheel,) = folder.glob("*.whl")
+    session.install(
+        "--compile-bytecode",
+        "--reinstall-package=easydel-ragged-plugin",
+        f"easydel-ragged-plugin[{extras}] @ {wheel.as_uri()}",
+        *others,
+    )
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    session.chdir(TESTS)
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
+    session.run("pytest", *arguments, *session.posargs, env=environment)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and format."""
+    session.install(RUFF)
+    session.chdir(ROOT)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types, with JAX's and without the host's, which has none."""
+    install(session, "test", MYPY)
+    session.chdir(ROOT)
+    session.run("mypy")
+
+
+@nox.session(python=newest_python())
+def alone(session: nox.Session) -> None:
+    """With JAX alone, the newest there is: the functions and kernels need no host."""
+    install(session, "test")
+    pytest(session)
+
+
+@nox.session
+@nox.parametrize("version", HOSTS, ids=HOSTS)
+def host(session: nox.Session, version: str) -> None:
+    """Everything, on one version of EasyDeL."""
+    install(session, "demo,test", f"easydel=={version}", TORCH)
+    pytest(session)

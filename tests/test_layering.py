@@ -1,0 +1,205 @@
+"""Imports point one way (docs: the call path). Checked on the source, so that lazy imports count, too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import easydel_ragged_plugin
+
+PACKAGE = "easydel_ragged_plugin"
+ROOT = Path(easydel_ragged_plugin.__file__).parent
+
+LOW = {"errors", "layout", "types"}
+KERNEL_TOOLS = LOW | {"config"}
+API = KERNEL_TOOLS | {"hooks", "kernels", "select", "sharding", "api"}
+
+# What each part may import from this package; a folder is one part. Anything that is not listed fails.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "host": set(),
+    "layout": {"errors"},
+    "types": {"errors", "layout", "config"},  # config: for annotations alone, see TYPE_ONLY
+    "config": {"errors", "types", "layout"},
+    "hooks": {"errors", "types", "config"},
+    "kernels": KERNEL_TOOLS | {"hooks"},
+    "select": KERNEL_TOOLS | {"hooks", "kernels"},
+    "sharding": KERNEL_TOOLS | {"hooks", "kernels", "select"},
+    "validation": LOW | {"config"},
+    "api": (API - {"api"}) | {"validation"},
+    "reference": LOW,
+    "startup": {"host", "registration"},
+    "registration": {"host", "startup"},
+    "operations": API | {"host", "startup"},
+    "testing": API | {"host", "startup", "operations", "reference"},
+    "cli": API | {"host", "startup", "registration", "operations", "reference", "testing"},
+    "__init__": API | {"host", "startup", "operations"},
+}
+# Imports that exist for type checkers only: they may point the other way.
+TYPE_ONLY = {("types", "config")}
+
+HOST_PACKAGES = {"easydel", "eformer", "spectrax"}
+MAY_IMPORT_HOST = {"host.py", "operations.py"}
+MAY_IMPORT_EJKERNEL = {"kernels/ejkernel.py", "config.py", "host.py", "operations.py"}
+# These drive the host, its engine included, when they are called; importing them must not import it.
+MAY_DRIVE_HOST = {"cli", "testing"}
+
+
+class Import:
+    """One import statement, or one call of ``import_module`` with a literal name."""
+
+    def __init__(self, module: str, names: list[str], line: int, type_only: bool, lazy: bool) -> None:
+        self.module, self.names, self.line, self.type_only, self.lazy = module, names, line, type_only, lazy
+
+
+def imports(source: str, module: str) -> Iterator[Import]:
+    """Every import in ``source``; ``module`` is its dotted name below the package, packages with ``.__init__``."""
+    parents = module.split(".")[:-1]
+
+    def walk(node: ast.AST, type_only: bool, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inner_type_only, inner_lazy = type_only, lazy
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for statement in child.body:
+                    yield from walk(ast.Module([statement], []), True, lazy)
+                for statement in child.orelse:
+                    yield from walk(ast.Module([statement], []), type_only, lazy)
+                continue
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                inner_lazy = True
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(alias.name, [], child.lineno, type_only, lazy)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    kept = parents[: len(parents) - (child.level - 1)]
+                    base = ".".join([PACKAGE, *kept, *([base] if base else [])])
+                yield Import(base, [alias.name for alias in child.names], child.lineno, type_only, lazy)
+            elif (
+                isinstance(child, ast.Call)
+                and ast.unparse(child.func).rpartition(".")[2] in ("import_module", "__import__")
+                and child.args
+                and isinstance(child.args[0], ast.Constant)
+                and isinstance(child.args[0].value, str)
+            ):
+                yield Import(child.args[0].value, [], child.lineno, type_only, lazy)
+            yield from walk(child, inner_type_only, inner_lazy)
+
+    yield from walk(ast.parse(source), False, False)
+
+
+def part_of(path: str) -> str:
+    return path.partition("/")[0].removesuffix(".py")
+
+
+def targets(found: Import) -> list[str]:
+    """Dotted names below the package that an import reaches; empty for other packages."""
+    if found.module != PACKAGE and not found.module.startswith(f"{PACKAGE}."):
+        return []
+    inner = found.module[len(PACKAGE) + 1 :]
+    if not inner:  # from . import config, host
+        return found.names or ["__init__"]
+    return [f"{inner}.{name}" for name in found.names] if inner in ("kernels", "cli", "testing") else [inner]
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What is wrong with the imports of the file ``path`` (relative to the package)."""
+    part = part_of(path)
+    module = path.removesuffix(".py").replace("/", ".")
+    wrong = []
+    for found in imports(source, module):
+        where = f"{path}:{found.line}"
+        top = found.module.partition(".")[0]
+        drives = part in MAY_DRIVE_HOST and found.lazy
+        if top in HOST_PACKAGES and path not in MAY_IMPORT_HOST and not found.type_only and not drives:
+            wrong.append(f"{where} imports {found.module}: the host is reached through host.py alone")
+        if top == "ejkernel" and path not in MAY_IMPORT_EJKERNEL and not drives:
+            wrong.append(f"{where} imports {found.module}: only kernels/ejkernel.py calls ejkernel")
+        for target in targets(found):
+            other = target.partition(".")[0]
+            if other == part:
+                if part == "kernels" and path != "kernels/__init__.py" and target.count("."):
+                    wrong.append(f"{where} imports {target}: kernels never import one another")
+                continue
+            if found.type_only and (part, other) in TYPE_ONLY:
+                continue
+            if other not in ALLOWED.get(part, set()) or ((part, other) in TYPE_ONLY and not found.type_only):
+                wrong.append(f"{where} imports {target}: {part} may import {sorted(ALLOWED.get(part, set()))}")
+    return wrong
+
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_point_one_way(path: str) -> None:
+    assert part_of(path) in ALLOWED, f"{path}: say in ALLOWED what this new part may import"
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("errors.py", "from .types import Kernel"),
+        ("config.py", "from . import api"),
+        ("kernels/xla.py", "from ..select import choose"),
+        ("kernels/xla.py", "from .ejkernel import forward"),
+        ("kernels/xla.py", "from . import ejkernel"),
+        ("kernels/xla.py", "def late():\n    from easydel_ragged_plugin.kernels.cpu_native import forward"),
+        ("kernels/xla.py", "import ejkernel"),
+        ("kernels/xla.py", "import easydel"),
+        ("api.py", "from .operations import RaggedPageAttnV3"),
+        ("api.py", "import importlib\nimportlib.import_module('easydel.operations')"),
+        ("select.py", "try:\n    from .api import explain\nexcept ImportError:\n    pass"),
+        ("types.py", "from .config import RaggedPageConfig"),
+        ("startup.py", "from .api import explain"),
+        ("reference.py", "from .kernels import xla"),
+        ("testing/__init__.py", "import easydel.caching"),
+        ("select.py", "def late():\n    import easydel"),
+        ("new_part.py", "from . import errors"),
+    ],
+)
+def test_the_checker_sees_violations(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("types.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .config import RaggedPageConfig"),
+        ("kernels/ejkernel.py", "import ejkernel\nfrom ..types import Kernel"),
+        ("kernels/__init__.py", "from . import xla, ejkernel"),
+        ("operations.py", "from .host import load\nimport easydel"),
+        ("cli/demo.py", "from ..host import load\nfrom . import model\ndef late():\n    import easydel"),
+    ],
+)
+def test_the_checker_passes_what_is_right(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """It happens in every interpreter of the environment."""
+    code = (
+        f"import sys; sys.path.append({str(ROOT.parent)!r}); before = set(sys.modules); "
+        f"import {PACKAGE}; from {PACKAGE} import startup; startup.arm(); "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    seen = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    # Where the start-up line has run, there is nothing left to import.
+    assert set(seen.split()) <= {PACKAGE, f"{PACKAGE}.startup"}
+
+
+def test_every_public_name_resolves_or_says_why() -> None:
+    for name in easydel_ragged_plugin.__all__:
+        assert name in dir(easydel_ragged_plugin)
+        if name.startswith("RaggedPageAttn"):  # need the host
+            continue
+        assert getattr(easydel_ragged_plugin, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'; its public names are ragged_page_attention_v2,"):
+        _ = easydel_ragged_plugin.nothing
