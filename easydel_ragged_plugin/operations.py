@@ -156,6 +156,11 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         if turboquant is not None and isinstance(cache_view, turboquant):
             arrays = {"query": query, "key": key, "value": value, "softmax_aux": softmax_aux}
             previous = self._previous_class()(self.metadata)
+            for name in ("q_scale", "k_scale", "v_scale"):
+                if options.pop(name) is not None:
+                    raise Unsupported(
+                        f"{self.get_impl_name()}: {name} with a TurboQuant cache, which has its own scales."
+                    )
             return previous.forward_native(cache_view=cache_view, cache_metadata=cache_metadata, **arrays, **options)
         pages = self._pages_of(cache_view)
         config = as_config(self.metadata.get_operation_config(self.get_impl_name()))

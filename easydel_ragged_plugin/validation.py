@@ -43,9 +43,7 @@ def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: 
         if array is None:
             continue
         if len(array.shape) != 3:
-            raise ValueError(
-                f"{name}: got shape {tuple(array.shape)}, wanted {form}. Reshape a batch axis away."
-            )
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, wanted {form}. Reshape a batch axis away.")
         if not (is_wide_float(array.dtype) or (name != "queries" and array.dtype == pages.dtype)):
             raise ValueError(
                 f"{name}: got dtype {array.dtype}, wanted a float dtype of at least 16 bits. "

@@ -65,6 +65,8 @@ class EjkernelKernel:
             "platform": host_platform(request, config),
         }
         if request.version == "v2":
+            if options["platform"] != "pallas":  # that kernel computes in the inputs' dtype and refuses to be told
+                options |= {"compute_dtype": request.compute_dtype.type, "optimized": request.optimized}
             output = ragged_page_attention_v2(
                 operands.queries,
                 operands.pages,
@@ -73,8 +75,6 @@ class EjkernelKernel:
                 operands.query_start_loc,
                 operands.distribution[2:],
                 operands.sinks,
-                compute_dtype=request.compute_dtype,
-                optimized=request.optimized,
                 **options,
             )
             return output, operands.pages

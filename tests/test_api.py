@@ -1,0 +1,228 @@
+"""Bad input to the public functions, and what they explain."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import easydel_ragged_plugin
+from easydel_ragged_plugin import (
+    RaggedPageConfig,
+    Unsupported,
+    explain,
+    page_shape,
+    ragged_page_attention_v2,
+    ragged_page_attention_v3,
+)
+from easydel_ragged_plugin.testing.cases import build_batch, case_named, spoil_row
+
+TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, ROWS, WIDTH, PAGES, PAGE_SIZE = 6, 4, 2, 32, 3, 4, 9, 4
+
+ARRAYS = {
+    "queries": jax.ShapeDtypeStruct((TOKENS, Q_HEADS, HEAD_DIM), jnp.float32),
+    "keys": jax.ShapeDtypeStruct((TOKENS, KV_HEADS, HEAD_DIM), jnp.float32),
+    "values": jax.ShapeDtypeStruct((TOKENS, KV_HEADS, HEAD_DIM), jnp.float32),
+    "kv_pages": jax.ShapeDtypeStruct(
+        page_shape("v3", PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM, np.dtype("f4")), jnp.float32
+    ),
+    "context_lens": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+    "block_tables": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32),
+    "query_start_loc": jax.ShapeDtypeStruct((ROWS + 1,), jnp.int32),
+    "distribution": jax.ShapeDtypeStruct((3,), jnp.int32),
+}
+
+
+def trace(arrays: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Trace v3 with some arrays replaced; nothing runs."""
+    call = functools.partial(ragged_page_attention_v3, **options)
+    return jax.eval_shape(call, *{**ARRAYS, **(arrays or {})}.values())
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_well_formed_call_traces() -> None:
+    output, pages = trace()
+    assert output.shape == ARRAYS["queries"].shape
+    assert pages.shape == ARRAYS["kv_pages"].shape
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("queries", array(1, TOKENS, Q_HEADS, HEAD_DIM), r"queries: got shape .*wanted \[tokens, q_heads, head_dim\]"),
+        ("queries", array(TOKENS, 5, HEAD_DIM), "got 5 heads over 2 kv heads, wanted a multiple"),
+        (
+            "queries",
+            array(TOKENS, Q_HEADS, HEAD_DIM, dtype=jnp.int32),
+            "queries: got dtype int32, wanted a float dtype of at least 16 bits",
+        ),
+        ("queries", array(0, Q_HEADS, HEAD_DIM), "wanted at least one token"),
+        ("keys", array(TOKENS + 1, KV_HEADS, HEAD_DIM), "values: got shape"),
+        ("kv_pages", array(PAGES, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM), "wanted 5 axes for v3"),
+        ("kv_pages", array(PAGES, PAGE_SIZE, 3, 1, 128), r"v3 pages: got shape .*wanted \(9, 4, 4, 1, 128\)"),
+        ("kv_pages", array(0, PAGE_SIZE, 4, 1, 128), "wanted at least one page"),
+        ("kv_pages", array(PAGES, PAGE_SIZE, 4, 1, 128, dtype=jnp.int8), "kv_pages: got dtype int8"),
+        ("context_lens", array(ROWS, dtype=jnp.float32), "context_lens: got dtype float32, wanted int32"),
+        ("context_lens", array(ROWS, 1, dtype=jnp.int32), "wanted an array of rank 1"),
+        ("context_lens", array(0, dtype=jnp.int32), "got no rows"),
+        ("query_start_loc", array(ROWS, dtype=jnp.int32), r"query_start_loc: got shape \(3,\), wanted \(4,\)"),
+        ("block_tables", array(ROWS + 1, WIDTH, dtype=jnp.int32), r"block_tables: got shape \(4, 4\), wanted \[3,"),
+        ("block_tables", array(ROWS * WIDTH + 1, dtype=jnp.int32), "block_tables: got shape"),
+        ("block_tables", array(ROWS, 0, dtype=jnp.int32), "at least one page"),
+        ("distribution", array(2, dtype=jnp.int32), r"distribution: got shape \(2,\), wanted \(3,\)"),
+    ],
+)
+def test_wrong_array_is_refused(name: str, wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace({name: wrong})
+
+
+def test_keys_of_another_batch_are_refused() -> None:
+    other = array(TOKENS + 1, KV_HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match=r"keys: got shape \(7, 2, 32\), wanted \[6, kv_heads, 32\]"):
+        trace({"keys": other, "values": other})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("sliding_window", 0, "sliding_window: got 0, wanted an int of at least 1"),
+        ("sliding_window", -4, "sliding_window: got -4"),
+        ("sliding_window", 2.0, "sliding_window: got 2.0"),
+        ("sliding_window", True, "sliding_window: got True"),
+        ("sliding_window", (3, 0, 0), "sliding_window: got"),
+        ("sliding_window", (-2, 0), "sliding_window: got"),
+        ("logits_soft_cap", 0.0, "logits_soft_cap: got 0.0, wanted a number above 0"),
+        ("logits_soft_cap", "5", "logits_soft_cap: got '5'"),
+        ("softmax_scale", float("nan"), "softmax_scale: got nan"),
+        ("softmax_scale", np.ones(2), "softmax_scale: got"),
+        ("k_scale", -1.0, "k_scale: got -1.0"),
+        ("mask_value", -1.0, "mask_value: got -1.0, wanted None or a number up to -1e"),
+        ("vmem_limit_bytes", 0, "vmem_limit_bytes: got 0"),
+        ("compute_dtype", jnp.int32, "compute_dtype: got int32, wanted float32"),
+        ("compute_dtype", "nonsense", "compute_dtype: got 'nonsense'"),
+        ("config", 3, "config: got int, wanted RaggedPageConfig"),
+        ("config", "cuda_magic", "kernel 'cuda_magic' is unknown. Known: .*xla"),
+        ("in_specs", (), "in_specs: got specs without a mesh"),
+    ],
+)
+def test_wrong_option_is_refused(option: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(**{option: value})
+
+
+@pytest.mark.parametrize("mask_value", [None, -1e9, -2.4e38, float("-inf")])
+@pytest.mark.parametrize("window", [None, 1, 7, (6, 0), (6, 3), (-1, 0), np.int32(3)])
+def test_right_option_is_accepted(window: Any, mask_value: Any) -> None:
+    trace(sliding_window=window, mask_value=mask_value)
+
+
+@pytest.mark.parametrize("shape", [(Q_HEADS + 1,), (3, 2), (KV_HEADS, 0), (1, KV_HEADS, 2)])
+def test_wrong_sinks_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="softmax_aux: got shape"):
+        trace({"softmax_aux": array(*shape)})
+
+
+def test_block_table_that_cannot_hold_a_context_is_refused() -> None:
+    lens = np.array([3, WIDTH * PAGE_SIZE + 1, 1], np.int32)
+    rest = [np.zeros(ARRAYS[name].shape, ARRAYS[name].dtype) for name in ("queries", "keys", "values", "kv_pages")]
+    index = [np.zeros(ARRAYS[name].shape, np.int32) for name in ("block_tables", "query_start_loc", "distribution")]
+    with pytest.raises(ValueError, match="a context of 17 tokens was given, wanted at most 16"):
+        ragged_page_attention_v3(*rest, lens, *index)
+
+
+@pytest.mark.parametrize("count", [[1, 2], []])
+def test_num_seqs_is_one_number(count: list[int]) -> None:
+    pages = array(PAGES, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM)
+    index = [ARRAYS[name] for name in ("context_lens", "block_tables", "query_start_loc")]
+    with pytest.raises(ValueError, match=f"num_seqs: got {len(count)} numbers, wanted one"):
+        jax.eval_shape(
+            functools.partial(ragged_page_attention_v2),
+            ARRAYS["queries"],
+            pages,
+            *index,
+            array(len(count), dtype=jnp.int32),
+        )
+
+
+def test_unknown_keyword_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="windowed"):
+        trace(windowed=True)
+
+
+def test_flat_block_table_is_the_same_call() -> None:
+    batch = build_batch(case_named("mixed"), "v3")
+    arrays = (batch.queries, batch.keys, batch.values, batch.pages, batch.context_lens)
+    rest = (batch.query_start_loc, batch.distribution)
+    wide, _ = ragged_page_attention_v3(*arrays, batch.block_tables, *rest)
+    flat, _ = ragged_page_attention_v3(*arrays, batch.block_tables.reshape(-1), *rest)
+    np.testing.assert_array_equal(wide, flat)
+
+
+def test_explain_names_choice_and_refusals() -> None:
+    selection = explain(ragged_page_attention_v3, *ARRAYS.values(), sliding_window=3, config="xla", platform="cpu")
+    assert selection.kernel == "xla"
+    assert selection.config == RaggedPageConfig(kernel="xla")
+    assert selection.request.sliding_window == 3
+    assert "ejkernel" in {refusal.kernel for refusal in selection.refusals}
+    assert all(refusal.reason for refusal in selection.refusals)
+    assert "sliding_window=3" in str(selection)
+
+
+def test_explain_wants_one_of_the_functions() -> None:
+    with pytest.raises(ValueError, match=r"explain: got .*wanted ragged_page_attention_v2"):
+        explain(page_shape, 1)
+
+
+def test_named_kernel_raises_instead_of_falling_back() -> None:
+    with pytest.raises(Unsupported, match="ejkernel: runs on cpu, gpu, tpu, not on tt"):
+        trace(config="ejkernel", platform="tt")
+
+
+def test_platform_of_a_host_config_keeps_to_its_technology() -> None:
+    with pytest.raises(Unsupported, match="the config asks for platform 'mosaic'"):
+        trace(config=RaggedPageConfig(platform="mosaic"))
+    assert explain(ragged_page_attention_v3, *ARRAYS.values(), config=RaggedPageConfig(platform="xla")).kernel == "xla"
+
+
+def test_check_reports_rows_that_are_skipped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    batch = spoil_row(build_batch(case_named("mixed"), "v3"), "page past the cache")
+    call = (batch.queries, batch.keys, batch.values, batch.pages)
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    with caplog.at_level(logging.ERROR, logger="easydel_ragged_plugin"):
+        ragged_page_attention_v3(*call, *index)
+        jax.effects_barrier()
+        assert not caplog.records
+        monkeypatch.setenv("EASYDEL_RAGGED_CHECK", "1")
+        ragged_page_attention_v3(*call, *index)
+        jax.effects_barrier()
+    (record,) = caplog.records
+    assert "row 4" in record.getMessage()
+    assert "it needs page 64, the cache has 64" in record.getMessage()
+
+
+def test_check_is_silent_on_a_healthy_batch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("EASYDEL_RAGGED_CHECK", "1")
+    batch = build_batch(case_named("window-freed-stale"), "v3")
+    call = (batch.queries, batch.keys, batch.values, batch.pages)
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    with caplog.at_level(logging.ERROR, logger="easydel_ragged_plugin"):
+        ragged_page_attention_v3(*call, *index, sliding_window=batch.case.sliding_window)
+        jax.effects_barrier()
+    assert not caplog.records
+
+
+def test_public_names_exist() -> None:
+    host_only = {"RaggedPageAttnV2", "RaggedPageAttnV3"}
+    for name in set(easydel_ragged_plugin.__all__) - host_only:
+        assert getattr(easydel_ragged_plugin, name) is not None
+    with pytest.raises(AttributeError, match="its public names are"):
+        easydel_ragged_plugin.nonsense  # noqa: B018

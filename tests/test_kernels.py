@@ -1,0 +1,172 @@
+"""Kernels against the oracle, through the public functions and without a host."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.select import ORDER
+from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Batch, Case, build_batch, case_named, spoil_row
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
+
+PORTABLE = "xla"
+# ejkernel's results on CPU are the host's, faults included: the contract kit runs it.
+KERNELS = tuple(name for name in ORDER["cpu"] if name != "ejkernel")
+VERSIONS = ("v2", "v3")
+
+
+@functools.cache
+def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
+    if version == "v2":
+
+        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+            return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **dict(options)), pages
+
+        return jax.jit(call)
+
+    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+        return ragged_page_attention_v3(
+            queries, keys, values, pages, *index, last, sinks, config=kernel, **dict(options)
+        )
+
+    return jax.jit(call, donate_argnums=0)
+
+
+def run(batch: Batch, kernel: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    is_v2 = batch.version == "v2"
+    call = compiled(batch.version, kernel, tuple(sorted({**batch.case.options, **options}.items())))
+    output, pages = call(
+        jnp.array(batch.updated_pages if is_v2 else batch.pages),
+        jnp.array(batch.queries),
+        jnp.array(batch.keys),
+        jnp.array(batch.values),
+        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
+        jnp.array(batch.num_seqs if is_v2 else batch.distribution),
+        None if batch.sinks is None else jnp.array(batch.sinks),
+    )
+    return np.asarray(output), np.asarray(pages)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("case", "version"),
+    [pytest.param(case, version, id=f"{case.name}-{version}") for case in CASES for version in case.versions],
+)
+def test_case_matches_oracle(case: Case, version: str, kernel: str) -> None:
+    batch = build_batch(case, version)
+    expected, expected_pages = batch.expected()
+    output, pages = run(batch, kernel)
+    tolerance = tolerance_for(case)
+    np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    assert output.dtype == batch.queries.dtype
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any, version: str, kernel: str) -> None:
+    batch = spoil_row(build_batch(case_named("mixed"), version), fault)
+    expected, expected_pages = batch.expected()
+    output, pages = run(batch, kernel)
+    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    assert not output[~batch.live_tokens].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "block", [{}, {"num_kv_pages_per_block": 1}, {"num_kv_pages_per_block": 3}, {"num_queries_per_block": 4}]
+)
+def test_block_sizes_do_not_change_results(block: dict[str, int], kernel: str) -> None:
+    from easydel_ragged_plugin import override_config
+
+    batch = build_batch(dataclasses.replace(case_named("window-7"), name="blocks", sinks="heads"), "v3")
+    expected, _ = batch.expected()
+    compiled.cache_clear()
+    with override_config(**block):
+        output, _ = run(batch, kernel)
+    compiled.cache_clear()
+    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
+
+
+def memory_of_update(dtype: Any, num_pages: int, kernel: str) -> tuple[int, int]:
+    """(temporary bytes, bytes of the cache) of a compiled v3 decode step with the pages donated."""
+    rows, width, page_size, q_heads, kv_heads, head_dim = 4, 16, 16, 8, 4, 128
+    pages = jax.ShapeDtypeStruct(page_shape("v3", num_pages, page_size, kv_heads, head_dim, dtype), dtype)
+    token = functools.partial(jax.ShapeDtypeStruct, dtype=dtype if np.dtype(dtype).itemsize > 1 else jnp.bfloat16)
+    index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    new = token((rows, kv_heads, head_dim))
+
+    def step(pages: Any, *arguments: Any) -> Any:
+        queries, keys, values, *rest = arguments
+        return ragged_page_attention_v3(queries, keys, values, pages, *rest, config=kernel)
+
+    memory = (
+        jax.jit(step, donate_argnums=0)
+        .lower(
+            pages,
+            token((rows, q_heads, head_dim)),
+            new,
+            new,
+            index((rows,)),
+            index((rows, width)),
+            index((rows + 1,)),
+            index((3,)),
+        )
+        .compile()
+        .memory_analysis()
+    )
+    cache_bytes = int(np.prod(pages.shape)) * np.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes >= cache_bytes
+    return memory.temp_size_in_bytes, cache_bytes
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_donated_pages_are_not_copied(dtype: Any, kernel: str) -> None:
+    small, _ = memory_of_update(dtype, 64, kernel)
+    large, cache_bytes = memory_of_update(dtype, 4096, kernel)
+    # A slot map of one int32 for each slot may grow with the cache; a copy of the cache may not.
+    assert large - small < cache_bytes / 50
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float64_is_computed_in_float64(kernel: str) -> None:
+    if kernel != PORTABLE:
+        pytest.skip("float64 is refused by name: tests/test_native.py")
+    with jax.enable_x64(True):
+        batch = build_batch(case_named("mixed"), "v2")
+        wide = dataclasses.replace(
+            batch,
+            queries=batch.queries.astype(np.float64),
+            updated_pages=batch.updated_pages.astype(np.float64),
+        )
+        output, _ = run(wide, kernel)
+        expected, _ = wide.expected()
+    assert output.dtype == np.float64
+    np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float8_cache_saturates(kernel: str) -> None:
+    case = next(c for c in CASES if c.cache_dtype == "float8_e4m3fn" and "v3" in c.versions)
+    batch = build_batch(case, "v3")
+    batch = dataclasses.replace(batch, keys=batch.keys * 0 + 1000, values=batch.values * 0 - 1000)
+    _, pages = run(batch, kernel)
+    written = pages[batch.written_slots].astype(np.float32)
+    assert written.max() == 448
+    assert written.min() == -448

@@ -1,0 +1,255 @@
+"""The operations in the host's hands: traps of its contract that the contract kit does not reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easydel_ragged_plugin import Unsupported, host, startup
+from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named
+from easydel_ragged_plugin.testing.driver import Driver
+
+pytestmark = pytest.mark.host
+VERSIONS = ("v2", "v3")
+
+
+def operation_class(version: str) -> Any:
+    from easydel_ragged_plugin import operations
+
+    return operations.RaggedPageAttnV2 if version == "v2" else operations.RaggedPageAttnV3
+
+
+@pytest.fixture(params=VERSIONS)
+def driver(request: pytest.FixtureRequest) -> Driver:
+    return Driver(operation_class(request.param))
+
+
+def call(driver: Driver, *, view: Any = None, metadata: Any = None, **arguments: Any) -> Any:
+    """Call the operation eagerly on the mixed batch, with some arguments replaced."""
+    batch = build_batch(case_named("mixed"), driver.version)
+    pages = batch.pages if driver.version == "v3" else batch.updated_pages
+    arrays = {"query": batch.queries[None], "key": batch.keys[None], "value": batch.values[None]}
+    return driver.instance()(
+        **{
+            **{name: jnp.array(array) for name, array in arrays.items()},
+            "cache_view": view or driver.view(batch, pages),
+            "cache_metadata": metadata or driver.metadata(batch),
+            **driver.arguments(batch.case, batch.queries.shape[0], None),
+            **arguments,
+        }
+    )
+
+
+def test_class_names_tell_ragged_attention(driver: Driver) -> None:
+    # Gemma 4 looks for these words in the class's name before it passes a window as a number.
+    name = driver.operation.__name__.lower()
+    assert "ragged" in name
+    assert "page" in name
+
+
+def test_registry_serves_ours_and_keeps_the_hosts() -> None:
+    startup.activate()
+    loaded = host.load()
+    for version in VERSIONS:
+        name = f"ragged_page_attention_{version}"
+        assert loaded.OperationRegistry.get(name) is operation_class(version)
+        previous = startup.original(name)
+        assert previous is not None
+        assert previous.__module__.startswith("easydel.")
+
+
+def test_requirements_equal_the_hosts() -> None:
+    for version in VERSIONS:
+        previous = startup.original(f"ragged_page_attention_{version}")
+        assert previous is not None
+        ours = operation_class(version)
+        for mode in host.load().ExecutionMode:
+            assert ours.get_requirements(mode) == previous.get_requirements(mode)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("bias", jnp.zeros((1, 1, 1, 1)), "bias"),
+        ("causal", False, "causal=False"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        call(driver, **{argument: value})
+
+
+def test_dropout_is_refused_only_where_it_would_act(driver: Driver) -> None:
+    call(driver, dropout_prob=0.1, deterministic=True)
+    with pytest.raises(Unsupported, match="dropout"):
+        call(driver, dropout_prob=0.1, deterministic=False)
+
+
+def test_unknown_argument_is_named(driver: Driver) -> None:
+    with pytest.raises(TypeError, match="got unknown arguments attention_temperature"):
+        call(driver, attention_temperature=2.0)
+
+
+def test_view_without_pages_is_refused(driver: Driver) -> None:
+    with pytest.raises(ValueError, match="cache_view: got object, wanted a view with kv_pages"):
+        call(driver, view=object())
+
+
+def test_missing_distribution_is_refused() -> None:
+    driver = Driver(operation_class("v3"))
+    batch = build_batch(case_named("mixed"), "v3")
+    metadata = driver.metadata(batch).replace(request_distribution=None)
+    with pytest.raises(ValueError, match="request_distribution: got None"):
+        call(driver, metadata=metadata)
+
+
+def test_bad_call_leaves_the_view_alone() -> None:
+    driver = Driver(operation_class("v3"))
+    batch = build_batch(case_named("mixed"), "v3")
+    view = driver.view(batch, batch.pages)
+    before = view.kv_pages
+    with pytest.raises(ValueError, match="sliding_window"):
+        call(driver, view=view, sliding_window=0)
+    assert view.kv_pages is before
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_config_of_the_host_is_read(version: str) -> None:
+    from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
+
+    driver = Driver(operation_class(version))
+    metadata = driver.instance().metadata
+    name = f"ragged_page_attention_{version}"
+    config_class = RaggedPageAttentionv2Config if version == "v2" else RaggedPageAttentionv3Config
+    metadata.operation_configs = {name: config_class(platform="mosaic")}
+    assert metadata.get_operation_config(name) is not None
+    with pytest.raises(Unsupported, match="the config asks for platform 'mosaic'"):
+        call(driver)
+    metadata.operation_configs = {name: object()}
+    with pytest.raises(ValueError, match="config: got object"):
+        call(driver)
+    metadata.operation_configs = None
+    call(driver)
+
+
+def test_forced_native_runtime_takes_the_portable_kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from easydel_ragged_plugin import hookimpl, hooks
+
+    seen: list[Any] = []
+
+    class Watch:
+        @hookimpl
+        def ragged_selected(self, selection: Any) -> None:
+            seen.append(selection)
+
+    watch = Watch()
+    hooks.register(watch)
+    try:
+        monkeypatch.setenv("FORCE_NATIVE_RUNTIME", "true")
+        call(driver)
+    finally:
+        hooks.unregister(watch)
+    assert seen[-1].kernel == "xla"
+    assert seen[-1].config.kernel == "xla"
+
+
+def test_turboquant_view_goes_to_the_class_before_ours(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    view_class = host.load().TurboQuantRaggedPagesCacheView
+    if view_class is None:
+        pytest.skip("EasyDeL 0.2.0.2 has no TurboQuant cache")
+    from easydel.caching.turboquant_ragged_page import TurboQuantRaggedPagesCacheConfig
+    from easydel.layers.quantization._turboquant import TurboQuantConfig
+
+    startup.activate()
+    batch = build_batch(case_named("decode"), driver.version)
+    case = batch.case
+    operation = driver.instance()
+    with driver.mesh:
+        config = TurboQuantRaggedPagesCacheConfig.create(
+            mesh=operation.metadata.mesh,
+            partition_manager=operation.metadata.partition_manager,
+            turboquant_config=TurboQuantConfig(),
+            num_hidden_layers=1,
+            num_kv_heads=case.kv_heads,
+            kv_head_dim_size=case.head_dim,
+            max_model_length=case.pages_per_row * case.page_size,
+            page_size=case.page_size,
+            hbm_utilization=0.1,
+        ).replace(num_pages=case.num_pages)
+
+        def view() -> Any:
+            return view_class.init(
+                config, 0, mesh=operation.metadata.mesh, partition_manager=operation.metadata.partition_manager
+            )
+
+        previous = startup.original(driver.name)
+        assert previous is not None
+        outputs = []
+        for each in (operation, previous(operation.metadata)):
+            given = view()
+            output = each(
+                query=jnp.array(batch.queries[None]),
+                key=jnp.array(batch.keys[None]),
+                value=jnp.array(batch.values[None]),
+                cache_view=given,
+                cache_metadata=driver.metadata(batch),
+                **driver.arguments(case, batch.queries.shape[0], None),
+            )
+            outputs.append((np.asarray(output.attention_outputs), np.asarray(given.key_norms_pages)))
+    np.testing.assert_array_equal(outputs[0][0], outputs[1][0])
+    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
+
+
+def test_pages_of_another_dtype_survive_the_hosts_cast() -> None:
+    # 0.2.0.2's attention layer casts every leaf of the output to the model's dtype: the view alone may carry pages.
+    driver = Driver(operation_class("v3"))
+    case = next(case for case in CASES if case.cache_dtype == "bfloat16" and case.dtype == "float32")
+    outcome = driver.call(build_batch(case, "v3"))
+    assert outcome.pages.dtype == jnp.bfloat16
+    assert outcome.returned_view == ("none" if host.load().casts_returned_pages else "same")
+
+
+def test_operation_objects_are_hashable(driver: Driver) -> None:
+    # The host's graph definition, which holds them, is a static argument of jit.
+    first, second = driver.instance(), driver.operation(driver.instance().metadata)
+    assert hash(first) == hash(first)
+    assert first != second
+
+
+def test_every_argument_of_the_attention_layer_is_known() -> None:
+    """The host's own list: what its attention layer passes must be an argument of ours, or listed as no concern."""
+    import ast
+    import inspect
+    import textwrap
+
+    from easydel.layers import attention
+
+    module = inspect.getmodule(attention.FlexibleAttentionModule)
+    assert module is not None
+    tree = ast.parse(textwrap.dedent(inspect.getsource(module)))
+    passed: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+            names = {keyword.arg for keyword in node.keywords if keyword.arg}
+            if {"query", "cache_view", "cache_metadata"} <= names:
+                passed |= names
+    assert passed, "the attention layer builds its arguments another way now: read it again"
+    from easydel_ragged_plugin.operations import RaggedPageAttnV3
+
+    ours = set(inspect.signature(RaggedPageAttnV3._forward).parameters)
+    assert passed <= ours | host.PASSED_ARGUMENTS
+
+
+def test_positional_heads_of_three_dimensions_keep_their_shape(driver: Driver) -> None:
+    batch = build_batch(case_named("mixed"), driver.version)
+    flat = {
+        name: jnp.array(array)
+        for name, array in (("query", batch.queries), ("key", batch.keys), ("value", batch.values))
+    }
+    output = call(driver, **flat)
+    assert output.attention_outputs.shape == batch.queries.shape
+    assert isinstance(output.attention_outputs, jax.Array)

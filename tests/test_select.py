@@ -1,0 +1,232 @@
+"""Choice of kernel and configuration: order, precedence, hooks, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easydel_ragged_plugin import RaggedPageConfig, Unsupported, hookimpl, hooks, override_config, select
+from easydel_ragged_plugin.config import KERNEL_VARIABLE, as_config
+from easydel_ragged_plugin.kernels.xla import XlaKernel
+from easydel_ragged_plugin.layout import PageLayout, page_shape
+from easydel_ragged_plugin.types import AttentionRequest
+
+F4 = np.dtype("float32")
+LAYOUT = PageLayout.of("v3", page_shape("v3", 8, 4, 2, 32, F4), 2, 32, F4)
+REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, F4, LAYOUT, 1.0)
+
+
+class Picky(XlaKernel):
+    """A kernel that refuses what it is told to."""
+
+    name = "picky"
+    platforms = frozenset({"cpu"})
+    technologies = frozenset({"picky"})
+    reason: str | None = None
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        return self.reason
+
+
+class Plugin:
+    """A plugin with every hook."""
+
+    def __init__(self) -> None:
+        self.kernel, self.config, self.seen = Picky(), None, []
+
+    @hookimpl
+    def ragged_kernels(self) -> list[Any]:
+        return [self.kernel]
+
+    @hookimpl
+    def ragged_config(self, request: AttentionRequest) -> Any:
+        return self.config
+
+    @hookimpl
+    def ragged_selected(self, selection: Any) -> None:
+        self.seen.append(selection)
+
+
+@pytest.fixture
+def plugin() -> Iterator[Plugin]:
+    plugin = Plugin()
+    hooks.register(plugin, "test plugin")
+    yield plugin
+    hooks.unregister(plugin)
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+
+
+def chosen(request: AttentionRequest = REQUEST, config: RaggedPageConfig | None = None) -> str:
+    return select.select(request, config)[1].kernel
+
+
+@pytest.mark.parametrize(("platform", "first"), [("gpu", "xla"), ("tt", "xla"), ("cpu", select.ORDER["cpu"][0])])
+def test_order_of_each_platform(platform: str, first: str) -> None:
+    request = dataclasses.replace(REQUEST, platform=platform)
+    names = list(select.ORDER.get(platform, select.ELSEWHERE))
+    usable = next(name for name in names if select.why_not(select.kernels()[name], request, RaggedPageConfig()) is None)
+    assert chosen(request) == usable
+    assert names[0] == first
+
+
+def test_kernel_of_a_hook_comes_first(plugin: Plugin) -> None:
+    assert chosen() == "picky"
+    assert plugin.seen[-1].kernel == "picky"
+
+
+def test_refusal_falls_back_and_is_logged(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
+    plugin.kernel.reason = "head_dim 32 on a Sunday"
+    with caplog.at_level(logging.WARNING, logger="easydel_ragged_plugin"):
+        _, selection = select.select(REQUEST)
+        select.select(REQUEST)
+    assert selection.kernel != "picky"
+    assert select.Refusal("picky", "head_dim 32 on a Sunday") in selection.refusals
+    ours = [record for record in caplog.records if "picky" in record.getMessage()]
+    assert [record.getMessage() for record in ours] == [
+        f"picky was passed over for {selection.kernel}: head_dim 32 on a Sunday"
+    ]
+
+
+def test_named_kernel_runs_or_raises(plugin: Plugin) -> None:
+    plugin.kernel.reason = "head_dim 32"
+    with pytest.raises(Unsupported, match=r"picky: head_dim 32\. Request: v3 on cpu"):
+        chosen(config=RaggedPageConfig(kernel="picky"))
+    assert chosen(config=RaggedPageConfig(kernel="xla")) == "xla"
+
+
+def test_precedence(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolved(call: RaggedPageConfig | None = None) -> RaggedPageConfig:
+        return select.resolve_config(REQUEST, call)
+
+    assert resolved() == RaggedPageConfig()
+    monkeypatch.setenv(KERNEL_VARIABLE, "xla")
+    assert resolved().kernel == "xla"
+    # The call names block sizes and leaves the kernel open: fields merge.
+    assert resolved(RaggedPageConfig(num_kv_pages_per_block=2)) == RaggedPageConfig(
+        kernel="xla", num_kv_pages_per_block=2
+    )
+    assert resolved(RaggedPageConfig(kernel="ejkernel")).kernel == "ejkernel"
+    plugin.config = RaggedPageConfig(kernel="picky")
+    assert resolved(RaggedPageConfig(kernel="ejkernel", num_warps=8)) == RaggedPageConfig(kernel="picky", num_warps=8)
+    with override_config(kernel="xla"):
+        assert resolved().kernel == "xla"
+        with override_config(num_warps=2):
+            assert resolved() == RaggedPageConfig(kernel="xla", num_warps=2)
+    assert resolved().kernel == "picky"
+
+
+def test_override_refuses_what_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="blocks"), override_config(blocks=2):
+        pass
+    with pytest.raises(ValueError, match="num_warps: got 0"), override_config(num_warps=0):
+        pass
+
+
+def test_hook_config_of_a_wrong_type_is_refused(plugin: Plugin) -> None:
+    plugin.config = {"kernel": "xla"}
+    with pytest.raises(ValueError, match="hook ragged_config: got dict"):
+        chosen()
+
+
+def test_hook_kernel_that_is_none_is_refused(plugin: Plugin) -> None:
+    plugin.kernel = object()
+    with pytest.raises(ValueError, match=r"hook ragged_kernels: got .*wanted an object with name"):
+        chosen()
+
+
+def test_kernel_names_are_unique(plugin: Plugin) -> None:
+    plugin.kernel.name = "xla"
+    try:
+        with pytest.raises(ValueError, match="the name 'xla' is taken"):
+            chosen()
+    finally:
+        plugin.kernel.name = "picky"
+
+
+def test_bad_hook_implementation_is_refused_by_name() -> None:
+    class UnknownHook:
+        @hookimpl
+        def ragged_kernel(self) -> None: ...
+
+    class UnknownArgument:
+        @hookimpl
+        def ragged_config(self, shape: Any) -> None: ...
+
+    with pytest.raises(ValueError, match=r"hook plugin 'mine': no hook is called ragged_kernel. Hooks: ragged_config"):
+        hooks.register(UnknownHook(), "mine")
+    with pytest.raises(ValueError, match=r"(?s)hook plugin 'mine'.*ragged_config.*shape"):
+        hooks.register(UnknownArgument(), "mine")
+    with pytest.raises(ValueError, match="nothing in it is marked with @hookimpl"):
+        hooks.register(object(), "mine")
+    assert not hooks.manager().has_plugin("mine")
+    assert chosen() == chosen(dataclasses.replace(REQUEST))  # and selection still works
+
+
+def test_unregistering_a_stranger_is_refused() -> None:
+    with pytest.raises(ValueError, match="hook plugin 'nobody' is not registered"):
+        hooks.unregister("nobody")
+
+
+def test_hook_kernel_runs(plugin: Plugin) -> None:
+    from easydel_ragged_plugin.testing.cases import build_batch, case_named
+
+    batch = build_batch(case_named("mixed"), "v2")
+    from easydel_ragged_plugin import ragged_page_attention_v2
+
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+    output = ragged_page_attention_v2(batch.queries, batch.updated_pages, *index)
+    np.testing.assert_allclose(output, batch.expected()[0], rtol=2e-5, atol=2e-5)
+    assert plugin.seen[-1].kernel == "picky"
+
+
+@pytest.mark.parametrize("bad", [{"kernel": ""}, {"num_stages": True}, {"platform": None}, {"num_warps": 1.5}])
+def test_config_refuses_bad_fields(bad: dict[str, Any]) -> None:
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        RaggedPageConfig(**bad)
+
+
+def test_config_class_instead_of_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="config: got type"):
+        as_config(RaggedPageConfig)
+
+
+@pytest.mark.host
+def test_host_config_classes_are_accepted() -> None:
+    from ejkernel.modules.operations.configs import (
+        FlashAttentionConfig,
+        RaggedPageAttentionv2Config,
+        RaggedPageAttentionv3Config,
+    )
+
+    v3 = RaggedPageAttentionv3Config(chunk_prefill_size=64, num_kv_pages_per_block=2, platform="xla")
+    assert as_config(v3) == RaggedPageConfig(
+        chunk_prefill_size=64, num_kv_pages_per_block=2, num_warps=4, num_stages=1, platform="xla"
+    )
+    assert as_config(RaggedPageAttentionv2Config()).platform == "auto"
+    with pytest.raises(ValueError, match="config: got FlashAttentionConfig"):
+        as_config(FlashAttentionConfig())
+
+
+@pytest.mark.host
+def test_ejkernel_by_name_is_the_hosts_call() -> None:
+    from easydel_ragged_plugin import ragged_page_attention_v2
+    from easydel_ragged_plugin.testing.cases import build_batch, case_named
+
+    batch = build_batch(case_named("decode"), "v2", poison="finite")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+    call = jax.jit(lambda *arrays: ragged_page_attention_v2(*arrays, config="ejkernel"))
+    output = call(jnp.array(batch.queries), jnp.array(batch.updated_pages), *map(jnp.array, index))
+    live = batch.live_tokens
+    np.testing.assert_allclose(np.asarray(output)[live], batch.expected()[0][live], rtol=1e-4, atol=1e-4)
