@@ -12,17 +12,17 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import ejkernel, xla
+from .kernels import cpu_native, ejkernel, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
 
 logger = logging.getLogger("easydel_ragged_plugin")
 
-BUILT_IN: dict[str, Kernel] = {kernel.name: kernel for kernel in (xla.KERNEL, ejkernel.KERNEL)}
+BUILT_IN: dict[str, Kernel] = {kernel.name: kernel for kernel in (cpu_native.KERNEL, xla.KERNEL, ejkernel.KERNEL)}
 
 ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("xla", "ejkernel"),
+    "cpu": ("cpu_native", "xla", "ejkernel"),
     "gpu": ("xla", "ejkernel"),
     "tpu": ("ejkernel", "xla"),
 }

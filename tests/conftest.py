@@ -86,9 +86,10 @@ def run() -> RunPython:
 
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory: pytest.TempPathFactory, repository: Path, uv: str, run: RunPython) -> Path:
-    """A folder with the sdist, and with the wheel that is built from it."""
+    """A folder with the sdist, and with the wheel that is built from it, without the native library."""
     folder = tmp_path_factory.mktemp("dist")
-    run(uv, "build", "--quiet", repository, "--out-dir", folder)
+    pure = {"EASYDEL_RAGGED_NATIVE_BUILD": "off"}
+    run(uv, "build", "--quiet", repository, "--out-dir", folder, environment=pure)
     return folder
 
 

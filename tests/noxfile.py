@@ -8,6 +8,7 @@ of README and docs are tests like any other. Pass
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -66,17 +67,25 @@ def newest_python() -> str:
     return sys.executable
 
 
-def install(session: nox.Session, extras: str, *others: str) -> None:
-    """Build the wheel and install it with ``extras``, never a cached build of an earlier state of the sources."""
-    # Not session.create_tmp(): it moves TMPDIR to a path that is too long for the sockets of Ray.
-    folder = Path(session.virtualenv.location, "built")
+@functools.cache
+def wheel() -> Path:
+    """The wheel under test, built once in a run from the sources as they are, through the sdist."""
+    folder = ROOT / ".nox" / "dist"
     shutil.rmtree(folder, ignore_errors=True)
-    session.run("uv", "build", "--quiet", "--out-dir", str(folder), str(ROOT), external=True)
-    (wheel,) = folder.glob("*.whl")
+    beside = Path(sys.executable).with_name("uv")
+    command = [str(beside) if beside.exists() else "uv", "build", "--quiet", "--out-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
+    (built,) = folder.glob("*.whl")
+    print(f"built {built.name}", flush=True)
+    return built
+
+
+def install(session: nox.Session, extras: str, *others: str) -> None:
+    """Install the wheel with ``extras``, never a cached build of an earlier state of the sources."""
     session.install(
         "--compile-bytecode",
         "--reinstall-package=easydel-ragged-plugin",
-        f"easydel-ragged-plugin[{extras}] @ {wheel.as_uri()}",
+        f"easydel-ragged-plugin[{extras}] @ {wheel().as_uri()}",
         *others,
     )
 
@@ -84,7 +93,9 @@ def install(session: nox.Session, extras: str, *others: str) -> None:
 def pytest(session: nox.Session, *arguments: str) -> None:
     session.chdir(TESTS)
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
-    session.run("pytest", *arguments, *session.posargs, env=environment)
+    # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
+    workers = ("-n", "2", "--dist", "loadscope")
+    session.run("pytest", *workers, *arguments, *session.posargs, env=environment)
 
 
 @nox.session

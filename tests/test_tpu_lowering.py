@@ -1,4 +1,4 @@
-"""TPU without a TPU: what selection chooses there lowers for it, and v2's kernel gives right numbers when interpreted.
+"""TPU without a TPU: what selection chooses there lowers for it.
 
 ``jax.export`` runs Pallas' TPU lowering on any machine, which refuses a kernel whose tiling the TPU can't have.
 """

@@ -1,0 +1,221 @@
+"""Native CPU kernel: C++ behind JAX's foreign function interface (FFI). The C++ is in ``native/``.
+
+The library is loaded with ctypes on first use and registered once. Nothing of it depends on a Python version, but it
+is built for one version of XLA's FFI, and a process whose jaxlib is older must not register it: jaxlib would reject
+it while the CPU backend starts, and take the backend with it. So the version is compared here, before registering,
+and whatever is wrong is a reason that :func:`availability` gives and :meth:`CpuNativeKernel.refuses` repeats.
+
+Environment:
+    EASYDEL_RAGGED_NATIVE_LIBRARY: path of a library to load in place of the installed one.
+    EASYDEL_RAGGED_ISA: an instruction set below the best, one of those that :func:`isa_levels` lists.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import os
+import re
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.types import AttentionRequest, Operands
+
+__all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "set_isa"]
+
+LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
+ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
+
+INTERFACE = 1
+"""Version of the arguments and attributes that this file passes; ``easydel_ragged_interface`` of the library."""
+
+TARGETS = {"v2": "easydel_ragged_v2", "v3": "easydel_ragged_v3"}
+
+QUERY_DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
+
+MAX_HEAD_DIM = 4096
+"""Above it the tiles of the products would not fit in a cache of any CPU."""
+
+
+class _Unusable(Exception):
+    """Why the library can't be used in this process."""
+
+
+def _library_path() -> Path:
+    """The library's file: the one that the environment names, or the one inside the installed package."""
+    named = os.environ.get(LIBRARY_VARIABLE, "").strip()
+    if named:
+        if not os.path.isfile(named):
+            raise _Unusable(f"{LIBRARY_VARIABLE} names {named!r}, which is not a file")
+        return Path(named)
+    # `files`, not `__file__`: an editable install may keep the package's files in more than one folder.
+    folder = importlib.resources.files("easydel_ragged_plugin") / "lib"
+    for name in ("libeasydel_ragged.so", "libeasydel_ragged.dylib"):
+        if (folder / name).is_file():
+            return Path(str(folder / name))
+    raise _Unusable(
+        "the native library is not installed: this package was built without a C++ compiler or CMake. "
+        "Install both and reinstall the package from source to get it"
+    )
+
+
+def _offered_ffi_version() -> tuple[int, int]:
+    """The FFI version of the jaxlib in this process, from the headers that it carries."""
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _Unusable(f"jaxlib's FFI version is unknown: {error}") from error
+    found = {name: re.search(rf"^#define XLA_FFI_API_{name} (\d+)", text, re.MULTILINE) for name in ("MAJOR", "MINOR")}
+    major, minor = found["MAJOR"], found["MINOR"]
+    if major is None or minor is None:
+        raise _Unusable(f"jaxlib's FFI version is unknown: {header} defines none")
+    return int(major[1]), int(minor[1])
+
+
+def _load() -> ctypes.CDLL:
+    path = _library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+        interface, built_for = library.easydel_ragged_interface(), library.easydel_ragged_ffi_version()
+    except (OSError, AttributeError) as error:
+        raise _Unusable(f"the native library can't be loaded: {error}") from error
+    if interface != INTERFACE:
+        raise _Unusable(f"{path} has interface version {interface}, this package wants {INTERFACE}: reinstall it")
+    built_major, built_minor = divmod(built_for, 1000)
+    major, minor = _offered_ffi_version()
+    if built_major != major or built_minor > minor:
+        raise _Unusable(
+            f"the native library was built for XLA FFI {built_major}.{built_minor} and this jaxlib offers "
+            f"{major}.{minor}: upgrade jaxlib"
+        )
+    library.easydel_ragged_isa.restype = ctypes.c_char_p
+    library.easydel_ragged_isa_levels.restype = ctypes.c_char_p
+    library.easydel_ragged_set_isa.argtypes = [ctypes.c_char_p]
+    wanted = os.environ.get(ISA_VARIABLE, "").strip()
+    levels = library.easydel_ragged_isa_levels().decode()
+    if wanted and wanted not in levels.split(","):
+        raise _Unusable(f"{ISA_VARIABLE} is {wanted!r}, and this machine has {levels}")
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    try:
+        return _load()
+    except _Unusable as reason:
+        return str(reason)
+
+
+def availability() -> str | None:
+    """Why the native kernel can't be used in this process, or None when it can. Touches no device."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _require() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"cpu_native: {library}.")
+    return library
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _require().easydel_ragged_isa().decode()
+
+
+def isa_levels() -> tuple[str, ...]:
+    """The instruction sets that this machine and the library have, best first."""
+    return tuple(_require().easydel_ragged_isa_levels().decode().split(","))
+
+
+def set_isa(name: str | None) -> None:
+    """Use another instruction set from the next call on, compiled functions included; None for the default."""
+    if not _require().easydel_ragged_set_isa(None if name is None else name.encode()):
+        raise ValueError(f"instruction set: got {name!r}, wanted one of {', '.join(isa_levels())}.")
+
+
+_registration = threading.Lock()
+
+
+@functools.cache
+def _register() -> None:
+    library = _require()
+    for target in TARGETS.values():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+
+
+class CpuNativeKernel:
+    """Ragged page attention v2 and v3 in C++ with SIMD, on all processors that XLA's thread pool has."""
+
+    name = "cpu_native"
+    platforms = frozenset({"cpu"})
+    technologies = frozenset({"cpu", "native"})
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
+        unavailable = availability()
+        if unavailable is not None:
+            return unavailable
+        if request.query_dtype.name not in QUERY_DTYPES:
+            return f"{request.query_dtype.name} queries; takes {', '.join(QUERY_DTYPES)}"
+        if request.cache_dtype.name not in CACHE_DTYPES:
+            return f"a {request.cache_dtype.name} cache; takes {', '.join(CACHE_DTYPES)}"
+        if request.compute_dtype.name not in QUERY_DTYPES:
+            return f"compute_dtype {request.compute_dtype.name}; computes in float32"
+        if request.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {request.head_dim}, more than {MAX_HEAD_DIM}"
+        return None
+
+    def forward(
+        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+    ) -> tuple[jax.Array, jax.Array]:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
+        with _registration:
+            _register()
+        layout = request.layout
+        attributes = {
+            "softmax_scale": np.float32(request.softmax_scale * _factor(request.q_scale) * _factor(request.k_scale)),
+            "logits_soft_cap": np.float32(abs(request.logits_soft_cap or 0.0)),  # tanh is odd: its sign has no effect
+            "v_scale": np.float32(_factor(request.v_scale)),
+            "sliding_window": np.int64(request.sliding_window or 0),
+            "page_size": np.int64(layout.page_size),
+            "num_kv_heads": np.int64(request.num_kv_heads),
+            "token_stride": np.int64(layout.token_stride),
+            "head_stride": np.int64(layout.head_stride),
+            "value_offset": np.int64(layout.value_offset),
+            "padded_head_dim": np.int64(layout.padded_head_dim),
+        }
+        output = jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype)
+        sinks = jnp.zeros((0,), jnp.float32) if operands.sinks is None else operands.sinks.astype(jnp.float32)
+        metadata = (operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution, sinks)
+        with jax.named_scope("ragged_page_attention_native"):
+            if operands.keys is None or operands.values is None:
+                call = jax.ffi.ffi_call(TARGETS["v2"], output, vmap_method="sequential")
+                return call(operands.queries, operands.pages, *metadata, **attributes), operands.pages
+            keys, values = operands.keys, operands.values
+            if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
+                keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+            pages = jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype)
+            # Pages in and out are one buffer: where the caller donates them, nothing is copied.
+            call = jax.ffi.ffi_call(
+                TARGETS["v3"], (output, pages), vmap_method="sequential", input_output_aliases={3: 1}
+            )
+            attended, updated = call(operands.queries, keys, values, operands.pages, *metadata, **attributes)
+            return attended, updated
+
+
+def _factor(scale: float | None) -> float:
+    return 1.0 if scale is None else scale
+
+
+KERNEL = CpuNativeKernel()

@@ -1,0 +1,225 @@
+// The binding to XLA: turns a call frame into a Problem. Built against the oldest supported jaxlib's headers.
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "attention.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace easydel_ragged {
+namespace {
+
+bool to_dtype(ffi::DataType from, DType& to) {
+  switch (from) {
+    case ffi::F32:
+      to = DType::kF32;
+      return true;
+    case ffi::BF16:
+      to = DType::kBF16;
+      return true;
+    case ffi::F16:
+      to = DType::kF16;
+      return true;
+    case ffi::F8E4M3FN:
+      to = DType::kF8E4M3FN;
+      return true;
+    case ffi::F8E5M2:
+      to = DType::kF8E5M2;
+      return true;
+    default:
+      return false;
+  }
+}
+
+ffi::Error bad(const std::string& what) {
+  return ffi::Error::InvalidArgument("cpu_native: " + what + " (an error of easydel_ragged_plugin, not of the caller)");
+}
+
+bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shape) {
+  const auto dims = buffer.dimensions();
+  return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
+}
+bool is_index(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::S32; }
+
+// Processors that this process may use. The pool is as wide as they were when JAX started.
+int usable_processors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return 1 << 20;
+}
+
+struct Attributes {
+  float softmax_scale, logits_soft_cap, v_scale;
+  int64_t sliding_window, page_size, num_kv_heads, token_stride, head_stride, value_offset, padded_head_dim;
+};
+
+ffi::Error attend(ffi::ThreadPool& pool, const ffi::AnyBuffer& queries, const ffi::AnyBuffer* keys,
+                  const ffi::AnyBuffer* values, const ffi::AnyBuffer& pages, const ffi::AnyBuffer& context_lens,
+                  const ffi::AnyBuffer& block_tables, const ffi::AnyBuffer& query_start_loc,
+                  const ffi::AnyBuffer& distribution, const ffi::AnyBuffer& sinks, const Attributes& attributes,
+                  const ffi::AnyBuffer& output) {
+  Problem p;
+  const auto q = queries.dimensions(), tables = block_tables.dimensions(), cache = pages.dimensions();
+  if (q.size() != 3 || tables.size() != 2 || cache.size() < 3) return bad("wrong ranks");
+  if (!to_dtype(queries.element_type(), p.query_dtype) || !to_dtype(pages.element_type(), p.cache_dtype) ||
+      output.element_type() != queries.element_type())
+    return bad("an unsupported dtype");
+  p.num_tokens = q[0];
+  p.num_q_heads = q[1];
+  p.head_dim = q[2];
+  p.num_kv_heads = attributes.num_kv_heads;
+  p.num_rows = tables[0];
+  p.pages_per_row = tables[1];
+  p.num_pages = cache[0];
+  p.page_size = attributes.page_size;
+  p.token_stride = attributes.token_stride;
+  p.head_stride = attributes.head_stride;
+  p.value_offset = attributes.value_offset;
+  p.padded_head_dim = attributes.padded_head_dim;
+  p.softmax_scale = attributes.softmax_scale;
+  p.logits_soft_cap = attributes.logits_soft_cap;
+  p.v_scale = attributes.v_scale;
+  p.sliding_window = attributes.sliding_window;
+
+  int64_t slot = 1;
+  for (size_t i = 2; i < cache.size(); ++i) slot *= cache[i];
+  if (cache[1] != p.page_size || slot != p.token_stride) return bad("strides that are not those of the pages");
+  if (!has_shape(output, {p.num_tokens, p.num_q_heads, p.head_dim})) return bad("an output of the wrong shape");
+  if (!is_index(context_lens) || !is_index(block_tables) || !is_index(query_start_loc) || !is_index(distribution))
+    return bad("index arrays that are not int32");
+  if (!has_shape(context_lens, {p.num_rows}) || !has_shape(query_start_loc, {p.num_rows + 1}) ||
+      !has_shape(distribution, {3}))
+    return bad("metadata of the wrong shape");
+  const bool has_sinks = sinks.element_count() > 0;
+  if (sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(sinks, {p.num_q_heads}))) return bad("wrong sinks");
+  if (keys != nullptr) {
+    if (!to_dtype(keys->element_type(), p.new_dtype) || values->element_type() != keys->element_type())
+      return bad("keys or values of an unsupported dtype");
+    for (const ffi::AnyBuffer* fresh : {keys, values})
+      if (!has_shape(*fresh, {p.num_tokens, p.num_kv_heads, p.head_dim})) return bad("keys or values of the wrong shape");
+    p.keys = keys->untyped_data();
+    p.values = values->untyped_data();
+  }
+  p.queries = queries.untyped_data();
+  p.pages = pages.untyped_data();
+  p.output = output.untyped_data();
+  p.context_lens = context_lens.typed_data<int32_t>();
+  p.block_tables = block_tables.typed_data<int32_t>();
+  p.query_start_loc = query_start_loc.typed_data<int32_t>();
+  p.sinks = has_sinks ? sinks.typed_data<float>() : nullptr;
+  if (const char* reason = check(p)) return bad(reason);
+  if (p.num_tokens == 0) return ffi::Error::Success();
+  p.live_rows = distribution.typed_data<int32_t>()[2];
+
+  Executor executor;
+  executor.threads = int(std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), usable_processors())));
+  executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
+  try {
+    run(p, executor);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "cpu_native: no memory for temporary arrays");
+  }
+  return ffi::Error::Success();
+}
+
+#define RAGGED_ATTRIBUTES                                                                                          \
+  float softmax_scale, float logits_soft_cap, float v_scale, int64_t sliding_window, int64_t page_size,            \
+      int64_t num_kv_heads, int64_t token_stride, int64_t head_stride, int64_t value_offset, int64_t padded_head_dim
+#define RAGGED_ATTRIBUTE_NAMES                                                                                  \
+  Attributes {                                                                                                  \
+    softmax_scale, logits_soft_cap, v_scale, sliding_window, page_size, num_kv_heads, token_stride, head_stride, \
+        value_offset, padded_head_dim                                                                           \
+  }
+
+ffi::Error v2(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer pages, ffi::AnyBuffer context_lens,
+              ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc, ffi::AnyBuffer distribution,
+              ffi::AnyBuffer sinks, RAGGED_ATTRIBUTES, ffi::Result<ffi::AnyBuffer> output) {
+  return attend(pool, queries, nullptr, nullptr, pages, context_lens, block_tables, query_start_loc, distribution, sinks,
+                RAGGED_ATTRIBUTE_NAMES, *output);
+}
+
+ffi::Error v3(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+              ffi::AnyBuffer pages, ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
+              ffi::AnyBuffer query_start_loc, ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, RAGGED_ATTRIBUTES,
+              ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> updated_pages) {
+  // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
+  if (updated_pages->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
+  return attend(pool, queries, &keys, &values, pages, context_lens, block_tables, query_start_loc, distribution, sinks,
+                RAGGED_ATTRIBUTE_NAMES, *output);
+}
+
+template <class Binding>
+auto with_attributes(Binding binding) {
+  return std::move(binding)
+      .template Attr<float>("softmax_scale")
+      .template Attr<float>("logits_soft_cap")
+      .template Attr<float>("v_scale")
+      .template Attr<int64_t>("sliding_window")
+      .template Attr<int64_t>("page_size")
+      .template Attr<int64_t>("num_kv_heads")
+      .template Attr<int64_t>("token_stride")
+      .template Attr<int64_t>("head_stride")
+      .template Attr<int64_t>("value_offset")
+      .template Attr<int64_t>("padded_head_dim");
+}
+}  // namespace
+}  // namespace easydel_ragged
+
+#define RAGGED_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_v2(XLA_FFI_CallFrame* frame) {
+  using namespace easydel_ragged;
+  static auto* handler = with_attributes(ffi::Ffi::Bind()
+                                             .Ctx<ffi::ThreadPool>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>())
+                             .Ret<ffi::AnyBuffer>()
+                             .To(v2)
+                             .release();
+  return handler->Call(frame);
+}
+
+RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_v3(XLA_FFI_CallFrame* frame) {
+  using namespace easydel_ragged;
+  static auto* handler = with_attributes(ffi::Ffi::Bind()
+                                             .Ctx<ffi::ThreadPool>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>()
+                                             .Arg<ffi::AnyBuffer>())
+                             .Ret<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .To(v3)
+                             .release();
+  return handler->Call(frame);
+}
+
+// The FFI version that this library was built for, as major * 1000 + minor.
+RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+// Of the interface between this library and cpu_native.py: arguments, attributes and their order.
+RAGGED_EXPORT int easydel_ragged_interface() { return 1; }
+
+RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
+RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }
+RAGGED_EXPORT int easydel_ragged_set_isa(const char* name) { return easydel_ragged::set_isa(name) ? 1 : 0; }
+}

@@ -1,0 +1,3 @@
+#define RAGGED_ISA baseline
+#define RAGGED_ISA_NAME "baseline"
+#include "kernels.h"

@@ -1,0 +1,143 @@
+// Random problems for the harness and the fuzzer: sizes and options from a stream of bytes, index arrays that may be
+// anything, and every array in an allocation of exactly its size, so that a sanitizer sees the first byte outside.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+
+namespace easydel_ragged {
+
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+  uint32_t next() {  // past the end: a fixed pseudo-random continuation
+    if (at_ < size_) return data_[at_++];
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 56);
+  }
+  uint32_t next32() { return next() | next() << 8 | next() << 16 | next() << 24; }
+  int64_t between(int64_t low, int64_t high) { return low + int64_t(next() % uint64_t(high - low + 1)); }
+  bool one_in(int n) { return next() % n == 0; }
+
+ private:
+  const uint8_t* data_;
+  size_t size_, at_ = 0;
+  uint64_t state_ = 0x9e3779b97f4a7c15u;
+};
+
+inline size_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : (dtype <= DType::kF16 ? 2 : 1); }
+
+struct Arrays {
+  std::vector<uint8_t> queries, keys, values, pages, output;
+  std::vector<int32_t> context_lens, block_tables, query_start_loc;
+  std::vector<float> sinks;
+};
+
+inline std::vector<uint8_t> random_elements(Bytes& bytes, int64_t count, DType dtype) {
+  std::vector<uint8_t> all(size_t(count) * bytes_of(dtype));
+  uint32_t state = bytes.next32() | 1u;
+  for (size_t i = 0; i < size_t(count); ++i) {
+    state = state * 1664525u + 1013904223u;
+    const uint32_t sign = state & 0x80000000u, mantissa = state & 0x007fffffu;
+    if (dtype == DType::kF32) {
+      const uint32_t v = sign | 0x3f000000u | mantissa;
+      std::memcpy(&all[i * 4], &v, 4);
+    } else if (dtype == DType::kBF16) {
+      const uint16_t v = uint16_t((sign | 0x3f000000u | mantissa) >> 16);
+      std::memcpy(&all[i * 2], &v, 2);
+    } else if (dtype == DType::kF16) {
+      const uint16_t v = uint16_t(sign >> 16 | 0x3800u | mantissa >> 13);
+      std::memcpy(&all[i * 2], &v, 2);
+    } else {
+      all[i] = uint8_t(state >> 24 & 0xbfu);  // below 2: a NaN spreads over a tile, whose size is the level's own
+    }
+  }
+  return all;
+}
+
+// `orderly`: rows of the batch follow one another and no two share a page; else the index arrays may hold anything.
+inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
+  Problem p;
+  const bool v3 = bytes.one_in(2);
+  p.query_dtype = DType(bytes.between(0, 2));
+  p.cache_dtype = DType(bytes.between(0, 4));
+  if (bytes.one_in(2)) p.cache_dtype = p.query_dtype;
+  p.new_dtype = bytes.one_in(3) ? DType(bytes.between(0, 4)) : p.query_dtype;
+  p.num_kv_heads = bytes.between(1, 3);
+  p.num_q_heads = p.num_kv_heads * bytes.between(1, 9);
+  const int64_t dims[] = {1, 7, 16, 31, 33, 64, 72, 80, 96, 128, 192};
+  p.head_dim = dims[bytes.between(0, 10)];
+  p.page_size = bytes.between(1, 40);
+  p.num_rows = bytes.between(0, 6);
+  p.pages_per_row = bytes.between(1, 12);
+  p.num_pages = orderly ? p.num_rows * p.pages_per_row + 1 : bytes.between(0, 30);
+  if (bytes.one_in(3)) p.logits_soft_cap = 5.0f;
+  if (bytes.one_in(3)) p.sliding_window = bytes.between(1, 90);
+  p.softmax_scale = 0.2f;
+  p.padded_head_dim = p.head_dim;
+  p.value_offset = p.head_dim;
+  p.token_stride = p.num_kv_heads * 2 * p.head_dim;
+  if (v3 && p.head_dim != 64) {
+    p.padded_head_dim = (p.head_dim + 127) / 128 * 128;
+    p.value_offset = p.padded_head_dim;
+    const int64_t pack = int64_t(4 / bytes_of(p.cache_dtype));
+    p.token_stride = (2 * p.num_kv_heads + pack - 1) / pack * pack * p.padded_head_dim;
+  } else if (v3) {
+    const int64_t pack = int64_t(4 / bytes_of(p.cache_dtype));
+    p.token_stride = (p.num_kv_heads + pack - 1) / pack * pack * 128;
+  }
+  p.head_stride = p.value_offset + p.padded_head_dim;
+
+  const int64_t capacity = p.pages_per_row * p.page_size;
+  a.query_start_loc.assign(1, 0);
+  for (int64_t r = 0; r < p.num_rows; ++r) {
+    const int64_t count = bytes.one_in(2) ? 1 : bytes.between(0, 100);
+    int64_t context = count + bytes.between(0, 200);
+    if (orderly && context > capacity) context = capacity;
+    a.context_lens.push_back(int32_t(context));
+    a.query_start_loc.push_back(a.query_start_loc.back() + int32_t(count));
+    for (int64_t i = 0; i < p.pages_per_row; ++i)
+      a.block_tables.push_back(orderly ? int32_t(1 + r * p.pages_per_row + i)
+                                       : int32_t(bytes.between(0, 30)) - (bytes.one_in(20) ? 2 : 0));
+  }
+  p.num_tokens = a.query_start_loc.back() + bytes.between(0, 5);
+  p.live_rows = bytes.one_in(4) ? bytes.between(0, 8) : p.num_rows;
+  if (!orderly) {
+    const auto spoil = [&](std::vector<int32_t>& values) {
+      for (int32_t& value : values)
+        if (bytes.one_in(8)) value = bytes.one_in(2) ? int32_t(bytes.next32()) : int32_t(bytes.between(0, 120)) - 20;
+    };
+    spoil(a.context_lens);
+    spoil(a.query_start_loc);
+    if (bytes.one_in(2)) spoil(a.block_tables);
+    if (bytes.one_in(6)) p.live_rows = int32_t(bytes.next32());
+    if (bytes.one_in(6)) p.num_tokens = bytes.between(0, 200);
+  }
+  a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.head_dim, p.query_dtype);
+  a.output.assign(a.queries.size(), 0xff);
+  a.pages = random_elements(bytes, p.num_pages * p.page_size * p.token_stride, p.cache_dtype);
+  if (v3) {
+    a.keys = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
+    a.values = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
+    static uint8_t none;
+    p.keys = a.keys.empty() ? &none : a.keys.data();
+    p.values = a.values.empty() ? &none : a.values.data();
+  }
+  if (bytes.one_in(3)) {
+    a.sinks.assign(size_t(p.num_q_heads), 0.5f);
+    p.sinks = a.sinks.data();
+  }
+  p.queries = a.queries.data();
+  p.output = a.output.data();
+  p.pages = a.pages.data();
+  p.context_lens = a.context_lens.data();
+  p.block_tables = a.block_tables.data();
+  p.query_start_loc = a.query_start_loc.data();
+  return p;
+}
+
+}  // namespace easydel_ragged
