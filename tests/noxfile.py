@@ -26,7 +26,7 @@ RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "uv"
 nox.options.envdir = ROOT / ".nox"
-nox.options.sessions = ["lint", "types", "alone", "host"]
+nox.options.sessions = ["lint", "types", "native", "alone", "host"]
 nox.options.error_on_missing_interpreters = False
 
 
@@ -74,7 +74,9 @@ def wheel() -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     beside = Path(sys.executable).with_name("uv")
     command = [str(beside) if beside.exists() else "uv", "build", "--quiet", "--out-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
+    # With a compiler here, a wheel without the native library is a defect and not a fallback.
+    native = "require" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "auto"
+    subprocess.run(command, check=True, env={"EASYDEL_RAGGED_NATIVE_BUILD": native, **os.environ})
     (built,) = folder.glob("*.whl")
     print(f"built {built.name}", flush=True)
     return built
@@ -115,6 +117,46 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+@nox.session(venv_backend="none")
+def native(session: nox.Session) -> None:
+    """The C++ alone, on random problems with metadata of every kind: under sanitizers, fuzzed, under valgrind.
+
+    A tool that the machine does not have is named and passed over; wheels are tested without it.
+    """
+    builds = ROOT / ".nox" / "native"
+
+    def build(name: str, compiler: str, *options: str, target: str = "ragged_harness") -> str | None:
+        if shutil.which(compiler) is None or shutil.which("cmake") is None:
+            session.warn(f"{name}: not run, because there is no {compiler} or no cmake here")
+            return None
+        flags = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", f"-DCMAKE_CXX_COMPILER={compiler}", *options)
+        session.run("cmake", "-S", str(ROOT / "native"), "-B", str(builds / name), *flags, silent=True)
+        session.run("cmake", "--build", str(builds / name), "--parallel", "2", "--target", target, silent=True)
+        return str(builds / name / target)
+
+    tests = "-DRAGGED_TESTS=ON"
+    for name, sanitizers, problems in (("asan", "address,undefined", "300"), ("tsan", "thread", "100")):
+        harness = build(name, "g++", tests, f"-DRAGGED_SANITIZE={sanitizers}")
+        if harness:
+            session.run(harness, problems, env={"UBSAN_OPTIONS": "halt_on_error=1"})
+    fuzzer = build("fuzz", "clang++", "-DRAGGED_FUZZ=ON", "-DRAGGED_SANITIZE=address", target="ragged_fuzz")
+    if fuzzer:
+        session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1")
+    plain = build("plain", "g++", tests)
+    if plain and shutil.which("valgrind"):
+        session.run("valgrind", "--quiet", "--error-exitcode=1", plain, "6", "0", "avx2", external=True)
+    cross = build(
+        "aarch64",
+        "aarch64-linux-gnu-g++",
+        tests,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+    if cross and shutil.which("qemu-aarch64"):
+        session.run("qemu-aarch64", cross, "30", external=True)
+
+
 @nox.session(python=newest_python())
 def alone(session: nox.Session) -> None:
     """With JAX alone, the newest there is: the functions and kernels need no host."""
@@ -126,5 +168,5 @@ def alone(session: nox.Session) -> None:
 @nox.parametrize("version", HOSTS, ids=HOSTS)
 def host(session: nox.Session, version: str) -> None:
     """Everything, on one version of EasyDeL."""
-    install(session, "demo,test", f"easydel=={version}", TORCH)
+    install(session, "bench,demo,test", f"easydel=={version}", TORCH)
     pytest(session)

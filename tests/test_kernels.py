@@ -13,13 +13,21 @@ import numpy as np
 import pytest
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.select import ORDER
 from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Batch, Case, build_batch, case_named, spoil_row
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
 PORTABLE = "xla"
 # ejkernel's results on CPU are the host's, faults included: the contract kit runs it.
-KERNELS = tuple(name for name in ORDER["cpu"] if name != "ejkernel")
+NO_LIBRARY = cpu_native.availability()
+KERNELS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(name == "cpu_native" and NO_LIBRARY is not None, reason=str(NO_LIBRARY))
+    )
+    for name in ORDER["cpu"]
+    if name != "ejkernel"
+]
 VERSIONS = ("v2", "v3")
 
 

@@ -5,6 +5,7 @@ Each command lives in a module of its own that is imported when the command runs
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from pathlib import Path
 from typing import Annotated
@@ -140,23 +141,57 @@ def bench_command(
     ] = None,
     version: Annotated[Version, typer.Option(help="Which operation.")] = Version.v3,
     kernel: Annotated[
-        str | None, typer.Option(help="Kernel of this package, by name.", show_default="what selection chooses")
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            "-k",
+            help="Kernel of this package, by name; repeat it for several.",
+            show_default="what selection chooses",
+        ),
     ] = None,
+    all_kernels: Annotated[
+        bool, typer.Option("--all-kernels", help="Every kernel that this platform has, in the same run.")
+    ] = False,
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(help="Type of queries and cache; repeat it for several.", show_default="bfloat16"),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", help="Draw the share of the machine's limit, per case and kernel, into this file."),
+    ] = None,
+    from_json: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-json", exists=True, dir_okay=False, help="Show, and draw, the results of this file; time nothing."
+        ),
+    ] = None,
     host: Annotated[bool, typer.Option("--host/--no-host", help="Time EasyDeL's own kernel in the same run.")] = True,
+    engine_context: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=8000,
+            help="Case 'engine': tokens of context before answers are timed, 0 for a short prompt; repeat it.",
+            show_default="0 and 1200",
+        ),
+    ] = None,
+    engine_prompt: Annotated[
+        int, typer.Option(min=0, max=4096, help="Case 'engine': tokens of the prompt whose time is taken; 0: none.")
+    ] = 1000,
     list_cases: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
 ) -> None:
     """Check the answer, then time it.
 
-    Each case is first compared with an independent float32 computation. Then this package's kernel and EasyDeL's
+    Each case is first compared with an independent float32 computation. Then this package's kernels and EasyDeL's
     own take turns (A B A B), and the medians are shown beside what the machine could do: its read bandwidth for
-    decoding, its float32 GEMM rate for prefill, both measured in this run. Pages are donated to v3, as they are in
-    serving, so that no copy of the cache is counted.
+    decoding, its float32 GEMM rate for prefill, both measured between the same runs. Pages are donated to v3, as
+    they are in serving, so that no copy of the cache is counted.
+
+    The case [bold]engine[/bold] serves SmolLM2-135M through EasyDeL's engine, beside the same engine with an
+    operation that only returns its queries: the ceiling.
 
     [bold]Examples[/bold]
 
@@ -164,19 +199,29 @@ def bench_command(
 
     easydel-ragged bench --case decode-8x2k --case prefill-1k --repeats 9
 
-    easydel-ragged bench --version v2 --dtype float32 --json results.json
+    easydel-ragged bench --all-kernels --dtype float32 --json results.json --figure results.png
+
+    easydel-ragged bench --from-json results.json --figure results.png
+
+    easydel-ragged bench --case engine --engine-context 0 --engine-prompt 0
     """
     from .bench import run
+    from .bench_engine import Plan
 
+    plan = Plan() if engine_context is None else Plan(contexts=tuple(engine_context))
     run(
         names=case or (),
         version=version.value,
-        kernel=kernel,
+        kernels=kernel or (),
+        all_kernels=all_kernels,
         dtypes=[each.value for each in dtype or (Dtype.bfloat16,)],
         repeats=repeats,
         json_file=json,
+        figure_file=figure,
+        from_json=from_json,
         with_host=host,
         list_only=list_cases,
+        engine=dataclasses.replace(plan, prompt_tokens=engine_prompt),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from rich.text import Text
 from easydel_ragged_plugin import host, startup
 
 from . import model as models
-from .engine import Answer, Engine, Settings, Workers, import_host
+from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
 from .output import count_compilations, hushed, stage
 
-__all__ = ["DEFAULT_PROMPTS", "run"]
+__all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "start_engine"]
 
 #: The first is asked when none is given; a comparison asks all of them in one batch.
 DEFAULT_PROMPTS = (
@@ -57,7 +56,7 @@ def _refuse(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _check_environment() -> None:
+def check_environment() -> None:
     missing = models.missing_packages()
     if missing:
         raise _refuse(
@@ -66,7 +65,7 @@ def _check_environment() -> None:
         )
 
 
-def _prepare_model(console: Console, model: str | None) -> str:
+def prepare_model(console: Console, model: str | None) -> str:
     """A folder or hub id that the host can load."""
     if model is not None:
         if models.looks_like_path(model) and not (Path(model).expanduser() / "config.json").is_file():
@@ -91,7 +90,9 @@ def _head_dim(model: str) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _start(console: Console, label: str, model: str, settings: Settings, tokenizer: Any, workers: Workers) -> Engine:
+def start_engine(
+    console: Console, label: str, model: str, settings: Settings, tokenizer: Any, workers: Workers
+) -> Engine:
     with contextlib.ExitStack() as stages:
         loading = stages.enter_context(contextlib.ExitStack())
         loading.enter_context(stage(console, f"loading the model ({label})"))
@@ -165,19 +166,14 @@ def _kernel(engine: Engine) -> str:
 def _compare(
     console: Console, engines: dict[str, Engine], prompts: Sequence[str], max_tokens: int, repeats: int
 ) -> None:
-    rates: dict[str, list[float]] = {label: [] for label in engines}
-    answers: dict[str, list[Answer]] = {}
     for label, engine in engines.items():
         with stage(console, f"warming up ({label})"):
             engine.chat(prompts, 2)
+    tokenizer = next(iter(engines.values())).tokenizer
+    texts = [Engine.as_chat(tokenizer, prompt) for prompt in prompts]
     with stage(console, f"asking {len(prompts)} prompts, {repeats} rounds") as update:
-        done = 0
-        for _ in range(repeats):  # A B C A B C: a slow moment of the machine hits all alike
-            for label, engine in engines.items():
-                update(done, repeats * len(engines))
-                answers[label], seconds = engine.chat(prompts, max_tokens)
-                rates[label].append(sum(len(answer.token_ids) for answer in answers[label]) / seconds)
-                done += 1
+        measured = interleaved(engines, texts, max_tokens, repeats, done=update)
+    answers = {label: each[-1].answers for label, each in measured.items()}
     first = next(iter(answers.values()))
     for prompt, answer in zip(prompts, first, strict=True):
         console.print(Text(f"> {prompt}", style="bold"))
@@ -187,9 +183,9 @@ def _compare(
         table.add_column(heading, justify="right" if heading in ("tokens per second", "all rounds") else "left")
     for label, engine in engines.items():
         same = [a.token_ids for a in answers[label]] == [a.token_ids for a in first]
-        rounds = " ".join(f"{rate:.1f}" for rate in rates[label])
+        rounds = " ".join(f"{each.tokens_per_s:.1f}" for each in measured[label])
         kernel = "EasyDeL's own" if engine.settings.host_kernels else _kernel(engine)
-        table.add_row(label, f"{statistics.median(rates[label]):.1f}", rounds, kernel, "yes" if same else "no")
+        table.add_row(label, f"{median(measured[label], 'tokens_per_s'):.1f}", rounds, kernel, "yes" if same else "no")
     console.print(table)
 
 
@@ -207,10 +203,10 @@ def run(
     verbose: bool,
 ) -> None:
     """See ``easydel-ragged demo --help``."""
-    _check_environment()
+    check_environment()
     prompts = list(prompts) or list(DEFAULT_PROMPTS if compare else DEFAULT_PROMPTS[:1])
     with hushed(None if verbose else models.cache_dir() / "demo.log") as console, contextlib.ExitStack() as running:
-        source = _prepare_model(console, model)
+        source = prepare_model(console, model)
         with stage(console, "importing EasyDeL"):
             import_host()
         if not startup.status().active:
@@ -229,7 +225,7 @@ def run(
         workers = running.enter_context(Workers(source))
         engines = {}
         for label, changes in variants.items():
-            engine = _start(console, label, source, base.replace(**changes), tokenizer, workers)
+            engine = start_engine(console, label, source, base.replace(**changes), tokenizer, workers)
             engines[label] = running.enter_context(engine)
         console.print()
         if compare:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from easydel_ragged_plugin import host, startup
 
+from .machine import processors
 from .output import hushed
 
 __all__ = ["Report", "examine", "run"]
@@ -26,6 +27,8 @@ VARIABLES = (
     "EASYDEL_RAGGED_KERNEL",
     "EASYDEL_RAGGED_CHECK",
     "EASYDEL_RAGGED_CACHE",
+    "EASYDEL_RAGGED_ISA",
+    "EASYDEL_RAGGED_NATIVE_LIBRARY",
     "EJKERNEL_AUTOTUNE_POLICY",
     "FORCE_NATIVE_RUNTIME",
     "JAX_PLATFORMS",
@@ -42,6 +45,7 @@ class Report:
         devices: JAX's devices.
         environment: the variables that are set.
         activation: None without EasyDeL; else ``status()`` as text and the classes that serve the operations.
+        native: the native CPU kernel: whether it is available, else the reason; library, instruction sets, threads.
         selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
         self_check: for v2 and v3, "ok" with the largest error, or what went wrong.
         hooks: registered hook plugins.
@@ -54,6 +58,7 @@ class Report:
     devices: list[str]
     environment: dict[str, str]
     activation: dict[str, Any] | None
+    native: dict[str, Any]
     selection: dict[str, dict[str, Any]]
     self_check: dict[str, str]
     hooks: list[str]
@@ -98,6 +103,23 @@ def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
 
 def _path(cls: type | None) -> str | None:
     return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _native() -> dict[str, Any]:
+    from easydel_ragged_plugin.kernels import cpu_native
+
+    reason = cpu_native.availability()
+    if reason is not None:
+        return {"available": False, "reason": reason, "library": None, "isa": None, "isa_levels": [], "threads": None}
+    return {
+        "available": True,
+        "reason": None,
+        "library": str(cpu_native._library_path()),
+        "isa": cpu_native.isa(),
+        "isa_levels": list(cpu_native.isa_levels()),
+        # XLA's thread pool has one for each processor; the kernel takes no more than the process may use.
+        "threads": processors(),
+    }
 
 
 def _selection() -> dict[str, dict[str, Any]]:
@@ -215,6 +237,7 @@ def examine(say: Any = lambda text: None) -> Report:
         devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
         environment=environment,
         activation=activation,
+        native=_native(),
         selection=selection,
         self_check=self_check,
         hooks=[name for name, _ in hooks.manager().list_name_plugin()],
@@ -247,6 +270,13 @@ def _print(console: Console, report: Report) -> None:
     else:
         for text in report.activation["status"].splitlines():
             line(text)
+    section("native CPU kernel")
+    if report.native["available"]:
+        line(f"available: {report.native['library']}")
+        line(f"instruction set {report.native['isa']} (this machine has {', '.join(report.native['isa_levels'])})")
+        line(f"{report.native['threads']} threads")
+    else:
+        line(f"not available: {report.native['reason']}")
     section("kernels for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
     for version, chosen in report.selection.items():
         line(f"{version}: {chosen['kernel'] or chosen.get('error')}")

@@ -11,16 +11,17 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from easydel_ragged_plugin import host, startup
 from easydel_ragged_plugin.hooks import hookimpl, register, unregister
 
-__all__ = ["Answer", "Engine", "Settings", "Workers", "import_host"]
+__all__ = ["Answer", "Engine", "Measurement", "Settings", "Workers", "import_host", "interleaved", "median"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Settings:
     Attributes:
         mechanism: ``ragged_page_attention_v2`` or ``ragged_page_attention_v3``.
         host_kernels: use the class that held the name before this package.
+        ceiling: use an operation that returns its queries: what the engine costs without attention. Its answers
+            mean nothing.
         max_model_len: tokens of the longest request, answer included; a multiple of ``page_size``.
         max_requests: requests served at once.
         decode_bucket: tokens of the smallest compiled step, a power of two.
@@ -40,6 +43,7 @@ class Settings:
 
     mechanism: str
     host_kernels: bool = False
+    ceiling: bool = False
     max_model_len: int = 512
     max_requests: int = 4
     decode_bucket: int = 16
@@ -63,6 +67,42 @@ class Answer:
 
     text: str
     token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one batch of requests took.
+
+    Attributes:
+        answers: one for each prompt.
+        seconds: from the first request to the last token.
+        first_token_s: from the first request until every request had a token.
+        tokens_per_s: all tokens / ``seconds``, prompts included.
+        decode_tokens_per_s: tokens of the time in which all requests were decoding, over that time; None where
+            there was no such time.
+    """
+
+    answers: tuple[Answer, ...]
+    seconds: float
+    first_token_s: float
+    tokens_per_s: float
+    decode_tokens_per_s: float | None
+
+
+def _decode_rate(progress: Sequence[Sequence[tuple[float, int]]]) -> float | None:
+    """Rate between the moment when the last request began to answer and the moment when the first one ended.
+
+    Args:
+        progress: for each request, when it had how many tokens.
+    """
+    started, ended = max(each[0][0] for each in progress), min(each[-1][0] for each in progress)
+    if ended <= started:
+        return None
+    tokens = 0
+    for each in progress:
+        counts = [max((count for moment, count in each if moment <= limit), default=0) for limit in (started, ended)]
+        tokens += counts[1] - counts[0]
+    return tokens / (ended - started) if tokens else None
 
 
 class _Watcher:
@@ -130,18 +170,33 @@ def import_host() -> None:
     importlib.import_module("easydel.inference.esurge")
 
 
+def _ceiling_class(base: type) -> type:
+    """``base`` with attention left out: the queries come back, and the cache is not touched."""
+    output = host.load().AttentionOutput
+
+    def returns_queries(self: Any, *, query: Any, **arguments: Any) -> Any:
+        return output(attention_weights=None, attention_outputs=query)
+
+    return type(f"{base.__name__}Ceiling", (base,), {"_forward": returns_queries})
+
+
 @contextlib.contextmanager
 def _operations_of(settings: Settings) -> Iterator[str]:
-    """Registry state for building one engine: ours, or the host's. Yields the class that serves the mechanism."""
+    """Registry state for building one engine: ours, the host's, or the ceiling. Yields the class of the mechanism."""
     was_active = startup.status().active
     if settings.host_kernels:
         startup.deactivate()
     else:
         startup.activate()
+    registry = host.load().OperationRegistry._registry
+    replaced = registry.get(settings.mechanism)
     try:
-        registry = host.load().OperationRegistry
-        yield _class_path(registry._registry.get(settings.mechanism))
+        if settings.ceiling:
+            registry[settings.mechanism] = _ceiling_class(replaced)
+        yield _class_path(registry.get(settings.mechanism))
     finally:
+        if settings.ceiling:
+            registry[settings.mechanism] = replaced
         if was_active or not settings.host_kernels:
             startup.activate()
 
@@ -258,14 +313,39 @@ class Engine:
         Returns:
             The answers, and the seconds from the first request to the last token.
         """
+        measured = self.measure([self.as_chat(self.tokenizer, prompt) for prompt in prompts], max_tokens, grew)
+        return list(measured.answers), measured.seconds
+
+    def measure(
+        self,
+        texts: Sequence[str],
+        max_tokens: int,
+        grew: Callable[[int, str], None] = lambda index, text: None,
+        *,
+        full_length: bool = False,
+    ) -> Measurement:
+        """Continue all texts at once, greedily, and note when tokens came.
+
+        Args:
+            texts: taken as they are, without a chat template.
+            max_tokens: longest answer.
+            grew: as for :meth:`chat`.
+            full_length: go on after an end-of-text token, so that each answer has ``max_tokens`` tokens.
+        """
         params = importlib.import_module("easydel.inference.sampling_params").SamplingParams
-        answers: list[Answer | None] = [None] * len(prompts)
+        answers: list[Answer | None] = [None] * len(texts)
+        progress: list[list[tuple[float, int]]] = [[] for _ in texts]
         errors: list[BaseException] = []
 
         def ask(index: int, text: str) -> None:
             try:
-                sampling = params(max_tokens=max_tokens, temperature=0.0, skip_special_tokens=True)
+                sampling = params(
+                    max_tokens=max_tokens, temperature=0.0, skip_special_tokens=True, ignore_eos=full_length
+                )
                 for output in self._engine.stream(text, sampling):
+                    count = int(output.num_generated_tokens)
+                    if count > (progress[index][-1][1] if progress[index] else 0):
+                        progress[index].append((time.perf_counter(), count))
                     if output.accumulated_text:
                         grew(index, output.accumulated_text)
                 tokens = tuple(int(token) for token in output.outputs[0].token_ids)
@@ -275,7 +355,6 @@ class Engine:
             except BaseException as error:  # raised again in the caller's thread
                 errors.append(error)
 
-        texts = [self.as_chat(self.tokenizer, prompt) for prompt in prompts]
         threads = [threading.Thread(target=ask, args=item, daemon=True) for item in enumerate(texts)]
         started = time.perf_counter()
         for thread in threads:
@@ -285,7 +364,15 @@ class Engine:
         elapsed = time.perf_counter() - started
         if errors:
             raise errors[0]
-        return [answer for answer in answers if answer is not None], elapsed
+        finished = tuple(answer for answer in answers if answer is not None)
+        spoke = all(progress)  # a request may end before its first token
+        return Measurement(
+            answers=finished,
+            seconds=elapsed,
+            first_token_s=max(each[0][0] for each in progress) - started if spoke else elapsed,
+            tokens_per_s=sum(len(answer.token_ids) for answer in finished) / elapsed,
+            decode_tokens_per_s=_decode_rate(progress) if spoke else None,
+        )
 
     @staticmethod
     def as_chat(tokenizer: Any, prompt: str) -> str:
@@ -304,3 +391,33 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def interleaved(
+    engines: Mapping[str, Engine],
+    texts: Sequence[str],
+    max_tokens: int,
+    rounds: int,
+    *,
+    full_length: bool = False,
+    done: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Measurement]]:
+    """Measure every engine ``rounds`` times in turns, A B C A B C: a slow moment of the machine hits all alike.
+
+    Args:
+        engines: by label.
+        texts, max_tokens, full_length: see :meth:`Engine.measure`.
+        done: called before each measurement with the number of those done and of all.
+    """
+    measured: dict[str, list[Measurement]] = {label: [] for label in engines}
+    for turn in range(rounds):
+        for place, (label, engine) in enumerate(engines.items()):
+            done(turn * len(engines) + place, rounds * len(engines))
+            measured[label].append(engine.measure(texts, max_tokens, full_length=full_length))
+    return measured
+
+
+def median(measurements: Sequence[Measurement], field: str) -> float | None:
+    """Median of a field; None when no measurement has it."""
+    values = [value for each in measurements if (value := getattr(each, field)) is not None]
+    return statistics.median(values) if values else None

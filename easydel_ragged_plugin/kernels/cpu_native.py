@@ -197,20 +197,22 @@ class CpuNativeKernel:
         }
         output = jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype)
         sinks = jnp.zeros((0,), jnp.float32) if operands.sinks is None else operands.sinks.astype(jnp.float32)
-        metadata = (operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution, sinks)
+        index = (operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution)
         with jax.named_scope("ragged_page_attention_native"):
             if operands.keys is None or operands.values is None:
-                call = jax.ffi.ffi_call(TARGETS["v2"], output, vmap_method="sequential")
-                return call(operands.queries, operands.pages, *metadata, **attributes), operands.pages
+                attend = jax.ffi.ffi_call(TARGETS["v2"], output, vmap_method="sequential")
+                return attend(operands.queries, operands.pages, *index, sinks, **attributes), operands.pages
             keys, values = operands.keys, operands.values
             if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
                 keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
             pages = jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype)
             # Pages in and out are one buffer: where the caller donates them, nothing is copied.
-            call = jax.ffi.ffi_call(
+            update_and_attend = jax.ffi.ffi_call(
                 TARGETS["v3"], (output, pages), vmap_method="sequential", input_output_aliases={3: 1}
             )
-            attended, updated = call(operands.queries, keys, values, operands.pages, *metadata, **attributes)
+            attended, updated = update_and_attend(
+                operands.queries, keys, values, operands.pages, *index, sinks, **attributes
+            )
             return attended, updated
 
 

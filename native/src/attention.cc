@@ -207,6 +207,7 @@ const char* check(const Problem& p) {
 }
 
 void run(const Problem& p, const Executor& executor) {
+  if (p.num_tokens == 0) return;
   const Routines& isa = routines();
   const std::vector<Row> rows = live_rows(p);
   clear_dead_tokens(p, rows);

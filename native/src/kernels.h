@@ -24,6 +24,24 @@ constexpr bool kDotBF16 = true;
 constexpr bool kDotBF16 = false;
 #endif
 
+#if defined(__AMX_BF16__)
+constexpr bool kDotTiles = true;
+
+// Shapes of the tile registers: 16 rows of up to 64 bytes.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  inline __attribute__((always_inline)) void set(int tile, int bytes) {
+    row_bytes[tile] = uint16_t(bytes);
+    rows[tile] = 16;
+  }
+  inline __attribute__((always_inline)) void load() const { _tile_loadconfig(this); }
+};
+#else
+constexpr bool kDotTiles = false;
+#endif
+
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr int kCacheLine = 64;
@@ -203,8 +221,10 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
     typename Dot::Vec key[kTokens];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) key[t] = Dot::key(keys[t] + offset + d);
+    if (d % int64_t(kCacheLine / sizeof(T)) == 0) {
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) prefetch(next[t] + offset + d);
+      for (int t = 0; t < kTokens; ++t) prefetch(next[t] + offset + d);
+    }
 #pragma GCC unroll 16
     for (int q = 0; q < kQueries; ++q) {
       const typename Dot::Vec query = Dot::query(queries + q * query_stride + d);
@@ -254,7 +274,8 @@ RAGGED_INLINE void decode_values(const float* weights, const float* factor, cons
     for (int c = 0; c < kVectors; ++c)
       value[c] = kTail ? load_tail(from + c * kLanes, tail) : load(from + c * kLanes);
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) prefetch(next[t] + offset + c * kLanes);
+    for (int c = 0; c < kVectors; ++c)
+      if (c * kLanes % int(kCacheLine / sizeof(T)) == 0) prefetch(next[t] + offset + c * kLanes);
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
       const VecF weight = splat(weights[q * kDecodeBlock + t]);
@@ -312,10 +333,13 @@ RAGGED_INLINE float decode_softmax(const Logits& logits, float* row, int64_t cou
   return factor;
 }
 
+constexpr int kTileQueries = 16;  // most queries of one tile product
+
 template <class T, class Dot>
 struct DecodeScratch {
   typename Dot::Query* queries;
-  float* weights;
+  float* weights;   // of the queries that are worked on, [queries][kDecodeBlock]
+  uint32_t* tiles;  // the queries once more, as right operands of tile products
   float* factor;
   const T** slot;
   const T** next;
@@ -325,7 +349,8 @@ struct DecodeScratch {
     Carver carver{static_cast<char*>(base)};
     query_stride = round_up(p.head_dim, 2 * kLanes);
     queries = carver.take<typename Dot::Query>(p.num_q_heads * query_stride);
-    weights = carver.take<float>(4 * kDecodeBlock);
+    weights = carver.take<float>(kTileQueries * kDecodeBlock);
+    tiles = carver.take<uint32_t>(p.num_q_heads * query_stride / 2);
     factor = carver.take<float>(4);
     slot = carver.take<const T*>(kDecodeBlock + kLanes);
     next = carver.take<const T*>(kDecodeBlock + kLanes);
@@ -342,19 +367,105 @@ void read_queries(const Problem& p, const Source* from, const DecodeScratch<T, D
   }
 }
 
+#if defined(__AMX_BF16__)
+// Products on tiles, with keys as left operands, which are loaded from the cache as they lie there: 16 tokens at equal
+// distances. All queries of a group are columns of the right operand.
+struct DecodeTiles {
+  int64_t group, steps;
+  bool used;
+  bool regular[kDecodeBlock / 16];  // whether 16 tokens of the block lie at equal distances
+
+  DecodeTiles(const Problem& p, const BF16* queries, int64_t query_stride, uint32_t* tiles)
+      : group(p.group()), steps(p.head_dim / 32), used(group <= kTileQueries && p.head_dim % 32 == 0) {
+    if (!used) return;
+    for (int64_t h = 0; h < p.num_kv_heads; ++h)
+      for (int64_t pair = 0; pair < steps * 16; ++pair)
+        for (int64_t g = 0; g < group; ++g)
+          __builtin_memcpy(&tiles[(h * steps * 16 + pair) * group + g], queries + (h * group + g) * query_stride + 2 * pair,
+                           sizeof(uint32_t));
+    TileConfig config;
+    for (int i = 0; i < 5; ++i) config.set(i, i == 2 || i == 3 ? 64 : int(group) * 4);
+    config.load();
+  }
+  ~DecodeTiles() {
+    if (used) _tile_release();
+  }
+  DecodeTiles(const DecodeTiles&) = delete;
+
+  void look(const BF16* const* slot, int64_t count, int64_t token_stride) {
+    for (int64_t t = 0; t < count; t += 16) {
+      bool equal = t + 16 <= count;
+      for (int64_t i = t + 1; equal && i < t + 16; ++i) equal = slot[i] - slot[i - 1] == token_stride;
+      regular[t / 16] = equal;
+    }
+  }
+
+  // Logits of kBlocks blocks of 16 tokens.
+  template <int kBlocks>
+  void multiply(const BF16* const* slot, const BF16* const* next, int64_t token_stride, int64_t offset,
+                const uint32_t* tiles, float* logits) const {
+    float products[kBlocks * 16 * kTileQueries];
+    _tile_zero(0);
+    if constexpr (kBlocks == 2) _tile_zero(1);
+    for (int64_t k = 0; k < steps; ++k) {
+      _tile_loadd(4, tiles + k * 16 * group, group * 4);
+      _tile_loadd(2, slot[0] + offset + k * 32, token_stride * 2);
+      _tile_dpbf16ps(0, 2, 4);
+      if constexpr (kBlocks == 2) {
+        _tile_loadd(3, slot[16] + offset + k * 32, token_stride * 2);
+        _tile_dpbf16ps(1, 3, 4);
+      }
+      for (int t = 0; t < 16 * kBlocks; ++t) prefetch(next[t] + offset + k * 32);
+    }
+    _tile_stored(0, products, group * 4);
+    if constexpr (kBlocks == 2) _tile_stored(1, products + 16 * group, group * 4);
+    VecI column;
+    for (int i = 0; i < kLanes; ++i) column[i] = i * int32_t(group);
+    for (int64_t g = 0; g < group; ++g)
+      for (int b = 0; b < kBlocks; ++b)
+        store(logits + g * kDecodeBlock + b * 16,
+              (VecF)_mm512_i32gather_ps((__m512i)column, products + b * 16 * group + g, 4));
+  }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+struct NoTiles {
+  template <class... Arguments>
+  explicit NoTiles(Arguments&&...) {}
+};
+template <bool kTiles>
+struct ChooseTiles {
+  using type = NoTiles;
+};
+template <>
+struct ChooseTiles<true> {
+  using type = DecodeTiles;
+};
+template <bool kTiles>
+using TilesOr = typename ChooseTiles<kTiles>::type;
+#endif
+
+// Attention of kQueries heads to the tokens of a block; the products may be in s.weights already.
 template <int kQueries, bool kCapped, class Dot, class T>
 void decode_heads(const Problem& p, const Logits& logits, const DecodeScratch<T, Dot>& s, int64_t head, int64_t offset,
-                  int64_t count, Partial partial, int64_t stride) {
-  decode_products<Dot, kQueries>(s.queries + head * s.query_stride, s.query_stride, s.slot, s.next, count, offset,
-                                 p.head_dim, s.weights);
+                  int64_t count, Partial partial, int64_t stride, float* weights, bool multiplied) {
+  if (!multiplied)
+    decode_products<Dot, kQueries>(s.queries + head * s.query_stride, s.query_stride, s.slot, s.next, count, offset,
+                                   p.head_dim, weights);
   for (int q = 0; q < kQueries; ++q)
-    s.factor[q] = decode_softmax<kCapped>(logits, s.weights + q * kDecodeBlock, count, partial.maximum[head + q],
+    s.factor[q] = decode_softmax<kCapped>(logits, weights + q * kDecodeBlock, count, partial.maximum[head + q],
                                           partial.total[head + q]);
-  decode_all_values<kQueries>(s.weights, s.factor, s.slot, s.next, count, offset + p.value_offset, p.head_dim,
+  decode_all_values<kQueries>(weights, s.factor, s.slot, s.next, count, offset + p.value_offset, p.head_dim,
                               partial.weighted + head * stride, stride);
 }
 
-template <class T, class Dot, bool kCapped>
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
+
+template <class T, class Dot, bool kCapped, bool kTiles = false>
 void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
                 void* scratch) {
   DecodeScratch<T, Dot> s(p, scratch);
@@ -372,6 +483,9 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
   }
   __builtin_memset(partial.weighted, 0, size_t(p.num_q_heads * stride) * sizeof(float));
 
+#if defined(__AMX_BF16__)
+  TilesOr<kTiles> tiles(p, s.queries, s.query_stride, s.tiles);
+#endif
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
   while (count > 0) {
@@ -379,14 +493,48 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
     const int64_t ahead = min64(block, end - begin - count);
     if (ahead > 0) cache.slots(begin + count, ahead, s.next);
     for (int64_t t = ahead; t < round_up(count, kLanes); ++t) s.next[t] = s.slot[t];  // nothing left to ask for
+#if defined(__AMX_BF16__)
+    if constexpr (kTiles) tiles.look(s.slot, count, cache.token_stride);
+#endif
     for (int64_t h = 0; h < p.num_kv_heads; ++h) {
       const int64_t offset = h * p.head_stride;
-      int64_t head = h * group, left = group;
-      for (; left >= 4; left -= 4, head += 4)
-        decode_heads<4, kCapped>(p, logits, s, head, offset, count, partial, stride);
-      if (left == 3) decode_heads<3, kCapped>(p, logits, s, head, offset, count, partial, stride);
-      if (left == 2) decode_heads<2, kCapped>(p, logits, s, head, offset, count, partial, stride);
-      if (left == 1) decode_heads<1, kCapped>(p, logits, s, head, offset, count, partial, stride);
+      bool multiplied = false;
+#if defined(__AMX_BF16__)
+      if constexpr (kTiles) {
+        if (tiles.used) {
+          const uint32_t* queries = s.tiles + h * tiles.steps * 16 * group;
+          multiplied = true;
+          for (int64_t t = 0; t < count; t += 16) {
+            if (tiles.regular[t / 16] && t + 32 <= count && tiles.regular[t / 16 + 1]) {
+              tiles.template multiply<2>(s.slot + t, s.next + t, cache.token_stride, offset, queries, s.weights + t);
+              t += 16;
+            } else if (tiles.regular[t / 16]) {
+              tiles.template multiply<1>(s.slot + t, s.next + t, cache.token_stride, offset, queries, s.weights + t);
+            } else {
+              for (int64_t g = 0; g < group; ++g)
+                decode_products<Dot, 1>(s.queries + (h * group + g) * s.query_stride, s.query_stride, s.slot + t,
+                                        s.next + t, min64(16, count - t), offset, p.head_dim,
+                                        s.weights + g * kDecodeBlock + t);
+            }
+          }
+        }
+      }
+#endif
+      float* weights = s.weights;
+      for (int64_t head = h * group, left = group; left > 0;) {
+        const int64_t taken = min64(left, 4);
+        const auto attend = [&](auto queries) {
+          decode_heads<decltype(queries)::value, kCapped>(p, logits, s, head, offset, count, partial, stride, weights,
+                                                          multiplied);
+        };
+        if (taken == 4) attend(Count<4>{});
+        if (taken == 3) attend(Count<3>{});
+        if (taken == 2) attend(Count<2>{});
+        if (taken == 1) attend(Count<1>{});
+        left -= taken;
+        head += taken;
+        if (multiplied) weights += taken * kDecodeBlock;
+      }
     }
     begin += count;
     count = ahead;
@@ -404,8 +552,8 @@ void decode(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t
   const bool capped = p.logits_soft_cap > 0;
 #if defined(__AVX512BF16__)
   if (pairs(p))
-    return capped ? decode_row<BF16, PairDot, true>(p, row, token, begin, end, partial, scratch)
-                  : decode_row<BF16, PairDot, false>(p, row, token, begin, end, partial, scratch);
+    return capped ? decode_row<BF16, PairDot, true, kDotTiles>(p, row, token, begin, end, partial, scratch)
+                  : decode_row<BF16, PairDot, false, kDotTiles>(p, row, token, begin, end, partial, scratch);
 #endif
   with_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -483,20 +631,10 @@ struct TileStep {
   static constexpr int kElements = 2;
   static constexpr int kRows = 32;
   static constexpr bool kTiles = true;
-  struct Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  };
   RAGGED_INLINE void begin() {
-    Config config;
-    __builtin_memset(&config, 0, sizeof(config));
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    _tile_loadconfig(&config);
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.set(i, 64);
+    config.load();
   }
   RAGGED_INLINE void end() { _tile_release(); }
 

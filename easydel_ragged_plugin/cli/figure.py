@@ -1,0 +1,173 @@
+"""The figure of a benchmark: how close each kernel comes to the machine's limit, for each workload."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MissingMatplotlib", "draw", "require"]
+
+LABELS = {"cpu_native": "native (this package)", "xla": "XLA (this package)", "ejkernel": "EasyDeL"}
+COLOURS = {"cpu_native": "#0f766e", "xla": "#7cc5bd", "ejkernel": "#c9742b"}
+OTHER_COLOURS = ("#4f5d95", "#8c6bb1", "#6b7280")  # kernels of hooks
+LIMITS = {"read": "memory", "gemm": "float32 GEMM"}
+INK, FAINT = "#1f2933", "#6b7785"
+
+LONGEST = 1.25
+"""Longer bars are cut, with an arrow: a bfloat16 product can be several times as fast as the float32 one."""
+
+DPI = 160
+WIDTH = 10.0
+"""Inches."""
+
+
+class MissingMatplotlib(Exception):
+    """matplotlib is not installed."""
+
+
+def require() -> None:
+    """Raise :class:`MissingMatplotlib`, with what to do, when there is no matplotlib. Imports nothing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingMatplotlib(
+            "--figure needs matplotlib, which this environment lacks. Run: pip install 'easydel-ragged-plugin[bench]'"
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    machine, limits = report["machine"], report["limits"]
+    versions = machine["versions"]
+    names = (("easydel-ragged-plugin", "plugin"), ("easydel", "EasyDeL"), ("ejkernel", "ejkernel"), ("jax", "JAX"))
+    count = machine["processors"]
+    isa = f" ({machine['native_isa']})" if machine.get("native_isa") else ""
+    first = (
+        f"{machine['device']}, {count} processor{'s' * (count != 1)}{isa}: reads "
+        f"{limits['read_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {limits['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+    return "\n".join(
+        [first, " · ".join([*(f"{label} {versions[n]}" for n, label in names if n in versions), machine["date"]])]
+    )
+
+
+def draw(report: Mapping[str, Any], file: Path) -> None:
+    """Write the picture of ``report`` (the content of ``bench --json``) to ``file``.
+
+    Raises:
+        MissingMatplotlib: there is none.
+        ValueError: the report holds no workload with a limit.
+    """
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure
+
+    results = [each for each in report["results"] if each["limit_us"] is not None and each["timings"]]
+    if not results:
+        raise ValueError("figure: got no workload with a limit, wanted one at least; 'tiny' and 'engine' have none.")
+    kernels = list(dict.fromkeys(timing["kernel"] for each in results for timing in each["timings"]))
+    kernels.sort(key=lambda name: (name == "ejkernel", list(LABELS).index(name) if name in LABELS else -1))
+    bar = 0.8 / len(kernels)
+    height = 1.75 + len(results) * (0.2 + 0.19 * len(kernels))
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.265, 0.6 / height, 0.70, (height - 1.75) / height))
+    others = iter(OTHER_COLOURS * len(kernels))
+    top = 1.0
+    for place, kernel in enumerate(kernels):
+        shares, positions = [], []
+        for row, each in enumerate(results):
+            found = [timing["share"] for timing in each["timings"] if timing["kernel"] == kernel]
+            if found:
+                shares.append(found[0])
+                positions.append(row + (place - (len(kernels) - 1) / 2) * bar)
+        colour = COLOURS.get(kernel) or next(others)
+        axes.barh(
+            positions,
+            [min(share, LONGEST) for share in shares],
+            0.9 * bar,
+            color=colour,
+            label=LABELS.get(kernel, kernel),
+            zorder=2,
+        )
+        for share, position in zip(shares, positions, strict=True):
+            cut = share > LONGEST
+            axes.annotate(
+                f"{_percent(share)} \u2192" if cut else _percent(share),
+                (min(share, LONGEST), position),
+                xytext=(-5 if cut else 4, 0),
+                textcoords="offset points",
+                ha="right" if cut else "left",
+                va="center",
+                fontsize=8,
+                color="white" if cut else INK,
+                fontweight="bold" if place == 0 else "normal",
+                # White behind it, where it lies over the line at 100 %.
+                bbox={"facecolor": colour if cut else "white", "edgecolor": "none", "pad": 0.8},
+                zorder=3,
+            )
+        top = max([top, *(min(share, LONGEST) for share in shares)])
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xlim(0, 1.09 * top)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_yticks(range(len(results)), [f"{name}\n" for name in _row_labels(results)])
+    for row, each in enumerate(results):
+        axes.annotate(
+            f"limit: {LIMITS[each['bound']]}",
+            (0, row),
+            xytext=(-3.5, -2),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=FAINT,
+            annotation_clip=False,
+        )
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    axes.set_xlabel("share of the limit: time at the machine's read or GEMM rate / time taken", color=FAINT, fontsize=9)
+    axes.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
+    axes.tick_params(axis="x", length=0, labelsize=8.5, labelcolor=FAINT)
+    axes.grid(axis="x", color="#e4e8ec", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    title = f"Ragged page attention {'/'.join(dict.fromkeys(each['version'] for each in results))}"
+    dtypes = {each["dtype"] for each in results}
+    if len(dtypes) == 1:
+        title += f", {dtypes.pop()}"
+    figure.text(
+        0.02, 1 - 0.32 / height, f"{title}: how close to the machine's limit", fontsize=14, weight="bold", color=INK
+    )
+    figure.text(0.02, 1 - 0.45 / height, _subtitle(report), fontsize=8.5, color=FAINT, va="top", linespacing=1.45)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(0.012, 1 - 0.82 / height),
+        ncols=len(kernels),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.2,
+        handleheight=0.9,
+        columnspacing=1.6,
+    )
+    figure.savefig(file, dpi=DPI)
+
+
+def _row_labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    several_versions = len({each["version"] for each in results}) > 1
+    several_dtypes = len({each["dtype"] for each in results}) > 1
+    labels = []
+    for each in results:
+        name = each["case"]
+        if several_versions:
+            name += f" {each['version']}"
+        if several_dtypes:
+            name += f" {each['dtype'].replace('float', 'f')}"
+        labels.append(name)
+    return labels

@@ -1,0 +1,452 @@
+"""The native CPU kernel at every instruction set of this machine, and everything around it that can go wrong.
+
+``test_kernels.py`` runs all cases on every kernel; here are the instruction sets, the options in combination, the
+buffers, threads, and what happens with a library that is missing or was built for another jaxlib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3, reference
+from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, build_batch, case_named
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
+
+UNAVAILABLE = cpu_native.availability()
+LEVELS = () if UNAVAILABLE else cpu_native.isa_levels()
+
+needs_library = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"no native kernel here: {UNAVAILABLE}")
+
+# Bounds on results of size 1, by the query's dtype: float32 sums of a few hundred terms, and one rounding of the
+# result and of each probability to the shorter types. Relative and absolute.
+BOUNDS = {"float32": (2e-5, 2e-5), "bfloat16": (2**-8, 2**-7), "float16": (2**-10, 2**-9)}
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpu_native.set_isa(request.param)
+    yield request.param
+    cpu_native.set_isa(None)
+
+
+each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
+
+
+@functools.cache
+def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    if version == "v2":
+
+        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+            output = ragged_page_attention_v2(queries, pages, *index, last, sinks, config="cpu_native", **dict(options))
+            return output, pages
+
+        return jax.jit(call)
+
+    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+        return ragged_page_attention_v3(
+            queries, keys, values, pages, *index, last, sinks, config="cpu_native", **dict(options)
+        )
+
+    return jax.jit(call, donate_argnums=0)
+
+
+def run_batch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    is_v2 = batch.version == "v2"
+    call = compiled(batch.version, tuple(sorted(batch.case.options.items())))
+    output, pages = call(
+        jnp.array(batch.updated_pages if is_v2 else batch.pages),
+        jnp.array(batch.queries),
+        jnp.array(batch.keys),
+        jnp.array(batch.values),
+        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
+        jnp.array(batch.num_seqs if is_v2 else batch.distribution),
+        None if batch.sinks is None else jnp.array(batch.sinks),
+    )
+    return np.asarray(output), np.asarray(pages)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize(
+    ("case", "version"),
+    [pytest.param(case, version, id=f"{case.name}-{version}") for case in CASES for version in case.versions],
+)
+def test_case_matches_oracle_at_every_instruction_set(case: Case, version: str, level: str) -> None:
+    batch = build_batch(case, version)
+    expected, expected_pages = batch.expected()
+    output, pages = run_batch(batch)
+    tolerance = tolerance_for(case)
+    np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+
+
+def random_call(
+    version: str,
+    rows: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtypes: tuple[Any, Any],
+    page_size: int,
+) -> dict[str, Any]:
+    """Arguments of one call, pages shuffled; ``rows`` holds (context, new tokens), ``dtypes`` query and cache."""
+    random = np.random.default_rng(len(rows) * 1000 + head_dim)
+    q_heads, kv_heads = heads
+    needed = [-(-context // page_size) for context, _ in rows]
+    num_pages, width = sum(needed) + 2, max(needed) + 1
+    order = iter(random.permutation(num_pages - 1) + 1)
+    tables = np.zeros((len(rows), width), np.int32)
+    for row, count in enumerate(needed):
+        tables[row, :count] = [next(order) for _ in range(count)]
+    starts = np.cumsum([0, *(new for _, new in rows)]).astype(np.int32)
+    tokens = int(starts[-1]) + 2
+    query_dtype, cache_dtype = map(np.dtype, dtypes)
+    shape = page_shape(version, num_pages, page_size, kv_heads, head_dim, cache_dtype)
+    normal = random.standard_normal
+    return {
+        "queries": normal((tokens, q_heads, head_dim)).astype(np.float32).astype(query_dtype),
+        "keys": normal((tokens, kv_heads, head_dim)).astype(np.float32).astype(query_dtype),
+        "values": normal((tokens, kv_heads, head_dim)).astype(np.float32).astype(query_dtype),
+        "pages": normal(shape).astype(np.float32).astype(cache_dtype),
+        "index": (np.array([context for context, _ in rows], np.int32), tables, starts),
+        "count": np.array([len(rows)], np.int32),
+        "distribution": np.array([0, 0, len(rows)], np.int32),
+    }
+
+
+def call_both(version: str, a: dict[str, Any], sinks: Any = None, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """(output, pages) of the oracle, then of the kernel."""
+    for native in (False, True):
+        if version == "v2":
+            function = ragged_page_attention_v2 if native else reference.ragged_page_attention_v2
+            arguments = (a["queries"], a["pages"], *a["index"], a["count"], sinks)
+        else:
+            function = ragged_page_attention_v3 if native else reference.ragged_page_attention_v3
+            arguments = (a["queries"], a["keys"], a["values"], a["pages"], *a["index"], a["distribution"], sinks)
+        if not native:
+            result = function(*arguments, **options)
+        else:
+            arguments = tuple(None if array is None else jnp.array(array) for array in arguments)
+            result = jax.jit(functools.partial(function, config="cpu_native", **options))(*arguments)
+        output, pages = result if version == "v3" else (result, a["pages"])
+        yield np.asarray(output), np.asarray(pages)
+
+
+def assert_matches(
+    version: str, arguments: dict[str, Any], sinks: Any = None, scale: float = 1.0, **options: Any
+) -> None:
+    (expected, expected_pages), (output, pages) = call_both(version, arguments, sinks, **options)
+    relative, absolute = BOUNDS[output.dtype.name]
+    np.testing.assert_allclose(
+        output.astype(np.float64), np.asarray(expected, np.float64), rtol=relative, atol=absolute * scale
+    )
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+
+
+ROWS = [(70, 1), (1, 1), (45, 45), (90, 13), (33, 2), (64, 1)]
+GEOMETRIES = [
+    ((8, 2), 128),
+    ((9, 3), 64),
+    ((5, 5), 80),
+    ((14, 2), 72),
+    ((6, 1), 96),
+    ((4, 2), 192),
+    ((3, 1), 256),
+    ((2, 2), 7),
+]
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("heads", "head_dim"), GEOMETRIES)
+def test_geometry(heads: tuple[int, int], head_dim: int, dtype: str, level: str) -> None:
+    version = "v3" if (head_dim + heads[0]) % 2 else "v2"
+    arguments = random_call(version, ROWS, heads, head_dim, (jnp.dtype(dtype), jnp.dtype(dtype)), 16)
+    assert_matches(version, arguments)
+
+
+OPTIONS = {
+    "window": {"sliding_window": 9},
+    "wide-window": {"sliding_window": 50, "logits_soft_cap": 3.0},
+    "cap": {"logits_soft_cap": 0.7},
+    "scales": {"softmax_scale": 0.2, "q_scale": 0.5, "k_scale": 1.5, "v_scale": 2.0},
+}
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options: dict[str, Any], with_sinks: bool, level: str) -> None:
+    for version, dtype in (("v2", jnp.float32), ("v3", jnp.bfloat16)):
+        arguments = random_call(version, ROWS, (6, 2), 64, (dtype, dtype), 8)
+        sinks = np.linspace(-2, 2, 6).astype(np.float32) if with_sinks else None
+        assert_matches(version, arguments, sinks, scale=options.get("v_scale", 1.0), **options)
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("query", ["float32", "bfloat16"])
+def test_query_and_cache_dtypes_may_differ(query: str, cache: str, level: str) -> None:
+    arguments = random_call("v3", ROWS, (4, 2), 80, (jnp.dtype(query), jnp.dtype(cache)), 8)
+    arguments["keys"][:, :, ::3] *= 1000  # past what the 8-bit types hold
+    arguments["queries"] = (arguments["queries"] * 0.01).astype(arguments["queries"].dtype)
+    (expected, expected_pages), (output, pages) = call_both("v3", arguments)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    np.testing.assert_allclose(output.astype(np.float64), np.asarray(expected, np.float64), rtol=2**-7, atol=2**-5)
+
+
+@needs_library
+def test_every_bit_pattern_of_short_floats_is_decoded() -> None:
+    """One query, one key, so that the output is the value: all 256 patterns, and the 65536 of float16."""
+    for dtype, count in ((jnp.float8_e4m3fn, 1 << 8), (jnp.float8_e5m2, 1 << 8), (jnp.float16, 1 << 16)):
+        head_dim = 128
+        patterns = np.arange(count, dtype=np.uint16).astype(f"uint{8 * np.dtype(dtype).itemsize}").view(dtype)
+        tokens = count // head_dim
+        pages = np.zeros((tokens, 1, 2, head_dim), dtype)
+        pages[:, 0, 1] = patterns.reshape(tokens, head_dim)
+        ones, starts = np.ones(tokens, np.int32), np.arange(tokens + 1, dtype=np.int32)
+        for name in LEVELS:
+            cpu_native.set_isa(name)
+            output = ragged_page_attention_v2(
+                jnp.zeros((tokens, 1, head_dim), jnp.float32),
+                jnp.array(pages),
+                ones,
+                np.arange(tokens, dtype=np.int32)[:, None],
+                starts,
+                np.array([tokens], np.int32),
+                config="cpu_native",
+            )
+            np.testing.assert_array_equal(np.asarray(output).ravel(), patterns.astype(np.float32))
+        cpu_native.set_isa(None)
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize("cache", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+def test_stored_values_are_rounded_like_numpy(cache: str, level: str) -> None:
+    """Ties, subnormals, overflow and NaN of a float32 written into a narrower cache."""
+    info = jnp.finfo(cache)
+    special = [0.0, -0.0, float(info.max), float(info.tiny), float(info.smallest_subnormal), np.nan, np.inf, -np.inf]
+    steps = np.float32(info.smallest_subnormal) * np.arange(-40, 41, dtype=np.float32) / 4
+    ties = (1 + np.arange(64, dtype=np.float32) * np.float32(info.eps) / 2) * 2
+    values = np.concatenate([np.array(special, np.float32), steps, ties, ties * np.float32(1.0001)])
+    values = np.resize(values, (2, 1, 128))
+    arguments = random_call("v3", [(2, 2)], (1, 1), 128, (jnp.float32, jnp.dtype(cache)), 4)
+    arguments["keys"], arguments["values"] = np.resize(values, (4, 1, 128)), np.resize(values[::-1], (4, 1, 128))
+    (_, expected), (_, pages) = call_both("v3", arguments)
+    mine, theirs = pages.astype(np.float32), expected.astype(np.float32)
+    np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(np.signbit(mine)[~np.isnan(mine)], np.signbit(theirs)[~np.isnan(theirs)])
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(30))
+def test_hostile_metadata(seed: int) -> None:
+    """Index arrays with anything in them: results are finite, and the cache changes only in its own slots."""
+    random = np.random.default_rng(seed)
+    arguments = random_call("v3", ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
+    extremes = np.array([-(2**31), -1, 0, 1, 7, 63, 2**31 - 1], np.int64)
+    for array in (*arguments["index"], arguments["distribution"]):
+        flat = array.reshape(-1)
+        spoiled = random.random(flat.size) < 0.3
+        flat[spoiled] = random.choice(extremes, int(spoiled.sum()))
+    arrays = (arguments["queries"], arguments["keys"], arguments["values"], arguments["pages"], *arguments["index"])
+    output, pages = ragged_page_attention_v3(
+        *map(jnp.array, arrays), jnp.array(arguments["distribution"]), config="cpu_native"
+    )
+    assert np.isfinite(np.asarray(output)).all()
+    assert pages.shape == arguments["pages"].shape
+
+
+@needs_library
+def test_rows_that_claim_tokens_of_an_earlier_row_give_nothing() -> None:
+    arguments = random_call("v2", [(20, 10), (9, 1), (15, 5)], (2, 1), 64, (jnp.float32, jnp.float32), 8)
+    arguments["index"][2][:] = [0, 10, 2, 7]  # row 1 runs backwards, row 2 lies inside row 0
+    (_, _), (output, _) = call_both("v2", arguments)
+    alone = dict(arguments, count=np.array([1], np.int32))
+    (_, _), (expected, _) = call_both("v2", alone)
+    np.testing.assert_array_equal(output, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [[(3000, 1)], [(900, 1)] * 6, [(700, 300), (1500, 1), (20, 1)]])
+def test_repeated_calls_give_the_same_bits(shape: list[tuple[int, int]]) -> None:
+    arguments = random_call("v2", shape, (8, 4), 128, (jnp.bfloat16, jnp.bfloat16), 32)
+    call = jax.jit(functools.partial(ragged_page_attention_v2, config="cpu_native"))
+    arrays = [jnp.array(x) for x in (arguments["queries"], arguments["pages"], *arguments["index"], arguments["count"])]
+    first = bits(np.asarray(call(*arrays)))
+    for _ in range(8):
+        np.testing.assert_array_equal(bits(np.asarray(call(*arrays))), first)
+    oracle, kernel = call_both("v2", arguments)
+    np.testing.assert_allclose(kernel[0].astype(np.float64), np.asarray(oracle[0], np.float64), rtol=2**-8, atol=2**-7)
+
+
+@needs_library
+def test_pages_without_donation_keep_their_old_values() -> None:
+    arguments = random_call("v3", ROWS, (4, 2), 128, (jnp.float32, jnp.float32), 8)
+    pages = jnp.array(arguments["pages"])
+    arrays = [jnp.array(arguments[name]) for name in ("queries", "keys", "values")]
+    _, updated = jax.jit(functools.partial(ragged_page_attention_v3, config="cpu_native"))(
+        *arrays, pages, *map(jnp.array, arguments["index"]), jnp.array(arguments["distribution"])
+    )
+    np.testing.assert_array_equal(np.asarray(pages), arguments["pages"])
+    assert (np.asarray(updated) != arguments["pages"]).any()
+
+
+@needs_library
+def test_donated_pages_stay_where_they_are() -> None:
+    """Two steps in a row write into the very buffer that the caller made."""
+    batch = build_batch(case_named("mixed"), "v3")
+    step = compiled("v3", tuple(sorted(batch.case.options.items())))
+    pages = jnp.array(batch.pages) + 0
+    address = pages.unsafe_buffer_pointer()
+    rest = (
+        jnp.array(batch.queries),
+        jnp.array(batch.keys),
+        jnp.array(batch.values),
+        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
+        jnp.array(batch.distribution),
+        None if batch.sinks is None else jnp.array(batch.sinks),
+    )
+    for _ in range(2):
+        _, pages = step(pages, *rest)
+        assert pages.unsafe_buffer_pointer() == address
+
+
+@needs_library
+def test_vmap_runs_each_call() -> None:
+    arguments = random_call("v2", ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
+    queries = jnp.stack([jnp.array(arguments["queries"]), jnp.array(arguments["queries"]) * 2])
+    rest = [jnp.array(x) for x in (arguments["pages"], *arguments["index"], arguments["count"])]
+
+    def call(q: jax.Array) -> jax.Array:
+        return ragged_page_attention_v2(q, *rest, config="cpu_native")
+
+    both = jax.vmap(call)(queries)
+    np.testing.assert_array_equal(np.asarray(both), np.stack([call(queries[0]), call(queries[1])]))
+
+
+@needs_library
+def test_what_it_refuses_is_named() -> None:
+    arguments = random_call("v2", ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
+    with jax.enable_x64(True), pytest.raises(Unsupported, match="cpu_native: float64 queries"):
+        ragged_page_attention_v2(
+            arguments["queries"].astype(np.float64),
+            arguments["pages"],
+            *arguments["index"],
+            arguments["count"],
+            config="cpu_native",
+        )
+    with pytest.raises(ValueError, match="instruction set: got 'sse9', wanted one of"):
+        cpu_native.set_isa("sse9")
+
+
+def in_new_process(code: str, **environment: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+REASON = "from easydel_ragged_plugin.kernels import cpu_native; print(cpu_native.availability())"
+
+
+def test_a_missing_library_is_a_reason() -> None:
+    assert "which is not a file" in in_new_process(REASON, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere/lib.so")
+
+
+def test_something_else_than_the_library_is_a_reason(tmp_path: Any) -> None:
+    file = tmp_path / "lib.so"
+    file.write_bytes(b"not a library")
+    assert "can't be loaded" in in_new_process(REASON, EASYDEL_RAGGED_NATIVE_LIBRARY=str(file))
+
+
+@needs_library
+def test_an_unknown_instruction_set_is_a_reason() -> None:
+    assert "EASYDEL_RAGGED_ISA is 'z80'" in in_new_process(REASON, EASYDEL_RAGGED_ISA="z80")
+
+
+@needs_library
+def test_an_older_jaxlib_is_a_reason_and_the_backend_lives() -> None:
+    code = (
+        "from easydel_ragged_plugin.kernels import cpu_native as native\n"
+        "native._offered_ffi_version = lambda: (0, 0)\n"
+        "print(native.availability())\n"
+        "import jax\n"
+        "print(jax.jit(lambda x: x + 1)(1))"
+    )
+    reason, answer = in_new_process(code).splitlines()
+    assert "built for XLA FFI 0." in reason
+    assert reason.endswith("offers 0.0: upgrade jaxlib")
+    assert answer == "2"
+
+
+@needs_library
+@pytest.mark.parametrize("level_name", LEVELS)
+def test_environment_chooses_the_instruction_set(level_name: str) -> None:
+    code = "from easydel_ragged_plugin.kernels import cpu_native; print(cpu_native.isa())"
+    assert in_new_process(code, EASYDEL_RAGGED_ISA=level_name) == level_name
+
+
+@needs_library
+def test_sharded_over_devices_equals_one_device() -> None:
+    """Eight devices in one process share one thread pool, and their calls run at the same time."""
+    code = """
+import functools, numpy as np, jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from easydel_ragged_plugin import ragged_page_attention_v2 as attend
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("heads",))
+key = jax.random.key(0)
+queries = jax.random.normal(key, (40, 32, 64)); pages = jax.random.normal(key, (130, 16, 32, 64))
+index = (jnp.full((5,), 400, jnp.int32), jnp.arange(125, dtype=jnp.int32).reshape(5, 25),
+         jnp.array([0, 1, 2, 3, 4, 40], jnp.int32), jnp.array([5], jnp.int32))
+call = functools.partial(attend, config="cpu_native")
+one = jax.jit(call)(queries, pages, *index)
+specs = (P(None, "heads"), P(None, None, "heads"), P(), P(), P(), P())
+many = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(None, "heads"), check_vma=False))
+for _ in range(20):
+    np.testing.assert_allclose(np.asarray(many(queries, pages, *index)), np.asarray(one), rtol=1e-5, atol=1e-5)
+print("equal", len(jax.devices()))
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    assert in_new_process(code, XLA_FLAGS=flags) == "equal 8"
+
+
+@needs_library
+def test_many_geometries_reuse_one_process() -> None:
+    """Temporary memory that a thread keeps from a large call serves a small one, and the other way round."""
+    for (context, new), heads in itertools.product([(5, 1), (900, 200), (40, 40)], [(16, 2), (1, 1)]):
+        arguments = random_call("v3", [(context, new)], heads, 64, (jnp.float32, jnp.float32), 16)
+        assert_matches("v3", arguments)
+
+
+def test_cases_cover_the_kernel() -> None:
+    """What this file relies on: the shared table has decode, prefill, windows, caps, sinks and 8-bit caches."""
+    names = {field.name for field in dataclasses.fields(Case)}
+    assert {"dtype", "cache_dtype", "sinks"} <= names
+    assert any(case.cache_dtype and case.cache_dtype.startswith("float8") for case in CASES)
