@@ -130,6 +130,7 @@ def _engines(
             engine = demo.start_engine(console, label, source, settings.replace(**VARIANTS[label]), tokenizer, workers)
             starts[label] = time.perf_counter() - started
             engines[label] = running.enter_context(engine)
+            engine.pause()
         yield engines, starts
 
 

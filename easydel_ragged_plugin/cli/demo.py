@@ -168,7 +168,9 @@ def _compare(
 ) -> None:
     for label, engine in engines.items():
         with stage(console, f"warming up ({label})"):
+            engine.resume()
             engine.chat(prompts, 2)
+            engine.pause()
     tokenizer = next(iter(engines.values())).tokenizer
     texts = [Engine.as_chat(tokenizer, prompt) for prompt in prompts]
     with stage(console, f"asking {len(prompts)} prompts, {repeats} rounds") as update:
@@ -227,6 +229,8 @@ def run(
         for label, changes in variants.items():
             engine = start_engine(console, label, source, base.replace(**changes), tokenizer, workers)
             engines[label] = running.enter_context(engine)
+            if compare:
+                engine.pause()
         console.print()
         if compare:
             _compare(console, engines, prompts, max_tokens, repeats)

@@ -382,6 +382,14 @@ class Engine:
         message = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
+    def pause(self) -> None:
+        """Stop the scheduler thread until :meth:`resume`: it polls, also where there is nothing to do, and takes a core."""
+        self._engine.pause()
+
+    def resume(self) -> None:
+        """Start the scheduler thread again."""
+        self._engine.resume()
+
     def close(self) -> None:
         """Stop the scheduler thread."""
         self._engine.terminate()
@@ -404,6 +412,8 @@ def interleaved(
 ) -> dict[str, list[Measurement]]:
     """Measure every engine ``rounds`` times in turns, A B C A B C: a slow moment of the machine hits all alike.
 
+    One engine runs at a time; all are left paused.
+
     Args:
         engines: by label.
         texts, max_tokens, full_length: see :meth:`Engine.measure`.
@@ -413,7 +423,9 @@ def interleaved(
     for turn in range(rounds):
         for place, (label, engine) in enumerate(engines.items()):
             done(turn * len(engines) + place, rounds * len(engines))
+            engine.resume()
             measured[label].append(engine.measure(texts, max_tokens, full_length=full_length))
+            engine.pause()
     return measured
 
 
