@@ -383,7 +383,7 @@ class Engine:
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     def pause(self) -> None:
-        """Stop the scheduler thread until :meth:`resume`: it polls, also where there is nothing to do, and takes a core."""
+        """Stop the scheduler thread until :meth:`resume`. It polls when there is nothing to do, and takes a core."""
         self._engine.pause()
 
     def resume(self) -> None:
