@@ -112,7 +112,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types, with JAX's and without the host's, which has none."""
-    install(session, "test", MYPY)
+    install(session, "bench,test", MYPY)
     session.chdir(ROOT)
     session.run("mypy")
 
