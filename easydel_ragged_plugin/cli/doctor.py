@@ -161,7 +161,7 @@ def _self_check(version: Any) -> str:
     import numpy as np
 
     from easydel_ragged_plugin import api
-    from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
+    from easydel_ragged_plugin.testing.batches import Case, Row, build_batch
     from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
     rows = (Row(11, 1), Row(5, 1), Row(9, 9), Row(14, 6))

@@ -21,9 +21,10 @@ __all__ = [
 ]
 
 # The contract's assertions are to explain themselves, as those in test files do. Only pytest can arrange that, and only
-# before the module is imported.
+# before the modules are imported.
 if "pytest" in sys.modules:
-    sys.modules["pytest"].register_assert_rewrite(f"{__name__}.contract")
+    _MODULES = ("compare", "contract_base", "contract_calls", "contract_laws")
+    sys.modules["pytest"].register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 _FROM_CONTRACT = ("Capabilities", "RaggedPageAttentionContract")
 

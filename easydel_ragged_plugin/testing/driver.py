@@ -11,7 +11,7 @@ import numpy as np
 
 from easydel_ragged_plugin import host as host_versions
 
-from .cases import Batch, Case, Version
+from .batches import Batch, Case, Version
 
 __all__ = ["Driver", "ForwardingView", "Outcome"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .cases import Case
+from .batches import Case
 
 __all__ = ["Tolerance", "tolerance_for"]
 

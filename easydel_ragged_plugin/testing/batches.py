@@ -1,0 +1,342 @@
+"""The description of one call, and the hostile arrays that are built from it.
+
+A :class:`Case` is a description; :func:`build_batch` turns it into arrays. The batches are hostile on purpose:
+
+* pages lie in shuffled order, and every slot that no live token owns holds poison: the rest of a last
+  page, unused pages, the null page 0, pages that a sliding window has freed;
+* unused table entries hold zeros (as EasyDeL 0.3.0 leaves them), the pages of other rows (0.2.0.2), or garbage;
+* rows differ in keys and values, so that reading a neighbour's page shows;
+* padding tokens at the end carry large non-zero keys and values, and dead rows carry plausible lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any, Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from easydel_ragged_plugin import reference
+from easydel_ragged_plugin.layout import page_shape
+
+__all__ = ["FAULTS", "Batch", "Case", "Fault", "Row", "Version", "build_batch", "spoil_row"]
+
+Version = Literal["v2", "v3"]
+_BOTH: tuple[Version, ...] = ("v2", "v3")
+_DTYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+# Far from every real value and finite in every cache dtype: what dead slots hold for operations that have
+# declared that they can't stand NaN there.
+_FINITE_POISON = 320.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One request of a batch: ``context`` tokens in all, the last ``new`` of them new. ``new=0`` is an idle row."""
+
+    context: int
+    new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Description of one call.
+
+    Attributes:
+        name: unique; tests are named after it.
+        rows: live rows, in order.
+        about: what goes wrong in an operation that fails this case.
+        q_heads, kv_heads, head_dim, page_size: geometry. ``page_size`` in tokens.
+        pages_per_row: width of the block table.
+        num_tokens: length of the token axis; what the rows leave is padding.
+        num_rows: rows of the block table; those past ``rows`` are dead.
+        num_pages: pages in the cache, the null page 0 included. None: what the rows need and five more.
+        dtype: of queries, new keys and new values.
+        cache_dtype: of the pages. None: ``dtype``.
+        softmax_scale: None for ``head_dim ** -0.5``.
+        sliding_window, logits_soft_cap: options of the call.
+        sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
+        q_scale, k_scale, v_scale: factors on stored queries, keys and values. The host never passes them.
+        query_gain, value_mean: size of queries, mean of values.
+        free_left_of_window: pages that no query can see any more are not the row's any longer.
+        repeat_page: the first row's table names its first page twice.
+        table: what unused table entries hold.
+        dead_rows: "idle" (no tokens), or "claim": the first dead row's tokens are the padding.
+        poison: what dead slots hold; None for what the tested operation stands.
+        decode_first: whether rows with one new token come before the others, as the host orders them.
+        versions: operations that can have such a cache.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    about: str = ""
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    page_size: int = 4
+    pages_per_row: int = 8
+    num_tokens: int = 32
+    num_rows: int = 8
+    num_pages: int | None = 64
+    dtype: str = "float32"
+    cache_dtype: str | None = None
+    softmax_scale: float | None = None
+    sliding_window: int | tuple[int, int] | None = None
+    logits_soft_cap: float | None = None
+    sinks: Literal["heads", "groups"] | None = None
+    q_scale: float | None = None
+    k_scale: float | None = None
+    v_scale: float | None = None
+    query_gain: float = 2.0
+    value_mean: float = 0.0
+    free_left_of_window: bool = False
+    repeat_page: bool = False
+    table: Literal["zeros", "stale", "garbage"] = "zeros"
+    dead_rows: Literal["idle", "claim"] = "idle"
+    poison: Literal["nan", "finite"] | None = None
+    decode_first: bool = True
+    versions: tuple[Version, ...] = _BOTH
+
+    @property
+    def np_dtype(self) -> np.dtype:
+        """dtype of queries, keys and values."""
+        return np.dtype(_DTYPES[self.dtype])
+
+    @property
+    def np_cache_dtype(self) -> np.dtype:
+        """dtype of the pages."""
+        return np.dtype(_DTYPES[self.cache_dtype or self.dtype])
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale as a number, which is how the host passes it."""
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the functions for this case, those that are set."""
+        names = ("sliding_window", "logits_soft_cap", "q_scale", "k_scale", "v_scale")
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"softmax_scale": self.scale, **options}
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window as a number of tokens."""
+        window = self.sliding_window
+        return window[0] + 1 if isinstance(window, tuple) else window
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The arrays of one call, in NumPy.
+
+    ``pages`` is the cache before the new tokens, ``updated_pages`` after them. ``live_tokens`` marks tokens that
+    belong to a live row, ``written_slots`` (``[pages, page_size]``) the slots that the new tokens fill.
+    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes.
+    """
+
+    case: Case
+    version: Version
+    queries: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    pages: np.ndarray
+    updated_pages: np.ndarray
+    context_lens: np.ndarray
+    block_tables: np.ndarray
+    query_start_loc: np.ndarray
+    num_seqs: np.ndarray
+    distribution: np.ndarray
+    sinks: np.ndarray | None
+    live_tokens: np.ndarray
+    written_slots: np.ndarray
+    slot_mapping: np.ndarray
+    num_kv_update_slices: np.ndarray
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """(output in float64, pages after the call) of the oracle."""
+        index = (self.context_lens, self.block_tables, self.query_start_loc)
+        if self.version == "v2":
+            output = reference.ragged_page_attention_v2(
+                self.queries, self.updated_pages, *index, self.num_seqs, self.sinks, **self.case.options
+            )
+            return output, self.updated_pages
+        return reference.ragged_page_attention_v3(
+            self.queries,
+            self.keys,
+            self.values,
+            self.pages,
+            *index,
+            self.distribution,
+            self.sinks,
+            **self.case.options,
+        )
+
+
+def _pages_needed(case: Case, row: Row) -> tuple[int, int]:
+    """Table entries [first, end) that a row owns pages for."""
+    end = -(-row.context // case.page_size)
+    if not (case.free_left_of_window and case.window):
+        return 0, end
+    return max(0, row.context - row.new - case.window + 1) // case.page_size, end
+
+
+def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["nan", "finite"] = "nan") -> Batch:
+    """Arrays for ``case``; the same arguments give the same arrays.
+
+    Args:
+        case: what to build.
+        version: layout of the pages.
+        seed: another one gives other numbers and another order of pages.
+        poison: what dead slots hold where the case leaves it open.
+    """
+    random = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
+    bounds = [_pages_needed(case, row) for row in case.rows]
+    needed = 1 + sum(end - first for first, end in bounds)
+    num_pages = case.num_pages if case.num_pages is not None else needed + 5
+    if needed > num_pages:
+        raise ValueError(f"case {case.name}: got num_pages {num_pages}, wanted at least {needed} for its rows")
+    live = sum(row.new for row in case.rows)
+    if live > case.num_tokens or len(case.rows) > case.num_rows:
+        raise ValueError(
+            f"case {case.name}: got {live} tokens in {len(case.rows)} rows, more than the case's axes hold"
+        )
+
+    order = iter(1 + random.permutation(num_pages - 1))
+    tables = np.zeros((case.num_rows, case.pages_per_row), np.int32)
+    owned: list[int] = []
+    for r, (first, end) in enumerate(bounds):
+        for entry in range(first, end):
+            tables[r, entry] = next(order)
+        if r == 0 and case.repeat_page:
+            tables[r, 1] = tables[r, 0]
+        owned.extend(tables[r, first:end])
+    for r in range(case.num_rows):
+        first, end = bounds[r] if r < len(bounds) else (0, 0)
+        unused = [e for e in range(case.pages_per_row) if not first <= e < end]
+        if case.table == "garbage":
+            # Left of a window the host writes real page ids or zeros; only entries past a context can hold anything.
+            tables[r, [e for e in unused if e >= end]] = random.choice([-1, -7, num_pages, 2**30], len(unused) - first)
+        elif case.table == "stale" and owned:
+            others = [p for p in owned if r >= len(bounds) or p not in tables[r, first:end]] or [0]
+            tables[r, unused] = random.choice(others, len(unused))
+
+    dtype, cache_dtype = case.np_dtype, case.np_cache_dtype
+    fill = np.nan if (case.poison or poison) == "nan" else _FINITE_POISON
+    shape = page_shape(version, num_pages, case.page_size, case.kv_heads, case.head_dim, cache_dtype)
+    pages = np.full(shape, fill, cache_dtype)
+
+    def normal(*shape: int, gain: float = 1.0, mean: float = 0.0) -> np.ndarray:
+        return (mean + gain * random.standard_normal(shape)).astype(np.float32)
+
+    queries = normal(case.num_tokens, case.q_heads, case.head_dim, gain=case.query_gain).astype(dtype)
+    # Padding tokens keep these large keys and values; live tokens get their row's own below.
+    keys = normal(case.num_tokens, case.kv_heads, case.head_dim, mean=50.0).astype(dtype)
+    values = normal(case.num_tokens, case.kv_heads, case.head_dim, mean=50.0).astype(dtype)
+    context_lens = np.zeros(case.num_rows, np.int32)
+    starts = np.zeros(case.num_rows + 1, np.int32)
+    slices: list[tuple[int, int, int]] = []
+    written = np.zeros((num_pages, case.page_size), bool)
+    start = 0
+    for r, row in enumerate(case.rows):
+        cached = row.context - row.new
+        row_keys = normal(row.context, case.kv_heads, case.head_dim).astype(dtype)
+        row_values = normal(row.context, case.kv_heads, case.head_dim, mean=case.value_mean + 0.25 * (r % 5)).astype(
+            dtype
+        )
+        first_cached = min(cached, bounds[r][0] * case.page_size)
+        reference.write_tokens(
+            pages, tables[r], first_cached, row_keys[first_cached:cached], row_values[first_cached:cached]
+        )
+        keys[start : start + row.new], values[start : start + row.new] = row_keys[cached:], row_values[cached:]
+        position = cached
+        while position < row.context:
+            slot = position % case.page_size
+            count = min(case.page_size - slot, row.context - position)
+            page = tables[r, position // case.page_size]
+            written[page, slot : slot + count] = True
+            slices.append((page * case.page_size + slot, start + position - cached, count))
+            position += count
+        start += row.new
+        context_lens[r], starts[r + 1] = row.context, start
+    starts[len(case.rows) + 1 :] = start
+    dead = slice(len(case.rows), case.num_rows)
+    context_lens[dead] = random.integers(1, case.pages_per_row * case.page_size + 1, case.num_rows - len(case.rows))
+    if case.dead_rows == "claim":
+        starts[len(case.rows) + 1 :] = case.num_tokens
+
+    updated = pages.copy()
+    for r, row in enumerate(case.rows):
+        new = slice(starts[r], starts[r + 1])
+        reference.write_tokens(updated, tables[r], row.context - row.new, keys[new], values[new])
+
+    sinks = None
+    if case.sinks is not None:
+        sinks = normal(*((case.q_heads,) if case.sinks == "heads" else (case.kv_heads, 2)), mean=1.5).astype(dtype)
+    mapping = np.zeros((3, case.num_tokens + case.num_rows), np.int32)
+    mapping[:, : len(slices)] = np.array(slices, np.int32).reshape(-1, 3).T
+    total = len(case.rows)
+    decodes = sum(row.new == 1 and row.context > 1 for row in case.rows)
+    return Batch(
+        case=case,
+        version=version,
+        queries=queries,
+        keys=keys,
+        values=values,
+        pages=pages,
+        updated_pages=updated,
+        context_lens=context_lens,
+        block_tables=tables,
+        query_start_loc=starts,
+        num_seqs=np.array([total], np.int32),
+        distribution=np.array([decodes, total if case.table != "stale" else decodes, total], np.int32),
+        sinks=sinks,
+        live_tokens=np.arange(case.num_tokens) < live,
+        written_slots=written,
+        slot_mapping=mapping,
+        num_kv_update_slices=np.array([len(slices)], np.int32),
+    )
+
+
+Fault = Literal[
+    "page past the cache",
+    "negative page",
+    "context past the table",
+    "context shorter than its new tokens",
+    "negative context",
+    "backwards row",
+]
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+
+
+def spoil_row(batch: Batch, fault: Fault) -> Batch:
+    """The batch with its last live row made invalid: it must give zeros and write nothing.
+
+    The batch's ``updated_pages`` and ``written_slots`` follow, as far as v3 goes (the v2 host writes pages itself).
+    """
+    case, row = batch.case, len(batch.case.rows) - 1
+    tables, lens, starts = batch.block_tables.copy(), batch.context_lens.copy(), batch.query_start_loc.copy()
+    last_page = (case.rows[row].context - 1) // case.page_size
+    if fault == "page past the cache":
+        tables[row, last_page] = len(batch.pages)
+    elif fault == "negative page":
+        tables[row, last_page] = -3
+    elif fault == "context past the table":
+        lens[row] = case.pages_per_row * case.page_size + 1
+    elif fault == "context shorter than its new tokens":
+        lens[row] = case.rows[row].new - 1
+    elif fault == "negative context":
+        lens[row] = -2
+    else:
+        starts[row + 1 :] = max(0, starts[row] - 1)
+    live = batch.live_tokens.copy()
+    live[batch.query_start_loc[row] :] = False
+    return dataclasses.replace(batch, block_tables=tables, context_lens=lens, query_start_loc=starts, live_tokens=live)

@@ -1,0 +1,76 @@
+"""What an operation declares that it can do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .batches import Case
+
+__all__ = ["Capabilities"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What an operation says it can do. What it does not declare is skipped, with the reason.
+
+    The defaults declare everything that the host may ask for; an operation that can do less says so.
+
+    Attributes:
+        head_dims: head sizes; None for any.
+        page_sizes: tokens in a page; None for any.
+        dtypes: of queries, keys and values.
+        cache_dtypes: of the pages.
+        mixed_dtypes: whether the cache's dtype may differ from that of the new keys.
+        sliding_window, soft_cap: those options.
+        window_pairs: ``sliding_window=(left, right)``.
+        sinks: shapes of ``softmax_aux`` taken: "heads" ``[q_heads]``, "groups" ``[kv_heads, n]``.
+        scales: accepts ``q_scale``, ``k_scale`` and ``v_scale`` as keywords (the host passes none).
+        any_row_order: rows may come in any order; otherwise rows with one new token come first.
+        nan_in_dead_slots: dead slots may hold NaN. Otherwise they hold large finite numbers.
+        garbage_table_entries: unused table entries may name pages that do not exist.
+        compute_dtype_none_keeps_precision: ``compute_dtype=None`` computes in the precision of the queries.
+            Otherwise the kit passes the dtype of the queries, except in the test of this very thing.
+        invalid_rows: rows that make no sense give zeros and write nothing.
+        strict_arguments: a keyword that the host does not pass is refused.
+        forwarding_view: takes a view that only forwards ``kv_pages`` and ``metadata``.
+        forward_methods: methods that can be called directly on the machine that runs the tests.
+        updates_in_place: v3 leaves the new pages in the view that it was given, whatever else it returns.
+    """
+
+    head_dims: frozenset[int] | None = None
+    page_sizes: frozenset[int] | None = None
+    dtypes: frozenset[str] = frozenset(("float32", "bfloat16", "float16"))
+    cache_dtypes: frozenset[str] = frozenset(("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"))
+    mixed_dtypes: bool = True
+    sliding_window: bool = True
+    window_pairs: bool = True
+    soft_cap: bool = True
+    sinks: frozenset[str] = frozenset(("heads", "groups"))
+    scales: bool = False
+    any_row_order: bool = True
+    nan_in_dead_slots: bool = True
+    garbage_table_entries: bool = True
+    compute_dtype_none_keeps_precision: bool = True
+    invalid_rows: bool = True
+    strict_arguments: bool = True
+    forwarding_view: bool = True
+    forward_methods: tuple[str, ...] = ("native", "cpu", "gpu", "cuda", "rocm", "tpu")
+
+    def lacks(self, case: Case) -> str | None:
+        """Why this operation is not asked to do ``case``, or None."""
+        cache_dtype = case.np_cache_dtype.name
+        checks = (
+            (self.head_dims is not None and case.head_dim not in self.head_dims, f"head_dim {case.head_dim}"),
+            (self.page_sizes is not None and case.page_size not in self.page_sizes, f"page_size {case.page_size}"),
+            (case.dtype not in self.dtypes, f"dtype {case.dtype}"),
+            (cache_dtype not in self.cache_dtypes, f"cache dtype {cache_dtype}"),
+            (not self.mixed_dtypes and cache_dtype != case.dtype, f"{case.dtype} on a {cache_dtype} cache"),
+            (not self.sliding_window and case.sliding_window is not None, "sliding_window"),
+            (not self.window_pairs and isinstance(case.sliding_window, tuple), "sliding_window as a pair"),
+            (not self.soft_cap and case.logits_soft_cap is not None, "logits_soft_cap"),
+            (case.sinks is not None and case.sinks not in self.sinks, f"sinks of the form {case.sinks!r}"),
+            (not self.scales and (case.q_scale or case.k_scale or case.v_scale) is not None, "q/k/v scales"),
+            (not self.any_row_order and not case.decode_first, "rows in any order"),
+            (not self.garbage_table_entries and case.table == "garbage", "garbage in unused table entries"),
+        )
+        return next((feature for missing, feature in checks if missing), None)

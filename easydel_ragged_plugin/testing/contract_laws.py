@@ -1,0 +1,190 @@
+"""The laws of ragged page attention: how the answers of two related calls hang together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from .batches import Batch, Case, Row
+from .compare import assert_close, slot_bytes
+from .contract_base import LAW_CASE, ContractBase
+from .driver import Driver
+
+__all__ = ["LawTests"]
+
+# Laws run on one geometry, so that all examples share a compiled program. The settings make them repeatable, and
+# let several classes inherit one test, which hypothesis otherwise takes for an accident.
+_LAW = hypothesis.settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.differing_executors],
+)
+_SEEDS = strategies.integers(0, 2**20)
+
+
+def _law_case(*pairs: tuple[int, int]) -> Case:
+    return dataclasses.replace(LAW_CASE, rows=tuple(Row(*pair) for pair in pairs))
+
+
+@strategies.composite
+def _row_pairs(draw: Callable[..., Any]) -> list[tuple[int, int]]:
+    """Up to five rows, decodes first, that fit the laws' geometry."""
+    longest = LAW_CASE.pages_per_row * LAW_CASE.page_size
+    pairs = []
+    for _ in range(draw(strategies.integers(1, 5))):
+        new = draw(strategies.integers(1, 6))
+        pairs.append((draw(strategies.integers(new, longest)), new))
+    return sorted(pairs, key=lambda pair: pair[1] != 1)
+
+
+class LawTests(ContractBase):
+    """Tests of the contract that compare calls with each other."""
+
+    @_LAW
+    @hypothesis.given(seed=_SEEDS, pairs=_row_pairs())
+    def test_any_batch_agrees_with_the_oracle(self, driver: Driver, seed: int, pairs: list[tuple[int, int]]) -> None:
+        """Values and pages are the oracle's for whatever rows there are."""
+        case = dataclasses.replace(_law_case(*pairs), table=("zeros", "stale")[seed % 2])
+        batch = self._build(driver, case, seed)
+        expected, pages = batch.expected()
+        outcome = self._call(driver, batch)
+        assert_close(outcome.output, expected, case)
+        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+
+    @_LAW
+    @hypothesis.given(seed=_SEEDS, pairs=_row_pairs())
+    def test_relabelling_pages_changes_nothing(self, driver: Driver, seed: int, pairs: list[tuple[int, int]]) -> None:
+        """Page ids are names: another naming gives the same bits, and the pages under the new names."""
+        batch = self._build(driver, _law_case(*pairs), seed)
+        names = np.arange(len(batch.pages), dtype=np.int32)
+        names[1:] = np.random.default_rng(seed).permutation(names[1:])  # the null page keeps its name
+        old = np.argsort(names)
+        renamed = dataclasses.replace(
+            batch,
+            pages=batch.pages[old],
+            updated_pages=batch.updated_pages[old],
+            block_tables=names[batch.block_tables],
+        )
+        first, second = self._call(driver, batch), self._call(driver, renamed)
+        assert np.array_equal(first.output, second.output)
+        assert (slot_bytes(first.pages[old]) == slot_bytes(second.pages)).all()
+
+    @_LAW
+    @hypothesis.given(seed=_SEEDS, cuts=strategies.sets(strategies.integers(1, 23), min_size=1, max_size=3))
+    def test_prefill_in_chunks_equals_prefill_in_one(self, driver: Driver, seed: int, cuts: set[int]) -> None:
+        """A prompt of 24 tokens, given in pieces, gives the same tokens and the same pages."""
+        whole = self._build(driver, _law_case((24, 24)), seed)
+        at_once = self._call(driver, whole, host_writes=True)
+        pages, parts = whole.pages, []
+        for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), 24], strict=True):
+            chunk = self._chunk(whole, begin, end, pages)
+            outcome = self._call(driver, chunk, host_writes=True)
+            pages = outcome.pages
+            parts.append(outcome.output[: end - begin])
+        assert_close(np.concatenate(parts), at_once.output[:24].astype(np.float64), LAW_CASE)
+        assert (slot_bytes(pages) == slot_bytes(at_once.pages)).all()
+
+    @_LAW
+    @hypothesis.given(seed=_SEEDS, length=strategies.integers(2, 24))
+    def test_decode_equals_the_last_token_of_a_prefill(self, driver: Driver, seed: int, length: int) -> None:
+        """The last token of a prompt gives the same answer when it comes alone."""
+        whole = self._build(driver, _law_case((24, 24)), seed)
+        prefill = self._call(driver, self._chunk(whole, 0, length, whole.pages), host_writes=True)
+        before = self._call(driver, self._chunk(whole, 0, length - 1, whole.pages), host_writes=True)
+        decode = self._call(driver, self._chunk(whole, length - 1, length, before.pages), host_writes=True)
+        assert_close(decode.output[:1], prefill.output[length - 1 : length].astype(np.float64), LAW_CASE)
+        assert (slot_bytes(decode.pages) == slot_bytes(prefill.pages)).all()
+
+    @staticmethod
+    def _chunk(whole: Batch, begin: int, end: int, pages: np.ndarray) -> Batch:
+        """Tokens [begin, end) of a batch that is one fresh prompt, on top of ``pages``."""
+        size = whole.case.page_size
+        tokens = np.roll(np.arange(len(whole.queries)), -begin)  # the chunk's tokens come first, the rest is padding
+        slices, position = [], begin
+        while position < end:
+            count = min(size - position % size, end - position)
+            page = whole.block_tables[0, position // size]
+            slices.append((page * size + position % size, position - begin, count))
+            position += count
+        mapping = np.zeros_like(whole.slot_mapping)
+        mapping[:, : len(slices)] = np.array(slices, np.int32).T
+        starts = np.full_like(whole.query_start_loc, end - begin)
+        starts[0] = 0
+        lens = whole.context_lens.copy()
+        lens[0] = end
+        decode = int(end - begin == 1 and end > 1)
+        return dataclasses.replace(
+            whole,
+            queries=whole.queries[tokens],
+            keys=whole.keys[tokens],
+            values=whole.values[tokens],
+            pages=pages,
+            context_lens=lens,
+            query_start_loc=starts,
+            distribution=np.array([decode, 1, 1], np.int32),
+            slot_mapping=mapping,
+            num_kv_update_slices=np.array([len(slices)], np.int32),
+        )
+
+    @_LAW
+    @hypothesis.given(seed=_SEEDS)
+    def test_row_order_changes_nothing(self, driver: Driver, seed: int) -> None:
+        """Rows are independent: in another order each token gives the same answer, and the pages are the same."""
+        batch = self._build(driver, _law_case((9, 1), (30, 1), (17, 5), (8, 5), (25, 5)), seed)
+        # Without leave to mix them, decodes change places with decodes and prefills with prefills.
+        groups = [[0, 1, 2, 3, 4]] if self.capabilities.any_row_order else [[0, 1], [2, 3, 4]]
+        random = np.random.default_rng(seed)
+        order = np.concatenate([random.permutation(group) for group in groups])
+        counts = np.diff(batch.query_start_loc)[: len(order)]
+        spans = [np.arange(batch.query_start_loc[row], batch.query_start_loc[row + 1]) for row in order]
+        tokens = np.concatenate([*spans, np.arange(counts.sum(), len(batch.queries))])
+        rows = np.concatenate([order, np.arange(len(order), len(batch.context_lens))])
+        starts = batch.query_start_loc.copy()
+        starts[1 : len(order) + 1] = np.cumsum(counts[order])
+        moved = dataclasses.replace(
+            batch,
+            queries=batch.queries[tokens],
+            keys=batch.keys[tokens],
+            values=batch.values[tokens],
+            context_lens=batch.context_lens[rows],
+            block_tables=batch.block_tables[rows],
+            query_start_loc=starts,
+        )
+        first, second = self._call(driver, batch), self._call(driver, moved)
+        assert_close(second.output, first.output[tokens].astype(np.float64), LAW_CASE)
+        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
+
+    def test_wider_table_changes_nothing(self, driver: Driver) -> None:
+        """Entries past every context are never used, however many there are.
+
+        Within tolerance, not to the bit: the order of a sum may follow the static shapes.
+        """
+        batch = self._build(driver, dataclasses.replace(LAW_CASE, table="stale"))
+        extra = np.random.default_rng(0).integers(0, len(batch.pages), (len(batch.context_lens), 3), np.int32)
+        wider = dataclasses.replace(
+            batch,
+            case=dataclasses.replace(batch.case, pages_per_row=batch.case.pages_per_row + 3),
+            block_tables=np.concatenate([batch.block_tables, extra], axis=1),
+        )
+        first, second = self._call(driver, batch), self._call(driver, wider)
+        assert_close(second.output, first.output.astype(np.float64), LAW_CASE)
+        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
+
+    @pytest.mark.parametrize("window", [32, 10**6])
+    def test_window_past_the_context_equals_none(self, driver: Driver, window: int) -> None:
+        """A sliding window that holds every context hides nothing."""
+        if not self.capabilities.sliding_window:
+            pytest.skip("the operation does not declare: sliding_window")
+        batch = self._build(driver, LAW_CASE)
+        windowed = dataclasses.replace(batch, case=dataclasses.replace(LAW_CASE, sliding_window=window))
+        first, second = self._call(driver, batch), self._call(driver, windowed)
+        assert_close(second.output, first.output.astype(np.float64), LAW_CASE)
+        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
