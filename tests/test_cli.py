@@ -1,43 +1,24 @@
-"""The command line: exit codes, JSON, and what errors say."""
+"""The command line: exit codes, JSON, and what errors say. ``bench`` has a file of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib.util
 import json
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from command_line import invoke, run_command
 
-from easydel_ragged_plugin.cli import app, bench, bench_engine, demo, engine, figure
-from easydel_ragged_plugin.cli.machine import Limits
+from easydel_ragged_plugin.cli import demo
 from easydel_ragged_plugin.kernels import cpu_native
 
 HAS_HOST = importlib.util.find_spec("easydel") is not None
 
 
-def _invoke(*arguments: str):
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
-
-
-def _run(*arguments: str, code: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "easydel_ragged_plugin.cli"] if code is None else ["-c", code]
-    environment = {**os.environ, "COLUMNS": "200", **environment}
-    return subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-
-
 @pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
 def test_help_has_examples(command: str) -> None:
-    result = _invoke(command, "--help")
+    result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f"easydel-ragged {command}" in result.output
     assert "Examples" in result.output
@@ -45,7 +26,7 @@ def test_help_has_examples(command: str) -> None:
 
 def test_help_imports_no_jax() -> None:
     code = "import sys, easydel_ragged_plugin.cli; sys.exit('jax' in sys.modules)"
-    assert _run(code=code).returncode == 0
+    assert run_command(code=code).returncode == 0
 
 
 # doctor
@@ -56,7 +37,7 @@ def test_doctor_without_easydel_is_well() -> None:
         "import importlib.metadata as m; from easydel_ragged_plugin import host; host.host_version = lambda: None\n"
         "from easydel_ragged_plugin.cli import main; main()"
     )
-    result = _run("doctor", code=code)
+    result = run_command("doctor", code=code)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no EasyDeL: functions only" in result.stdout
     assert "pip install 'easydel-ragged-plugin[host]'" in result.stdout
@@ -67,7 +48,7 @@ def test_doctor_without_easydel_is_well() -> None:
 @pytest.mark.host
 @pytest.mark.skipif(not HAS_HOST, reason="needs EasyDeL")
 def test_doctor_exit_code_when_switched_off() -> None:
-    result = _run("doctor", "--json", EASYDEL_RAGGED_PLUGIN="0")
+    result = run_command("doctor", "--json", EASYDEL_RAGGED_PLUGIN="0")
     report = json.loads(result.stdout)
     assert result.returncode == 1
     assert not report["activation"]["active"]
@@ -80,7 +61,7 @@ def test_doctor_exit_code_when_switched_off() -> None:
 def test_doctor_exit_code_when_active() -> None:
     # By hand, so that the test holds in a checkout that is not installed, too.
     code = "import easydel_ragged_plugin as p; p.activate(); from easydel_ragged_plugin.cli import main; main()"
-    result = _run("doctor", "--json", code=code)
+    result = run_command("doctor", "--json", code=code)
     report = json.loads(result.stdout)
     assert result.returncode == 0, report["problems"]
     assert report["activation"]["operations"] == {
@@ -96,11 +77,11 @@ def test_doctor_tells_about_the_native_kernel() -> None:
         "from easydel_ragged_plugin import host; host.host_version = lambda: None\n"
         "from easydel_ragged_plugin.cli import main; main()"
     )
-    without = _run("doctor", code=code, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere.so")
+    without = run_command("doctor", code=code, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere.so")
     assert without.returncode == 0, without.stdout + without.stderr
     assert "not available: EASYDEL_RAGGED_NATIVE_LIBRARY names '/nowhere.so', which is not a file" in without.stdout
     if cpu_native.availability() is None:
-        result = _run("doctor", "--json", code=code, EASYDEL_RAGGED_ISA="baseline")
+        result = run_command("doctor", "--json", code=code, EASYDEL_RAGGED_ISA="baseline")
         native = json.loads(result.stdout)["native"]
         assert native["available"]
         assert native["isa"] == "baseline"
@@ -116,305 +97,11 @@ def test_doctor_reports_a_wrong_kernel() -> None:
         "api.ragged_page_attention_v2 = lambda *a, **k: right(*a, **k) * 1.01\n"
         "from easydel_ragged_plugin.cli import main; main()"
     )
-    result = _run("doctor", "--json", code=code)
+    result = run_command("doctor", "--json", code=code)
     report = json.loads(result.stdout)
     assert result.returncode == 1
     assert report["self_check"]["v2"].startswith("WRONG: the answer is off by up to")
     assert report["self_check"]["v3"].startswith("ok")
-
-
-# bench
-
-
-@pytest.fixture
-def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure and are not what these tests are about."""
-
-    class Machine(contextlib.nullcontext):
-        limits = Limits(1e10, 1e11)
-
-        def read_rate_for(self, size: float) -> float:
-            return 1e10
-
-        def gemm_rate(self) -> float:
-            return 1e11
-
-    monkeypatch.setattr(bench, "Machine", lambda: Machine(Machine()))
-
-
-@pytest.mark.usefixtures("quick_machine")
-@pytest.mark.parametrize("version", ["v2", "v3"])
-def test_bench_writes_json(version: str, tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    options = ("--version", version, "--kernel", "xla", "--repeats", "1", "--no-host", "--dtype", "float32")
-    result = _invoke("bench", "--case", "smoke", *options, "--json", str(file))
-    assert result.exit_code == 0, result.output
-    report = json.loads(file.read_text())
-    (line,) = report["results"]
-    (timing,) = line["timings"]
-    assert (line["case"], line["version"], line["dtype"], line["notes"]) == ("smoke", version, "float32", [])
-    assert timing["kernel"] == "xla"
-    assert timing["error"] < 1e-4
-    assert timing["us"] > 0
-    assert len(timing["samples_us"]) == 1
-    assert timing["share"] == pytest.approx(line["limit_us"] / timing["us"])
-    assert report["limits"]["read_bytes_per_s"] == 1e10
-    assert report["machine"]["processors"] >= 1
-
-
-def _available_kernels() -> list[str]:
-    """What this environment can time on the smoke case: the native kernel needs a compiler, the host's the host."""
-    native = ["cpu_native"] if cpu_native.availability() is None else []
-    return [*native, "xla", *(["ejkernel"] if importlib.util.find_spec("ejkernel") else [])]
-
-
-@pytest.mark.usefixtures("quick_machine")
-@pytest.mark.parametrize("choice", [("--all-kernels",), ("--kernel", "cpu_native", "-k", "xla", "--kernel", "xla")])
-def test_bench_times_several_kernels_in_turns(
-    choice: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    time_us = bench._Candidate.time_us
-
-    def recorded(self: bench._Candidate, calls: int) -> float:
-        order.append(self.kernel)
-        return time_us(self, calls)
-
-    monkeypatch.setattr(bench._Candidate, "time_us", recorded)
-    file = tmp_path / "results.json"
-    result = _invoke("bench", "--case", "smoke", *choice, "--repeats", "2", "--json", str(file))
-    assert result.exit_code == 0, result.output
-    (line,) = json.loads(file.read_text())["results"]
-    kernels = _available_kernels()
-    assert [timing["kernel"] for timing in line["timings"]] == kernels
-    assert all(timing["error"] < 0.03 and timing["share"] > 0 for timing in line["timings"])
-    assert order == kernels * 3  # one to plan, two that count
-    if "cpu_native" not in kernels and choice != ("--all-kernels",):
-        assert "cpu_native does not run" in line["notes"][0]
-
-
-@pytest.mark.usefixtures("quick_machine")
-@pytest.mark.parametrize("version", ["v2", "v3"])
-def test_bench_times_tiny_calls_inside_one_jit(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.LOOPED, "tiny", 3)
-    file = tmp_path / "results.json"
-    options = ("--version", version, "--kernel", "xla", "--repeats", "2", "--no-host", "--json", str(file))
-    result = _invoke("bench", "--case", "tiny", *options)
-    assert result.exit_code == 0, result.output
-    (line,) = json.loads(file.read_text())["results"]
-    (timing,) = line["timings"]
-    assert (line["bound"], line["limit_us"], timing["share"]) == ("call", None, None)
-    assert timing["us"] > 0
-    # The unit follows the time, which follows the machine's load: the table must show what the file holds.
-    assert bench._time(timing["us"]) in result.output
-
-
-@pytest.mark.parametrize(
-    ("microseconds", "shown"),
-    [(None, "-"), (3.34, "3.3 µs"), (999.4, "999.4 µs"), (1500.0, "1.50 ms"), (24600.0, "24.6 ms"), (1.73e6, "1.73 s")],
-)
-def test_bench_shows_times_in_a_fitting_unit(microseconds: float | None, shown: str) -> None:
-    assert bench._time(microseconds) == shown
-
-
-@pytest.mark.usefixtures("quick_machine")
-def test_bench_compares_with_the_case_of_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smoke = next(case for case in bench.BENCH_CASES if case.name == "smoke")
-    wide = dataclasses.replace(smoke, name="smoke-wide-table", pages_per_row=32)
-    monkeypatch.setattr(bench, "BENCH_CASES", (smoke, wide))
-    monkeypatch.setitem(bench.SCALED, wide.name, smoke.name)
-    file = tmp_path / "results.json"
-    options = ("--kernel", "xla", "--repeats", "1", "--no-host", "--json", str(file))
-    result = _invoke("bench", "--case", wide.name, *options)
-    assert result.exit_code == 0, result.output
-    (line,) = json.loads(file.read_text())["results"]
-    assert line["scaled_from"] == "smoke"
-    assert line["timings"][0]["ratio"] > 0
-    assert "x the time of smoke, timed in turns" in result.output
-
-
-def test_every_compared_case_is_the_same_work() -> None:
-    known = bench._by_name()
-    assert set(bench.LOOPED) <= set(known)
-    for name, other in bench.SCALED.items():
-        assert bench._work(known[name]) == bench._work(known[other])
-
-
-@pytest.mark.usefixtures("quick_machine")
-def test_bench_stops_at_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench._Candidate, "check", lambda self: 0.5)
-    result = _invoke("bench", "--case", "smoke", "--kernel", "xla", "--no-host")
-    assert result.exit_code == 1
-    assert "xla is WRONG (largest error 0.5" in str(result.exception)
-
-
-@pytest.mark.usefixtures("quick_machine")
-def test_bench_fails_when_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_native.CpuNativeKernel, "refuses", lambda self, request: "not today")
-    result = _invoke("bench", "--case", "smoke", "--kernel", "cpu_native", "--no-host")
-    assert result.exit_code == 1
-    assert "cpu_native does not run: cpu_native: not today" in result.output
-
-
-@pytest.fixture
-def report_file(tmp_path: Path) -> Path:
-    """Results of two workloads and of one that has no limit, as ``--json`` writes them."""
-
-    def result(case: str, bound: str, **shares: float) -> dict[str, object]:
-        timings = [
-            bench.Timing(kernel, 100.0, None if bound == "call" else share, 1e-3, None, (99.0, 100.0, 101.0))
-            for kernel, share in shares.items()
-        ]
-        limit = None if bound == "call" else 90.0
-        made = bench.Result(case, "v3", "bfloat16", bound, limit, None, None, None, tuple(timings), ("a note",))
-        return dataclasses.asdict(made)
-
-    report = {
-        "machine": {
-            "date": "2026-01-02",
-            "platform": "cpu",
-            "device": "A processor",
-            "processors": 2,
-            "last_level_cache_bytes": None,
-            "native_isa": "avx2",
-            "versions": {"easydel-ragged-plugin": "0.1.0", "jax": "0.9.2"},
-        },
-        "repeats": 3,
-        "limits": dataclasses.asdict(Limits(2e10, 1e11)),
-        "results": [
-            result("decode-8x2k", "read", cpu_native=0.9, xla=0.08, ejkernel=0.006),
-            result("prefill-1k", "gemm", cpu_native=1.4, xla=0.3),
-            result("tiny", "call", cpu_native=1.0),
-        ],
-    }
-    file = tmp_path / "report.json"
-    file.write_text(json.dumps(report), encoding="utf-8")
-    return file
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the bench extra")
-def test_bench_draws_a_figure_from_json(report_file: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "figure.png"
-    result = _invoke("bench", "--from-json", str(report_file), "--figure", str(picture))
-    assert result.exit_code == 0, result.output
-    assert "0.6 %" in result.output  # the table, too
-    assert "a note" in result.output
-    content = picture.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width == round(figure.WIDTH * figure.DPI)
-    assert 300 < height < width
-    assert len(content) > 10_000
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the bench extra")
-def test_a_figure_needs_a_workload_with_a_limit(report_file: Path, tmp_path: Path) -> None:
-    report = json.loads(report_file.read_text())
-    report["results"] = report["results"][2:]
-    report_file.write_text(json.dumps(report))
-    result = _invoke("bench", "--from-json", str(report_file), "--figure", str(tmp_path / "figure.png"))
-    assert result.exit_code == 2
-    assert "no workload with a limit" in result.output
-
-
-def test_a_figure_without_matplotlib_says_what_to_install(report_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
-    result = _invoke("bench", "--from-json", str(report_file), "--figure", "never.png")
-    assert result.exit_code == 2
-    assert "pip install 'easydel-ragged-plugin[bench]'" in result.output
-    assert not Path("never.png").exists()
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"results": []}', '{"results": [{"case": "x"}]}'])
-def test_bench_refuses_a_file_of_something_else(content: str, tmp_path: Path) -> None:
-    file = tmp_path / "other.json"
-    file.write_text(content)
-    result = _invoke("bench", "--from-json", str(file))
-    assert result.exit_code == 2
-    assert "not a result of this command" in result.output
-
-
-def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[bench_engine.Plan] = []
-
-    def measured(plan: bench_engine.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
-        seen.append(plan)
-        engines = {
-            label: {"result": rate, "of_ceiling": rate / 50, "same_tokens": label != "ceiling"}
-            for label, rate in (("this package's v3", 46.0), ("ceiling", 50.0))
-        }
-        return {
-            "model": "a model",
-            "dtype": "float32",
-            "easydel": "0.3.0",
-            "repeats": repeats,
-            "start_s": {"decode": dict.fromkeys(engines, 9.0)},
-            "kernels": {"this package's v3": ["cpu_native"]},
-            "workloads": [{"name": "4 requests", "unit": "tokens/s", "context": 9, "engines": engines}],
-        }
-
-    monkeypatch.setattr(bench_engine, "run", measured)
-    monkeypatch.setattr(bench_engine, "check_environment", lambda: None)
-    file = tmp_path / "results.json"
-    options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
-    result = _invoke("bench", "--case", "engine", *options)
-    assert result.exit_code == 0, result.output
-    assert [(plan.contexts, plan.prompt_tokens) for plan in seen] == [((0, 500), 64)]
-    assert "92 %" in result.output
-    assert json.loads(file.read_text())["engine"]["workloads"][0]["name"] == "4 requests"
-
-
-def test_the_engine_case_fits_its_requests() -> None:
-    plan = bench_engine.Plan()
-    settings = plan.decode_settings()
-    longest = max(plan.contexts) + plan.answer_length(max(plan.contexts))
-    assert settings.max_model_len >= longest + plan.requests
-    assert settings.max_model_len % settings.page_size == 0
-    prompt = plan.prompt_settings()
-    assert prompt.tokens_per_step == prompt.decode_bucket >= plan.prompt_tokens
-
-
-def test_the_decode_rate_counts_while_all_requests_decode() -> None:
-    slow_start = [(5.0, 1), (6.0, 2), (7.0, 3), (8.0, 4)]
-    early = [(0.0, 1), (2.0, 5), (5.0, 6), (7.0, 8)]
-    assert engine._decode_rate([slow_start, early]) == pytest.approx((2 + 2) / 2.0)
-    assert engine._decode_rate([slow_start, [(0.0, 1), (4.0, 9)]]) is None
-
-
-@pytest.mark.parametrize("case", bench.BENCH_CASES, ids=lambda case: case.name)
-def test_bench_work_is_counted_by_hand(case: bench.Case) -> None:
-    data, flops = bench._work(case)
-    window = case.window or 10**9
-    pairs, read = 0, 0
-    for row in case.rows:
-        seen: set[int] = set()
-        for position in range(row.context - row.new, row.context):
-            visible = range(max(0, position - window + 1), position + 1)
-            pairs += len(visible)
-            seen.update((visible.start, position))
-        read += max(seen) - min(seen) + 1
-    assert data == 2 * read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
-    assert flops == 4 * pairs * case.q_heads * case.head_dim
-
-
-def test_bench_lists_every_case() -> None:
-    result = _invoke("bench", "--list")
-    assert result.exit_code == 0
-    assert all(case.name in result.output for case in bench.BENCH_CASES)
-    assert bench.ENGINE_CASE in result.output
-
-
-def test_bench_names_the_cases_when_one_is_unknown() -> None:
-    result = _invoke("bench", "--case", "decode-9x9k")
-    assert result.exit_code == 2
-    assert "got decode-9x9k, wanted some of decode-1x4k" in result.output
-
-
-def test_bench_names_the_kernels_when_one_is_unknown() -> None:
-    result = _invoke("bench", "--case", "smoke", "--kernel", "warp")
-    assert result.exit_code == 2
-    assert "got 'warp', wanted one of" in result.output
-    assert "xla" in result.output
 
 
 # demo, as far as it goes without a model
@@ -422,14 +109,14 @@ def test_bench_names_the_kernels_when_one_is_unknown() -> None:
 
 def test_demo_without_the_host_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.models, "missing_packages", lambda: ["easydel", "gguf"])
-    result = _invoke("demo")
+    result = invoke("demo")
     assert result.exit_code == 2
     assert "pip install 'easydel-ragged-plugin[demo]'" in result.output
 
 
 def test_demo_refuses_a_folder_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(demo.models, "missing_packages", list)
-    result = _invoke("demo", "--model", str(tmp_path))
+    result = invoke("demo", "--model", str(tmp_path))
     assert result.exit_code == 2
     assert "no config.json there" in result.output
 

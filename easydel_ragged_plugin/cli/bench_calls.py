@@ -1,0 +1,189 @@
+"""The calls that ``easydel-ragged bench`` makes: the arrays of a case, and a compiled, checkable call on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from easydel_ragged_plugin import reference
+from easydel_ragged_plugin.layout import page_shape
+from easydel_ragged_plugin.testing.batches import Case, Version
+
+from .bench_cases import LOOPED
+
+__all__ = ["Candidate", "Problem", "build"]
+
+
+@dataclasses.dataclass
+class Problem:
+    """Arrays of one case. Pages hold random numbers everywhere, so reading a wrong slot shows as an error."""
+
+    case: Case
+    version: Version
+    queries: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    pages: np.ndarray
+    updated: np.ndarray
+    context_lens: np.ndarray
+    block_tables: np.ndarray
+    query_start_loc: np.ndarray
+
+    @property
+    def distribution(self) -> np.ndarray:
+        """Decode rows come first in every case."""
+        decodes = sum(row.new == 1 for row in self.case.rows)
+        return np.array([decodes, decodes, len(self.case.rows)], np.int32)
+
+
+def build(case: Case, version: Version) -> Problem:
+    random = np.random.default_rng(0)
+    dtype = case.np_dtype
+
+    def normal(*shape: int) -> np.ndarray:
+        # A period prime to every stride here: values repeat, but never in step with pages or heads.
+        period = random.standard_normal(min(math.prod(shape), 1_000_003)).astype(dtype)
+        return np.resize(period, shape)
+
+    needed = [-(-row.context // case.page_size) for row in case.rows]
+    num_pages = 1 + sum(needed)
+    order = 1 + random.permutation(num_pages - 1)
+    tables = np.zeros((len(case.rows), case.pages_per_row), np.int32)
+    for index, (count, end) in enumerate(zip(needed, np.cumsum(needed), strict=True)):
+        tables[index, :count] = order[end - count : end]
+    starts = np.concatenate([[0], np.cumsum([row.new for row in case.rows])]).astype(np.int32)
+    keys = normal(case.num_tokens, case.kv_heads, case.head_dim)
+    values = normal(case.num_tokens, case.kv_heads, case.head_dim)
+    pages = normal(*page_shape(version, num_pages, case.page_size, case.kv_heads, case.head_dim, dtype))
+    updated = pages.copy()
+    for index, row in enumerate(case.rows):
+        new = slice(starts[index], starts[index + 1])
+        reference.write_tokens(updated, tables[index], row.context - row.new, keys[new], values[new])
+    return Problem(
+        case=case,
+        version=version,
+        queries=normal(case.num_tokens, case.q_heads, case.head_dim),
+        keys=keys,
+        values=values,
+        pages=pages,
+        updated=updated,
+        context_lens=np.array([row.context for row in case.rows], np.int32),
+        block_tables=tables,
+        query_start_loc=starts,
+    )
+
+
+def _sampled_answer(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, q heads, oracle's answer ``[tokens, heads, head_dim]``) for a few queries of every row.
+
+    Each sampled query becomes a row of its own whose context ends at it, so the oracle does no more than asked for.
+    """
+    case = problem.case
+    tokens, contexts, rows = [], [], []
+    for r, row in enumerate(case.rows):
+        for offset in sorted({0, row.new // 2, row.new - 1}):
+            tokens.append(int(problem.query_start_loc[r]) + offset)
+            contexts.append(row.context - row.new + offset + 1)
+            rows.append(r)
+    heads = np.arange(case.kv_heads) * (case.q_heads // case.kv_heads)
+    queries = problem.queries[tokens][:, heads]
+    index = (np.array(contexts), problem.block_tables[rows], np.arange(len(tokens) + 1))
+    options: dict[str, Any] = dict(case.options)
+    if problem.version == "v2":
+        answer = reference.ragged_page_attention_v2(queries, problem.updated, *index, len(tokens), **options)
+    else:
+        new = (problem.keys[tokens], problem.values[tokens])  # written again where they are already
+        distribution = np.array([0, 0, len(tokens)])
+        answer, _ = reference.ragged_page_attention_v3(queries, *new, problem.updated, *index, distribution, **options)
+    return np.array(tokens), heads, answer
+
+
+class Candidate:
+    """One way to answer: a compiled call, its pages threaded through (and donated) for v3."""
+
+    def __init__(self, problem: Problem, config: str | None) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from easydel_ragged_plugin import api
+
+        self._problem = problem
+        is_v3 = problem.version == "v3"
+        index = [jnp.asarray(a) for a in (problem.context_lens, problem.block_tables, problem.query_start_loc)]
+        options: dict[str, Any] = dict(problem.case.options)
+        new: tuple[Any, ...]
+        if is_v3:
+            new = (jnp.asarray(problem.keys), jnp.asarray(problem.values))
+            rest = (*index, jnp.asarray(problem.distribution))
+            self._pages = jnp.array(problem.pages)  # a copy: donating must not touch the problem's array
+        else:
+            new = ()
+            rest = (*index, jnp.asarray([len(problem.case.rows)], jnp.int32))
+            self._pages = jnp.array(problem.updated)
+        queries = jnp.asarray(problem.queries)
+
+        def call(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
+            arguments: Any = (queries, *new, pages, *rest)
+            if is_v3:
+                return api.ragged_page_attention_v3(*arguments, config=config, **options)
+            return api.ragged_page_attention_v2(*arguments, config=config, **options), pages
+
+        def loop(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
+            def step(_: Any, carry: Any) -> Any:
+                output, pages = call(carry[1], carry[0], new, rest)
+                return output, pages  # the next call's queries: no call can be left out or moved
+
+            return jax.lax.fori_loop(0, LOOPED[problem.case.name], step, (queries, pages))
+
+        function = api.ragged_page_attention_v3 if is_v3 else api.ragged_page_attention_v2
+        arguments: Any = (queries, *new, self._pages, *rest)
+        self.kernel = str(api.explain(function, *arguments, config=config, **options).kernel)
+        self._arguments = (queries, new, rest)
+
+        def once(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
+            output, written = call(pages, queries, new, rest)
+            return output, written if is_v3 else None  # v2's pages would come out as a copy
+
+        self._call = jax.jit(once, donate_argnums=0 if is_v3 else ()).lower(self._pages, *self._arguments).compile()
+        self._loop = None
+        if problem.case.name in LOOPED:
+            self._loop = jax.jit(loop, donate_argnums=0).lower(self._pages, *self._arguments).compile()
+        self.checked_us = math.nan
+        """Microseconds of the call that :meth:`check` made."""
+
+    def __call__(self) -> Any:
+        output, pages = self._call(self._pages, *self._arguments)
+        if pages is not None:
+            self._pages = pages
+        return output
+
+    def check(self) -> float:
+        """Largest deviation from the oracle over the sampled queries; infinite when v3's pages are not right."""
+        started = time.perf_counter()
+        answer = self().block_until_ready()
+        self.checked_us = (time.perf_counter() - started) * 1e6
+        output = np.asarray(answer).astype(np.float64)
+        tokens, heads, expected = _sampled_answer(self._problem)
+        if self._problem.version == "v3":
+            written = np.asarray(self._pages)
+            if written.tobytes() != self._problem.updated.tobytes():
+                return math.inf
+        error = np.abs(output[tokens][:, heads] - expected).max()
+        return float(error) if np.isfinite(error) else math.inf
+
+    def time_us(self, calls: int) -> float:
+        """Mean microseconds of ``calls`` calls, or of the calls of one jitted loop."""
+        if self._loop is not None:
+            started = time.perf_counter()
+            output, self._pages = self._loop(self._pages, *self._arguments)
+            output.block_until_ready()
+            return (time.perf_counter() - started) / LOOPED[self._problem.case.name] * 1e6
+        started = time.perf_counter()
+        for _ in range(calls):
+            output = self()
+        output.block_until_ready()
+        return (time.perf_counter() - started) / calls * 1e6

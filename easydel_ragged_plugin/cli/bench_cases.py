@@ -1,0 +1,101 @@
+"""What ``easydel-ragged bench`` times: the cases, and how much work each of them is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from easydel_ragged_plugin.testing.batches import Case, Row
+
+__all__ = ["BENCH_CASES", "LOOPED", "SCALED", "by_name", "tolerance", "work"]
+
+
+def _decodes(*contexts: int) -> tuple[Row, ...]:
+    return tuple(Row(context, 1) for context in contexts)
+
+
+def _case(name: str, about: str, rows: tuple[Row, ...], **changes: Any) -> Case:
+    """A case of the common geometry: 32 q heads, 8 kv heads, head_dim 128, pages of 128, table for 8192 tokens."""
+    fields: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 128, "pages_per_row": 64}
+    fields |= {
+        "num_tokens": sum(row.new for row in rows),
+        "num_rows": len(rows),
+        "num_pages": None,
+        "dtype": "bfloat16",
+    }
+    return Case(name, rows, about, **(fields | changes))
+
+
+BENCH_CASES = (
+    _case("decode-1x4k", "one request, 4096 tokens of context", _decodes(4096)),
+    _case("decode-1x16k", "one request, 16384 tokens of context", _decodes(16384), pages_per_row=128),
+    _case("decode-8x2k", "8 requests, 2048 tokens each", _decodes(*[2048] * 8)),
+    _case("decode-skewed", "one long request among short ones", _decodes(8000, 100, 300, 50, 900, 20, 700, 333)),
+    _case("decode-8x4k-window128", "sliding window of 128 on 4096 tokens", _decodes(*[4096] * 8), sliding_window=128),
+    _case("prefill-1k", "one prompt of 1024 tokens", (Row(1024, 1024),)),
+    _case("prefill-4k", "one prompt of 4096 tokens", (Row(4096, 4096),)),
+    _case("prefill-256-on-4k", "a chunk of 256 tokens after 3840", (Row(4096, 256),)),
+    _case(
+        "mixed-7-decodes-256-prefill", "7 decodes at 1024, a prompt of 256", (*_decodes(*[1024] * 7), Row(1024, 256))
+    ),
+    _case(
+        "decode-8x2k-d64",
+        "head_dim 64, 9/3 heads",
+        _decodes(*[2048] * 8),
+        q_heads=9,
+        kv_heads=3,
+        head_dim=64,
+    ),
+    _case("decode-4x1k-mha", "a kv head for each q head", _decodes(*[1024] * 4), kv_heads=32),
+    _case("decode-8x2k-wide-table", "decode-8x2k, table for 65536 tokens", _decodes(*[2048] * 8), pages_per_row=512),
+    _case(
+        "tiny",
+        "2 requests, 16 tokens each: what a call costs, many in one jit",
+        _decodes(16, 16),
+        q_heads=4,
+        kv_heads=2,
+        head_dim=128,
+        page_size=16,
+        pages_per_row=4,
+    ),
+    _case(
+        "smoke",
+        "seconds, for trying the command out; not part of 'all'",
+        (Row(40, 1), Row(24, 8)),
+        q_heads=4,
+        kv_heads=2,
+        head_dim=32,
+        page_size=16,
+        pages_per_row=4,
+    ),
+)
+
+
+SCALED = {"decode-8x2k-wide-table": "decode-8x2k"}
+"""Cases that are the same work as another: both are timed in turns, and the ratio is shown."""
+
+LOOPED = {"tiny": 500}
+"""Cases of so little work that the call itself is what counts: this many calls run in one jitted loop."""
+
+
+def by_name() -> dict[str, Case]:
+    return {case.name: case for case in BENCH_CASES}
+
+
+def work(case: Case) -> tuple[float, float]:
+    """(bytes of keys and values that must be read once, floating-point operations of the two products)."""
+    window = case.window
+    tokens_read, pairs = 0, 0
+    for row in case.rows:
+        first = row.context - row.new
+        visible = np.arange(first + 1, row.context + 1)
+        pairs += int((visible if window is None else np.minimum(visible, window)).sum())
+        tokens_read += row.context if window is None else min(row.context, window + row.new - 1)
+    data = 2.0 * tokens_read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+    return data, 4.0 * pairs * case.q_heads * case.head_dim
+
+
+def tolerance(case: Case) -> float:
+    """Bound on the deviation: values are of size 1, averaged; bfloat16 rounds probabilities and the result."""
+    return 2e-4 if case.dtype == "float32" else 3e-2

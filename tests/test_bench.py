@@ -1,0 +1,310 @@
+"""``easydel-ragged bench``: what it writes, shows, draws and refuses; the machine's limits are not measured here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from command_line import invoke
+
+from easydel_ragged_plugin.cli import bench, bench_cases, bench_engine, bench_report, engine, figure
+from easydel_ragged_plugin.cli.bench_calls import Candidate
+from easydel_ragged_plugin.cli.machine import Limits
+from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.testing.cases import Case
+
+
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits take seconds to measure and are not what these tests are about."""
+
+    class Machine(contextlib.nullcontext):
+        limits = Limits(1e10, 1e11)
+
+        def read_rate_for(self, size: float) -> float:
+            return 1e10
+
+        def gemm_rate(self) -> float:
+            return 1e11
+
+    monkeypatch.setattr(bench, "Machine", lambda: Machine(Machine()))
+
+
+@pytest.mark.usefixtures("quick_machine")
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_bench_writes_json(version: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    options = ("--version", version, "--kernel", "xla", "--repeats", "1", "--no-host", "--dtype", "float32")
+    result = invoke("bench", "--case", "smoke", *options, "--json", str(file))
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    (line,) = report["results"]
+    (timing,) = line["timings"]
+    assert (line["case"], line["version"], line["dtype"], line["notes"]) == ("smoke", version, "float32", [])
+    assert timing["kernel"] == "xla"
+    assert timing["error"] < 1e-4
+    assert timing["us"] > 0
+    assert len(timing["samples_us"]) == 1
+    assert timing["share"] == pytest.approx(line["limit_us"] / timing["us"])
+    assert report["limits"]["read_bytes_per_s"] == 1e10
+    assert report["machine"]["processors"] >= 1
+
+
+def _available_kernels() -> list[str]:
+    """What this environment can time on the smoke case: the native kernel needs a compiler, the host's the host."""
+    native = ["cpu_native"] if cpu_native.availability() is None else []
+    return [*native, "xla", *(["ejkernel"] if importlib.util.find_spec("ejkernel") else [])]
+
+
+@pytest.mark.usefixtures("quick_machine")
+@pytest.mark.parametrize("choice", [("--all-kernels",), ("--kernel", "cpu_native", "-k", "xla", "--kernel", "xla")])
+def test_bench_times_several_kernels_in_turns(
+    choice: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    time_us = Candidate.time_us
+
+    def recorded(self: Candidate, calls: int) -> float:
+        order.append(self.kernel)
+        return time_us(self, calls)
+
+    monkeypatch.setattr(Candidate, "time_us", recorded)
+    file = tmp_path / "results.json"
+    result = invoke("bench", "--case", "smoke", *choice, "--repeats", "2", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    (line,) = json.loads(file.read_text())["results"]
+    kernels = _available_kernels()
+    assert [timing["kernel"] for timing in line["timings"]] == kernels
+    assert all(timing["error"] < 0.03 and timing["share"] > 0 for timing in line["timings"])
+    assert order == kernels * 3  # one to plan, two that count
+    if "cpu_native" not in kernels and choice != ("--all-kernels",):
+        assert "cpu_native does not run" in line["notes"][0]
+
+
+@pytest.mark.usefixtures("quick_machine")
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_bench_times_tiny_calls_inside_one_jit(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_cases.LOOPED, "tiny", 3)
+    file = tmp_path / "results.json"
+    options = ("--version", version, "--kernel", "xla", "--repeats", "2", "--no-host", "--json", str(file))
+    result = invoke("bench", "--case", "tiny", *options)
+    assert result.exit_code == 0, result.output
+    (line,) = json.loads(file.read_text())["results"]
+    (timing,) = line["timings"]
+    assert (line["bound"], line["limit_us"], timing["share"]) == ("call", None, None)
+    assert timing["us"] > 0
+    # The unit follows the time, which follows the machine's load: the table must show what the file holds.
+    assert bench_report.in_unit(timing["us"]) in result.output
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "shown"),
+    [(None, "-"), (3.34, "3.3 µs"), (999.4, "999.4 µs"), (1500.0, "1.50 ms"), (24600.0, "24.6 ms"), (1.73e6, "1.73 s")],
+)
+def test_bench_shows_times_in_a_fitting_unit(microseconds: float | None, shown: str) -> None:
+    assert bench_report.in_unit(microseconds) == shown
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_bench_compares_with_the_case_of_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smoke = next(case for case in bench_cases.BENCH_CASES if case.name == "smoke")
+    wide = dataclasses.replace(smoke, name="smoke-wide-table", pages_per_row=32)
+    monkeypatch.setattr(bench_cases, "BENCH_CASES", (smoke, wide))
+    monkeypatch.setitem(bench_cases.SCALED, wide.name, smoke.name)
+    file = tmp_path / "results.json"
+    options = ("--kernel", "xla", "--repeats", "1", "--no-host", "--json", str(file))
+    result = invoke("bench", "--case", wide.name, *options)
+    assert result.exit_code == 0, result.output
+    (line,) = json.loads(file.read_text())["results"]
+    assert line["scaled_from"] == "smoke"
+    assert line["timings"][0]["ratio"] > 0
+    assert "x the time of smoke, timed in turns" in result.output
+
+
+def test_every_compared_case_is_the_same_work() -> None:
+    known = bench_cases.by_name()
+    assert set(bench_cases.LOOPED) <= set(known)
+    for name, other in bench_cases.SCALED.items():
+        assert bench_cases.work(known[name]) == bench_cases.work(known[other])
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_bench_stops_at_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Candidate, "check", lambda self: 0.5)
+    result = invoke("bench", "--case", "smoke", "--kernel", "xla", "--no-host")
+    assert result.exit_code == 1
+    assert "xla is WRONG (largest error 0.5" in str(result.exception)
+
+
+@pytest.mark.usefixtures("quick_machine")
+def test_bench_fails_when_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_native.CpuNativeKernel, "refuses", lambda self, request: "not today")
+    result = invoke("bench", "--case", "smoke", "--kernel", "cpu_native", "--no-host")
+    assert result.exit_code == 1
+    assert "cpu_native does not run: cpu_native: not today" in result.output
+
+
+@pytest.fixture
+def report_file(tmp_path: Path) -> Path:
+    """Results of two workloads and of one that has no limit, as ``--json`` writes them."""
+
+    def result(case: str, bound: str, **shares: float) -> dict[str, object]:
+        timings = [
+            bench_report.Timing(kernel, 100.0, None if bound == "call" else share, 1e-3, None, (99.0, 100.0, 101.0))
+            for kernel, share in shares.items()
+        ]
+        limit = None if bound == "call" else 90.0
+        made = bench_report.Result(case, "v3", "bfloat16", bound, limit, None, None, None, tuple(timings), ("a note",))
+        return dataclasses.asdict(made)
+
+    report = {
+        "machine": {
+            "date": "2026-01-02",
+            "platform": "cpu",
+            "device": "A processor",
+            "processors": 2,
+            "last_level_cache_bytes": None,
+            "native_isa": "avx2",
+            "versions": {"easydel-ragged-plugin": "0.1.0", "jax": "0.9.2"},
+        },
+        "repeats": 3,
+        "limits": dataclasses.asdict(Limits(2e10, 1e11)),
+        "results": [
+            result("decode-8x2k", "read", cpu_native=0.9, xla=0.08, ejkernel=0.006),
+            result("prefill-1k", "gemm", cpu_native=1.4, xla=0.3),
+            result("tiny", "call", cpu_native=1.0),
+        ],
+    }
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report), encoding="utf-8")
+    return file
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the bench extra")
+def test_bench_draws_a_figure_from_json(report_file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "figure.png"
+    result = invoke("bench", "--from-json", str(report_file), "--figure", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "0.6 %" in result.output  # the table, too
+    assert "a note" in result.output
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    assert width == round(figure.WIDTH * figure.DPI)
+    assert 300 < height < width
+    assert len(content) > 10_000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the bench extra")
+def test_a_figure_needs_a_workload_with_a_limit(report_file: Path, tmp_path: Path) -> None:
+    report = json.loads(report_file.read_text())
+    report["results"] = report["results"][2:]
+    report_file.write_text(json.dumps(report))
+    result = invoke("bench", "--from-json", str(report_file), "--figure", str(tmp_path / "figure.png"))
+    assert result.exit_code == 2
+    assert "no workload with a limit" in result.output
+
+
+def test_a_figure_without_matplotlib_says_what_to_install(report_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
+    result = invoke("bench", "--from-json", str(report_file), "--figure", "never.png")
+    assert result.exit_code == 2
+    assert "pip install 'easydel-ragged-plugin[bench]'" in result.output
+    assert not Path("never.png").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"results": []}', '{"results": [{"case": "x"}]}'])
+def test_bench_refuses_a_file_of_something_else(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    result = invoke("bench", "--from-json", str(file))
+    assert result.exit_code == 2
+    assert "not a result of this command" in result.output
+
+
+def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[bench_engine.Plan] = []
+
+    def measured(plan: bench_engine.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
+        seen.append(plan)
+        engines = {
+            label: {"result": rate, "of_ceiling": rate / 50, "same_tokens": label != "ceiling"}
+            for label, rate in (("this package's v3", 46.0), ("ceiling", 50.0))
+        }
+        return {
+            "model": "a model",
+            "dtype": "float32",
+            "easydel": "0.3.0",
+            "repeats": repeats,
+            "start_s": {"decode": dict.fromkeys(engines, 9.0)},
+            "kernels": {"this package's v3": ["cpu_native"]},
+            "workloads": [{"name": "4 requests", "unit": "tokens/s", "context": 9, "engines": engines}],
+        }
+
+    monkeypatch.setattr(bench_engine, "run", measured)
+    monkeypatch.setattr(bench_engine, "check_environment", lambda: None)
+    file = tmp_path / "results.json"
+    options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
+    result = invoke("bench", "--case", "engine", *options)
+    assert result.exit_code == 0, result.output
+    assert [(plan.contexts, plan.prompt_tokens) for plan in seen] == [((0, 500), 64)]
+    assert "92 %" in result.output
+    assert json.loads(file.read_text())["engine"]["workloads"][0]["name"] == "4 requests"
+
+
+def test_the_engine_case_fits_its_requests() -> None:
+    plan = bench_engine.Plan()
+    settings = plan.decode_settings()
+    longest = max(plan.contexts) + plan.answer_length(max(plan.contexts))
+    assert settings.max_model_len >= longest + plan.requests
+    assert settings.max_model_len % settings.page_size == 0
+    prompt = plan.prompt_settings()
+    assert prompt.tokens_per_step == prompt.decode_bucket >= plan.prompt_tokens
+
+
+def test_the_decode_rate_counts_while_all_requests_decode() -> None:
+    slow_start = [(5.0, 1), (6.0, 2), (7.0, 3), (8.0, 4)]
+    early = [(0.0, 1), (2.0, 5), (5.0, 6), (7.0, 8)]
+    assert engine._decode_rate([slow_start, early]) == pytest.approx((2 + 2) / 2.0)
+    assert engine._decode_rate([slow_start, [(0.0, 1), (4.0, 9)]]) is None
+
+
+@pytest.mark.parametrize("case", bench_cases.BENCH_CASES, ids=lambda case: case.name)
+def test_bench_work_is_counted_by_hand(case: Case) -> None:
+    data, flops = bench_cases.work(case)
+    window = case.window or 10**9
+    pairs, read = 0, 0
+    for row in case.rows:
+        seen: set[int] = set()
+        for position in range(row.context - row.new, row.context):
+            visible = range(max(0, position - window + 1), position + 1)
+            pairs += len(visible)
+            seen.update((visible.start, position))
+        read += max(seen) - min(seen) + 1
+    assert data == 2 * read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+    assert flops == 4 * pairs * case.q_heads * case.head_dim
+
+
+def test_bench_lists_every_case() -> None:
+    result = invoke("bench", "--list")
+    assert result.exit_code == 0
+    assert all(case.name in result.output for case in bench_cases.BENCH_CASES)
+    assert bench.ENGINE_CASE in result.output
+
+
+def test_bench_names_the_cases_when_one_is_unknown() -> None:
+    result = invoke("bench", "--case", "decode-9x9k")
+    assert result.exit_code == 2
+    assert "got decode-9x9k, wanted some of decode-1x4k" in result.output
+
+
+def test_bench_names_the_kernels_when_one_is_unknown() -> None:
+    result = invoke("bench", "--case", "smoke", "--kernel", "warp")
+    assert result.exit_code == 2
+    assert "got 'warp', wanted one of" in result.output
+    assert "xla" in result.output
