@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_calls import bits, compiled, run_batch
 
-from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.select import ORDER
-from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Batch, Case, build_batch, case_named, spoil_row
+from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Case, build_batch, case_named, spoil_row
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
 PORTABLE = "xla"
@@ -31,43 +31,6 @@ KERNELS = [
 VERSIONS = ("v2", "v3")
 
 
-@functools.cache
-def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
-    if version == "v2":
-
-        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-            return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **dict(options)), pages
-
-        return jax.jit(call)
-
-    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-        return ragged_page_attention_v3(
-            queries, keys, values, pages, *index, last, sinks, config=kernel, **dict(options)
-        )
-
-    return jax.jit(call, donate_argnums=0)
-
-
-def run(batch: Batch, kernel: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    is_v2 = batch.version == "v2"
-    call = compiled(batch.version, kernel, tuple(sorted({**batch.case.options, **options}.items())))
-    output, pages = call(
-        jnp.array(batch.updated_pages if is_v2 else batch.pages),
-        jnp.array(batch.queries),
-        jnp.array(batch.keys),
-        jnp.array(batch.values),
-        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
-        jnp.array(batch.num_seqs if is_v2 else batch.distribution),
-        None if batch.sinks is None else jnp.array(batch.sinks),
-    )
-    return np.asarray(output), np.asarray(pages)
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("case", "version"),
@@ -76,7 +39,7 @@ def bits(array: np.ndarray) -> np.ndarray:
 def test_case_matches_oracle(case: Case, version: str, kernel: str) -> None:
     batch = build_batch(case, version)
     expected, expected_pages = batch.expected()
-    output, pages = run(batch, kernel)
+    output, pages = run_batch(batch, kernel)
     tolerance = tolerance_for(case)
     np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))
@@ -89,7 +52,7 @@ def test_case_matches_oracle(case: Case, version: str, kernel: str) -> None:
 def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any, version: str, kernel: str) -> None:
     batch = spoil_row(build_batch(case_named("mixed"), version), fault)
     expected, expected_pages = batch.expected()
-    output, pages = run(batch, kernel)
+    output, pages = run_batch(batch, kernel)
     np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))
     assert not output[~batch.live_tokens].any()
@@ -106,7 +69,7 @@ def test_block_sizes_do_not_change_results(block: dict[str, int], kernel: str) -
     expected, _ = batch.expected()
     compiled.cache_clear()
     with override_config(**block):
-        output, _ = run(batch, kernel)
+        output, _ = run_batch(batch, kernel)
     compiled.cache_clear()
     np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
 
@@ -163,7 +126,7 @@ def test_float64_is_computed_in_float64(kernel: str) -> None:
             queries=batch.queries.astype(np.float64),
             updated_pages=batch.updated_pages.astype(np.float64),
         )
-        output, _ = run(wide, kernel)
+        output, _ = run_batch(wide, kernel)
         expected, _ = wide.expected()
     assert output.dtype == np.float64
     np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
@@ -174,7 +137,7 @@ def test_float8_cache_saturates(kernel: str) -> None:
     case = next(c for c in CASES if c.cache_dtype == "float8_e4m3fn" and "v3" in c.versions)
     batch = build_batch(case, "v3")
     batch = dataclasses.replace(batch, keys=batch.keys * 0 + 1000, values=batch.values * 0 - 1000)
-    _, pages = run(batch, kernel)
+    _, pages = run_batch(batch, kernel)
     written = pages[batch.written_slots].astype(np.float32)
     assert written.max() == 448
     assert written.min() == -448

@@ -1,7 +1,7 @@
-"""The native CPU kernel at every instruction set of this machine, and everything around it that can go wrong.
+"""The native CPU kernel at every instruction set of this machine.
 
-``test_kernels.py`` runs all cases on every kernel; here are the instruction sets, the options in combination, the
-buffers, threads, and what happens with a library that is missing or was built for another jaxlib.
+``test_kernels.py`` runs all cases on every kernel; here are the instruction sets, the options in combination, hostile
+metadata and the buffers. ``test_native_library.py`` has the processes: a library that is missing, threads, devices.
 """
 
 from __future__ import annotations
@@ -9,27 +9,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_calls import bits, compiled, run_batch
+from native_library import LEVELS, needs_library
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3, reference
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels import cpu_native
-from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, build_batch, case_named
+from easydel_ragged_plugin.testing.cases import CASES, Case, build_batch, case_named
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
-
-UNAVAILABLE = cpu_native.availability()
-LEVELS = () if UNAVAILABLE else cpu_native.isa_levels()
-
-needs_library = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"no native kernel here: {UNAVAILABLE}")
 
 # Bounds on results of size 1, by the query's dtype: float32 sums of a few hundred terms, and one rounding of the
 # result and of each probability to the shorter types. Relative and absolute.
@@ -46,43 +40,6 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
 
 
-@functools.cache
-def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    if version == "v2":
-
-        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-            output = ragged_page_attention_v2(queries, pages, *index, last, sinks, config="cpu_native", **dict(options))
-            return output, pages
-
-        return jax.jit(call)
-
-    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-        return ragged_page_attention_v3(
-            queries, keys, values, pages, *index, last, sinks, config="cpu_native", **dict(options)
-        )
-
-    return jax.jit(call, donate_argnums=0)
-
-
-def run_batch(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    is_v2 = batch.version == "v2"
-    call = compiled(batch.version, tuple(sorted(batch.case.options.items())))
-    output, pages = call(
-        jnp.array(batch.updated_pages if is_v2 else batch.pages),
-        jnp.array(batch.queries),
-        jnp.array(batch.keys),
-        jnp.array(batch.values),
-        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
-        jnp.array(batch.num_seqs if is_v2 else batch.distribution),
-        None if batch.sinks is None else jnp.array(batch.sinks),
-    )
-    return np.asarray(output), np.asarray(pages)
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)
-
-
 @needs_library
 @each_level
 @pytest.mark.parametrize(
@@ -92,7 +49,7 @@ def bits(array: np.ndarray) -> np.ndarray:
 def test_case_matches_oracle_at_every_instruction_set(case: Case, version: str, level: str) -> None:
     batch = build_batch(case, version)
     expected, expected_pages = batch.expected()
-    output, pages = run_batch(batch)
+    output, pages = run_batch(batch, "cpu_native")
     tolerance = tolerance_for(case)
     np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))
@@ -317,7 +274,7 @@ def test_pages_without_donation_keep_their_old_values() -> None:
 def test_donated_pages_stay_where_they_are() -> None:
     """Two steps in a row write into the very buffer that the caller made."""
     batch = build_batch(case_named("mixed"), "v3")
-    step = compiled("v3", tuple(sorted(batch.case.options.items())))
+    step = compiled("v3", "cpu_native", tuple(sorted(batch.case.options.items())))
     pages = jnp.array(batch.pages) + 0
     address = pages.unsafe_buffer_pointer()
     rest = (
@@ -359,82 +316,6 @@ def test_what_it_refuses_is_named() -> None:
         )
     with pytest.raises(ValueError, match="instruction set: got 'sse9', wanted one of"):
         cpu_native.set_isa("sse9")
-
-
-def in_new_process(code: str, **environment: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.strip()
-
-
-REASON = "from easydel_ragged_plugin.kernels import cpu_native; print(cpu_native.availability())"
-
-
-def test_a_missing_library_is_a_reason() -> None:
-    assert "which is not a file" in in_new_process(REASON, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere/lib.so")
-
-
-def test_something_else_than_the_library_is_a_reason(tmp_path: Any) -> None:
-    file = tmp_path / "lib.so"
-    file.write_bytes(b"not a library")
-    assert "can't be loaded" in in_new_process(REASON, EASYDEL_RAGGED_NATIVE_LIBRARY=str(file))
-
-
-@needs_library
-def test_an_unknown_instruction_set_is_a_reason() -> None:
-    assert "EASYDEL_RAGGED_ISA is 'z80'" in in_new_process(REASON, EASYDEL_RAGGED_ISA="z80")
-
-
-@needs_library
-def test_an_older_jaxlib_is_a_reason_and_the_backend_lives() -> None:
-    code = (
-        "from easydel_ragged_plugin.kernels import cpu_native as native\n"
-        "native._offered_ffi_version = lambda: (0, 0)\n"
-        "print(native.availability())\n"
-        "import jax\n"
-        "print(jax.jit(lambda x: x + 1)(1))"
-    )
-    reason, answer = in_new_process(code).splitlines()
-    assert "built for XLA FFI 0." in reason
-    assert reason.endswith("offers 0.0: upgrade jaxlib")
-    assert answer == "2"
-
-
-@needs_library
-@pytest.mark.parametrize("level_name", LEVELS)
-def test_environment_chooses_the_instruction_set(level_name: str) -> None:
-    code = "from easydel_ragged_plugin.kernels import cpu_native; print(cpu_native.isa())"
-    assert in_new_process(code, EASYDEL_RAGGED_ISA=level_name) == level_name
-
-
-@needs_library
-def test_sharded_over_devices_equals_one_device() -> None:
-    """Eight devices in one process share one thread pool, and their calls run at the same time."""
-    code = """
-import functools, numpy as np, jax, jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from easydel_ragged_plugin import ragged_page_attention_v2 as attend
-mesh = jax.sharding.Mesh(np.array(jax.devices()), ("heads",))
-key = jax.random.key(0)
-queries = jax.random.normal(key, (40, 32, 64)); pages = jax.random.normal(key, (130, 16, 32, 64))
-index = (jnp.full((5,), 400, jnp.int32), jnp.arange(125, dtype=jnp.int32).reshape(5, 25),
-         jnp.array([0, 1, 2, 3, 4, 40], jnp.int32), jnp.array([5], jnp.int32))
-call = functools.partial(attend, config="cpu_native")
-one = jax.jit(call)(queries, pages, *index)
-specs = (P(None, "heads"), P(None, None, "heads"), P(), P(), P(), P())
-many = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(None, "heads"), check_vma=False))
-for _ in range(20):
-    np.testing.assert_allclose(np.asarray(many(queries, pages, *index)), np.asarray(one), rtol=1e-5, atol=1e-5)
-print("equal", len(jax.devices()))
-"""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    assert in_new_process(code, XLA_FLAGS=flags) == "equal 8"
 
 
 @needs_library

@@ -1,0 +1,53 @@
+"""Calls of the public functions on the batches of the shared cases, with a kernel that is named."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.testing.batches import Batch
+
+
+@functools.cache
+def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
+    if version == "v2":
+
+        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+            return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **dict(options)), pages
+
+        return jax.jit(call)
+
+    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+        return ragged_page_attention_v3(
+            queries, keys, values, pages, *index, last, sinks, config=kernel, **dict(options)
+        )
+
+    return jax.jit(call, donate_argnums=0)
+
+
+def run_batch(batch: Batch, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """Output and pages of the public function on ``batch``, with this kernel."""
+    is_v2 = batch.version == "v2"
+    call = compiled(batch.version, kernel, tuple(sorted(batch.case.options.items())))
+    output, pages = call(
+        jnp.array(batch.updated_pages if is_v2 else batch.pages),
+        jnp.array(batch.queries),
+        jnp.array(batch.keys),
+        jnp.array(batch.values),
+        tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
+        jnp.array(batch.num_seqs if is_v2 else batch.distribution),
+        None if batch.sinks is None else jnp.array(batch.sinks),
+    )
+    return np.asarray(output), np.asarray(pages)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bytes: to compare exactly, NaN and the sign of zeros included."""
+    return np.ascontiguousarray(array).view(np.uint8)
