@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -116,3 +117,14 @@ def bare_python(distributions: Path, new_python: Callable[..., Path]) -> Path:
     """An interpreter that has this package's wheel and nothing else: no JAX, no EasyDeL."""
     (wheel,) = distributions.glob("*.whl")
     return new_python(wheel)
+
+
+@pytest.fixture
+def python(bare_python: Path, run: RunPython) -> Callable[..., str]:
+    """Run code in the bare environment with some folders on PYTHONPATH."""
+
+    def python(code: str, *paths: str, options: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> str:
+        variables = {"PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
+        return run(bare_python, *options, "-c", textwrap.dedent(code), environment=variables)
+
+    return python
