@@ -60,6 +60,9 @@ class TestGenerated(RaggedPageAttentionContract):
     reports = _Reports()
     arguments = ["-c", str(configuration), "--rootdir", str(folder), "-W", "ignore", "-k", select, *options]
     quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "--capture=no"]
+    # Collects garbage over and over at the end of every run, which takes a second with the host in memory. The run
+    # around this one does it, too.
+    quiet += ["-p", "no:unraisableexception"]
     pytest.main([*arguments, *quiet, str(module)], plugins=[reports])
     return reports
 

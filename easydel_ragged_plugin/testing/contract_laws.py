@@ -25,6 +25,8 @@ _LAW = hypothesis.settings(
     deadline=None,
     derandomize=True,
     database=None,
+    # Not "explain": hundreds of calls more for each failure, to say which argument could be another. Here all could.
+    phases=[phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.differing_executors],
 )
 _SEEDS = strategies.integers(0, 2**20)
