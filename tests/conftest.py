@@ -17,6 +17,9 @@ import pytest
 
 RunPython = Callable[..., str]
 
+LONGEST = ("test_demo.py", "test_kernels.py", "test_startup_host.py", "test_docs.py")
+"""A file goes to one worker: these begin first, so that none of them is left to one worker when the other is done."""
+
 
 def pytest_report_header() -> str:
     spec = importlib.util.find_spec("easydel_ragged_plugin")
@@ -27,7 +30,9 @@ def pytest_report_header() -> str:
     return f"tested: {spec.origin if spec else 'nothing'}, with {', '.join(versions)}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist; a run without workers keeps the usual order
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if importlib.util.find_spec("easydel") is None:
         skip = pytest.mark.skip(reason="no EasyDeL in this environment")
         for item in items:

@@ -96,7 +96,8 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.chdir(TESTS)
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
     # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
-    workers = ("-n", "2", "--dist", "loadscope")
+    # conftest.py says what comes first: pytest-xdist would begin with what has most tests and end with what is longest.
+    workers = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
     session.run("pytest", *workers, *arguments, *session.posargs, env=environment)
 
 
