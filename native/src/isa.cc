@@ -20,12 +20,10 @@ namespace easydel_ragged {
   extern const Routines kRoutines; \
   }
 RAGGED_DECLARE(baseline)
-#if defined(__x86_64__)
 RAGGED_DECLARE(avx2)
 RAGGED_DECLARE(avx512)
 RAGGED_DECLARE(avx512_bf16)
 RAGGED_DECLARE(amx_bf16)
-#endif
 
 namespace {
 
@@ -41,20 +39,20 @@ bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
   unsigned r[4] = {0, 0, 0, 0};
   return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) != 0 && (r[reg] >> bit & 1u) != 0;
 }
-bool made_by_amd() {
+[[maybe_unused]] bool made_by_amd() {
   unsigned most = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(0, &most, &b, &c, &d) != 0 && b == 0x68747541u && d == 0x69746e65u && c == 0x444d4163u;
 }
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_bit(1, 0, 2, 29);  // F16C
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
 // Linux gives a process the tile registers when it asks.
-bool has_amx_bf16() {
+[[maybe_unused]] bool has_amx_bf16() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = has_avx512_bf16() && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24) &&
@@ -67,13 +65,19 @@ bool has_amx_bf16() {
 #endif
 bool always() { return true; }
 
-// Best first.
+// Best first. The build says which there are.
 const Level kLevels[] = {
-#if defined(__x86_64__)
+#if defined(RAGGED_HAS_amx_bf16)
     {&amx_bf16::kRoutines, has_amx_bf16, always},
+#endif
+#if defined(RAGGED_HAS_avx512_bf16)
     // AMD's vdpbf16ps has twice the rate of its float products; Intel's has less than the float products.
     {&avx512_bf16::kRoutines, has_avx512_bf16, made_by_amd},
+#endif
+#if defined(RAGGED_HAS_avx512)
     {&avx512::kRoutines, has_avx512, always},
+#endif
+#if defined(RAGGED_HAS_avx2)
     {&avx2::kRoutines, has_avx2, always},
 #endif
     {&baseline::kRoutines, always, always},

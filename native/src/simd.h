@@ -67,6 +67,10 @@ RAGGED_INLINE V load_bits(const P* from) {
   __builtin_memcpy(&v, from, sizeof(V));
   return v;
 }
+template <class V, class P>
+RAGGED_INLINE void store_bits(P* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
 RAGGED_INLINE void store(float* to, VecF v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
 RAGGED_INLINE VecF fma(VecF a, VecF b, VecF c) {

@@ -1,0 +1,114 @@
+// What the loops share: types and their dispatch, scratch memory, the paged cache, logits. Included once by each unit.
+
+#if defined(__AVX512BF16__)
+constexpr bool kDotBF16 = true;
+#else
+constexpr bool kDotBF16 = false;
+#endif
+
+#if defined(__AMX_BF16__)
+// A tile load. GCC does not know that it reads memory, and would leave out or move the stores around it.
+#define RAGGED_TILE_LOAD(tile, from, stride) \
+  do {                                       \
+    asm volatile("" ::: "memory");           \
+    _tile_loadd(tile, from, stride);         \
+    asm volatile("" ::: "memory");           \
+  } while (false)
+
+// Shapes of the tile registers: 16 rows of up to 64 bytes.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  inline __attribute__((always_inline)) void set(int tile, int bytes, int count = 16) {
+    row_bytes[tile] = uint16_t(bytes);
+    rows[tile] = uint8_t(count);
+  }
+  inline __attribute__((always_inline)) void load() const { _tile_loadconfig(this); }
+};
+#endif
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr int kCacheLine = 64;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class F>
+RAGGED_INLINE void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(Tag<float>{});
+    case DType::kBF16:
+      return f(Tag<BF16>{});
+    case DType::kF16:
+      return f(Tag<F16>{});
+    case DType::kF8E4M3FN:
+      return f(Tag<E4M3>{});
+    case DType::kF8E5M2:
+      return f(Tag<E5M2>{});
+  }
+}
+template <class F>
+RAGGED_INLINE void with_query_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBF16:
+      return f(Tag<BF16>{});
+    case DType::kF16:
+      return f(Tag<F16>{});
+    default:
+      return f(Tag<float>{});
+  }
+}
+
+// Hands out aligned parts of a scratch buffer. With a null buffer it only counts.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(base ? base + used : nullptr);
+    used += (size_t(count) * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    return part;
+  }
+};
+
+template <class T>
+struct Cache {
+  const T* pages;
+  const int32_t* table;
+  int64_t page_size, page_stride, token_stride;
+
+  Cache(const Problem& p, int64_t row)
+      : pages(static_cast<const T*>(p.pages)),
+        table(p.block_tables + row * p.pages_per_row),
+        page_size(p.page_size),
+        page_stride(p.page_size * p.token_stride),
+        token_stride(p.token_stride) {}
+
+  // Addresses of the slots that hold positions [begin, begin + count).
+  void slots(int64_t begin, int64_t count, const T** slot) const {
+    int64_t entry = begin / page_size, offset = begin % page_size;
+    for (int64_t i = 0; i < count; ++entry, offset = 0) {
+      const T* at = pages + table[entry] * page_stride + offset * token_stride;
+      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride) slot[i] = at;
+    }
+  }
+};
+
+// Turns a product into a base-2 logit.
+struct Logits {
+  float scale, cap;
+  explicit Logits(const Problem& p)
+      : scale(p.logits_soft_cap > 0 ? p.softmax_scale / p.logits_soft_cap : p.softmax_scale * kLog2E),
+        cap(p.logits_soft_cap > 0 ? p.logits_soft_cap * kLog2E : 0.0f) {}
+  template <bool kCapped>
+  inline __attribute__((always_inline)) VecF of(VecF product) const {
+    const VecF x = product * splat(scale);
+    if constexpr (kCapped) return hyperbolic_tangent(x) * splat(cap);
+    return x;
+  }
+};

@@ -1,0 +1,260 @@
+// Attention of several query tokens of a row, one kv head: an online softmax over tiles of packed keys and values.
+
+// Keys of a tile, transposed: panels of kPanel tokens, each [depth][kPanel]. Tokens past `count` are zero.
+template <class Step, class T>
+RAGGED_INLINE VecF packed_key(const T* key, int64_t d, int64_t head_dim) {
+  if constexpr (Step::kElements == 2) {
+    VecF v = {};
+    const int64_t left = head_dim - d;
+    if (left >= 2 * kLanes)
+      __builtin_memcpy(&v, key + d, sizeof(v));
+    else
+      for (int64_t i = 0; i < left; ++i) __builtin_memcpy(reinterpret_cast<T*>(&v) + i, key + d + i, sizeof(T));
+    return v;
+  } else {
+    return d + kLanes <= head_dim ? load(key + d) : load_tail(key + d, head_dim - d);
+  }
+}
+template <class Step, class T>
+void pack_keys(const T* const* slot, int64_t count, int64_t offset, int64_t head_dim, int64_t depth, float* packed) {
+  for (int64_t t = 0; t < round_up(count, kPanel); t += kLanes) {
+    float* panel = packed + t / kPanel * kPanel * depth + t % kPanel;
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      VecF v[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        v[i] = t + i < count ? packed_key<Step>(slot[t + i] + offset, d * Step::kElements, head_dim) : VecF{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel, v[i]);
+    }
+  }
+}
+
+// Values of a tile: panels of kPanel columns (the last one narrower), each [tokens][columns], zeros past `count`.
+template <class Step, class T>
+void pack_values(const T* const* slot, int64_t count, int64_t offset, int64_t head_dim, float* packed) {
+  const int64_t steps = round_up(count, 2 * kLanes) / Step::kElements, width = round_up(head_dim, kLanes);
+  for (int64_t column = 0; column < width; column += kPanel) {
+    const int64_t columns = min64(kPanel, width - column);
+    float* panel = packed + column * (kTile / Step::kElements);
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t c = column; c < column + columns; c += kLanes) {
+        const auto value = [&](int64_t t) {
+          if (t >= count) return VecF{};
+          const T* from = slot[t] + offset + c;
+          return c + kLanes <= head_dim ? load(from) : load_tail(from, head_dim - c);
+        };
+        VecF v;
+        if constexpr (Step::kElements == 2)  // the halves of a bf16 widened to float are its bits and zeros
+          v = bit_cast<VecF>((bit_cast<VecU>(value(2 * k)) >> 16) | bit_cast<VecU>(value(2 * k + 1)));
+        else
+          v = value(k);
+        store(panel + k * columns + (c - column), v);
+      }
+    }
+  }
+}
+
+template <class T, class Step>
+struct PrefillScratch {
+  int64_t rows, depth, width;  // depth: steps over head_dim; width: columns of the sums
+  float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
+  const T** slot;
+  size_t size;
+  PrefillScratch(const Problem& p, int64_t tokens, void* base) {
+    Carver carver{static_cast<char*>(base)};
+    rows = round_up(tokens * p.group(), Step::kRows);
+    depth = round_up(p.head_dim, Step::kElements * kLanes) / Step::kElements;
+    width = round_up(p.head_dim, kLanes);
+    queries = carver.take<float>(rows * depth);
+    keys = carver.take<float>(kTile * depth);
+    values = carver.take<float>(kTile * width);
+    scores = carver.take<float>(Step::kRows * kTile);  // of one block of rows
+    weights = Step::kElements == 2 ? carver.take<float>(Step::kRows * kTile / 2) : scores;
+    sums = carver.take<float>(rows * width);
+    maximum = carver.take<float>(rows);
+    total = carver.take<float>(rows);
+    factor = carver.take<float>(Step::kRows);
+    slot = carver.take<const T*>(kTile);
+    size = carver.used;
+  }
+};
+
+RAGGED_INLINE void store_weights(BF16* to, VecF weights) {
+#if defined(__AVX512BF16__)  // one instruction, which flushes denormals: right for weights, not for caches
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+#else
+  store(to, weights);
+#endif
+}
+
+// Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
+template <class Step, bool kCapped, bool kMasked>
+RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
+                                   int64_t low, int64_t high, float& maximum_seen, float& total, float& factor) {
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  VecF most = splat(-kInfinity);
+  for (int64_t t = from; t < to; t += kLanes) {
+    VecF x = logits.of<kCapped>(load(scores + t));
+    if constexpr (kMasked) {
+      const VecI column = lane + splat_int(int32_t(t));
+      x = column >= splat_int(int32_t(low)) ? x : splat(-kInfinity);
+      x = column < splat_int(int32_t(high)) ? x : splat(-kInfinity);
+    }
+    store(scores + t, x);
+    most = maximum(x, most);
+  }
+  const float tile_maximum = max_of(most);
+  const float updated = tile_maximum > maximum_seen ? tile_maximum : maximum_seen;
+  const float reference = updated == -kInfinity ? 0.0f : updated;
+  VecF sum = {};
+  for (int64_t t = from; t < to; t += kLanes) {
+    const VecF weight = exp2_nonpositive(load(scores + t) - splat(reference));
+    if constexpr (Step::kElements == 2)
+      store_weights(reinterpret_cast<BF16*>(weights) + t, weight);
+    else
+      store(weights + t, weight);
+    sum = sum + weight;
+  }
+  factor = exp2_nonpositive(maximum_seen - reference);
+  total = total * factor + sum_of(sum);
+  maximum_seen = updated;
+}
+
+template <class T, class Step, bool kCapped>
+void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, int64_t count,
+                  void* scratch) {
+  PrefillScratch<T, Step> s(p, count, scratch);
+  const Logits logits(p);
+  const Cache<T> cache(p, row);
+  const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
+  const int64_t window = p.sliding_window > 0 ? p.sliding_window : INT64_MAX;
+
+  with_query_type(p.query_dtype, [&](auto tag) {
+    using Source = typename decltype(tag)::type;
+    const Source* from = static_cast<const Source*>(p.queries) + (token * p.num_q_heads + kv_head * group) * p.head_dim;
+    for (int64_t r = 0; r < s.rows; ++r) {
+      float* to = s.queries + r * s.depth;
+      __builtin_memset(to, 0, size_t(s.depth) * sizeof(float));
+      if (r >= live) continue;
+      const Source* query = from + (r / group * p.num_q_heads + r % group) * p.head_dim;
+      if constexpr (Step::kElements == 2)
+        __builtin_memcpy(to, query, size_t(p.head_dim) * sizeof(Source));
+      else
+        convert(query, to, p.head_dim);
+    }
+  });
+  for (int64_t r = 0; r < s.rows; ++r) {
+    s.maximum[r] = -kInfinity;
+    s.total[r] = 0.0f;
+  }
+  __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
+
+  Step::begin();
+  const int64_t begin = position >= window ? position - window + 1 : 0, end = position + count;
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t tokens = min64(kTile, end - start);
+    cache.slots(start, tokens, s.slot);
+    pack_keys<Step>(s.slot, tokens, offset, p.head_dim, s.depth, s.keys);
+    pack_values<Step>(s.slot, tokens, offset + p.value_offset, p.head_dim, s.values);
+    // Columns that a row of this query token sees.
+    const auto low = [&](int64_t query) {
+      return position + query >= window ? max64(0, position + query - window + 1 - start) : 0;
+    };
+    const auto high = [&](int64_t query) { return min64(tokens, position + query + 1 - start); };
+    for (int64_t r = 0; r < s.rows; r += Step::kRows) {
+      const int64_t last = min64(r + Step::kRows, live) - 1;
+      const int64_t from = low(r / group) / (2 * kLanes) * (2 * kLanes);
+      const int64_t to = round_up(high(last / group), 2 * kLanes);
+      if (to <= from) continue;
+      score_block<Step>(s.queries + r * s.depth, s.keys, s.depth, from, to, s.scores);
+      for (int64_t i = 0; i < Step::kRows; ++i) {
+        float* scores = s.scores + i * kTile;
+        float* weights = s.weights + i * (kTile / Step::kElements);
+        s.factor[i] = 0.0f;
+        if (r + i >= live) {
+          __builtin_memset(weights, 0, kTile / Step::kElements * sizeof(float));
+          continue;
+        }
+        const int64_t row_low = low((r + i) / group), row_high = high((r + i) / group);
+        if (row_low <= from && row_high >= to)
+          prefill_softmax<Step, kCapped, false>(logits, scores, weights, from, to, row_low, row_high, s.maximum[r + i],
+                                                s.total[r + i], s.factor[i]);
+        else
+          prefill_softmax<Step, kCapped, true>(logits, scores, weights, from, to, row_low, row_high, s.maximum[r + i],
+                                               s.total[r + i], s.factor[i]);
+      }
+      sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
+    }
+  }
+  Step::end();
+
+  with_query_type(p.query_dtype, [&](auto tag) {
+    using To = typename decltype(tag)::type;
+    To* output = static_cast<To*>(p.output) + (token * p.num_q_heads + kv_head * group) * p.head_dim;
+    for (int64_t r = 0; r < live; ++r) {
+      float total = s.total[r], rescale = 1.0f;
+      if (p.sinks) {
+        const float sink = p.sinks[kv_head * group + r % group] * kLog2E;
+        const float most = sink > s.maximum[r] ? sink : s.maximum[r];
+        const float reference = most == -kInfinity ? 0.0f : most;
+        rescale = exp2_nonpositive(s.maximum[r] - reference);
+        total = total * rescale + exp2_nonpositive(sink - reference);
+      }
+      const float inverse = total > 0 ? p.v_scale * rescale / total : (total == total ? 0.0f : total);
+      To* to = output + (r / group * p.num_q_heads + r % group) * p.head_dim;
+      for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+        const VecF v = load(s.sums + r * s.width + d) * splat(inverse);
+        if (d + kLanes <= p.head_dim)
+          store(to + d, v);
+        else
+          store_tail(to + d, v, p.head_dim - d);
+      }
+    }
+  });
+}
+
+#if defined(__AMX_BF16__)
+using BestPairStep = TileStep;
+#elif defined(__AVX512BF16__)
+using BestPairStep = PairStep;
+#endif
+
+// Rows of the two products: what they need then fits a second-level cache. Tiles are so fast that packing keys and
+// values for them is what costs, so each packed key should serve more rows.
+int64_t prefill_chunk(const Problem& p) {
+#if defined(__AMX_BF16__)
+  const int64_t rows = pairs(p) ? 1024 : 256;
+#else
+  const int64_t rows = 256;
+#endif
+  return max64(1, rows / p.group());
+}
+
+void prefill(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, int64_t count,
+             void* scratch) {
+  const bool capped = p.logits_soft_cap > 0;
+#if defined(__AVX512BF16__)
+  if (pairs(p))
+    return capped ? prefill_rows<BF16, BestPairStep, true>(p, row, kv_head, position, token, count, scratch)
+                  : prefill_rows<BF16, BestPairStep, false>(p, row, kv_head, position, token, count, scratch);
+#endif
+  with_type(p.cache_dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (capped)
+      prefill_rows<T, FloatStep, true>(p, row, kv_head, position, token, count, scratch);
+    else
+      prefill_rows<T, FloatStep, false>(p, row, kv_head, position, token, count, scratch);
+  });
+}
+
+size_t prefill_scratch(const Problem& p) {
+  const int64_t tokens = prefill_chunk(p);
+#if defined(__AVX512BF16__)
+  if (pairs(p)) return PrefillScratch<BF16, BestPairStep>(p, tokens, nullptr).size;
+#endif
+  return PrefillScratch<float, FloatStep>(p, tokens, nullptr).size;
+}

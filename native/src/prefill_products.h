@@ -1,0 +1,174 @@
+// The two matrix products of prefill, in register blocks: in floats, in pairs of bf16, or on AMX tiles.
+
+// Rows of the two products are (query token, head of the group). They are taken a block at a time, whose scores stay in
+// the first-level cache between the two products. Columns of one register block:
+constexpr int kBlockVectors = RAGGED_REGISTERS == 32 ? 4 : 2;
+constexpr int kPanel = kBlockVectors * kLanes;  // columns of a packed panel
+constexpr int kTile = 128;                      // key tokens of one step
+static_assert(kTile % kPanel == 0 && kTile % (2 * kLanes) == 0, "whole panels");
+
+// How products are made, on 32-bit elements: a float, or a pair of bf16. A block has kRows rows.
+struct FloatStep {
+  static constexpr int kElements = 1;
+  static constexpr int kRows = 6;
+  static constexpr bool kTiles = false;
+  RAGGED_INLINE void begin() {}
+  RAGGED_INLINE void end() {}
+  RAGGED_INLINE VecF add(VecF sum, float a, VecF b) { return fma(splat(a), b, sum); }
+};
+#if defined(__AVX512BF16__)
+struct PairStep {
+  static constexpr int kElements = 2;
+  static constexpr int kRows = 6;
+  static constexpr bool kTiles = false;
+  RAGGED_INLINE void begin() {}
+  RAGGED_INLINE void end() {}
+  RAGGED_INLINE VecF add(VecF sum, float a, VecF b) {
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(a), (__m512bh)b);
+  }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+// Products on tiles of 16 rows x 16 pairs, two by two.
+struct TileStep {
+  static constexpr int kElements = 2;
+  static constexpr int kRows = 32;
+  static constexpr bool kTiles = true;
+  RAGGED_INLINE void begin() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.set(i, 64);
+    config.load();
+  }
+  RAGGED_INLINE void end() { _tile_release(); }
+
+  // c[32][columns] = (add ? c : 0) + a[32][depth] * b[depth][columns]: 16 or 32 columns, depth a multiple of 16.
+  RAGGED_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                              float* c, int64_t c_stride, int64_t columns, bool add) {
+    const int64_t a_bytes = a_stride * 4, b_bytes = b_stride * 4, c_bytes = c_stride * 4;
+    if (add) {
+      RAGGED_TILE_LOAD(0, c, c_bytes);
+      RAGGED_TILE_LOAD(2, c + 16 * c_stride, c_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(2);
+    }
+    if (columns == 16) {
+      for (int64_t k = 0; k < depth; k += 16) {
+        RAGGED_TILE_LOAD(4, a + k, a_bytes);
+        RAGGED_TILE_LOAD(5, a + 16 * a_stride + k, a_bytes);
+        RAGGED_TILE_LOAD(6, b + k * b_stride, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      _tile_stored(0, c, c_bytes);
+      _tile_stored(2, c + 16 * c_stride, c_bytes);
+      return;
+    }
+    if (add) {
+      RAGGED_TILE_LOAD(1, c + 16, c_bytes);
+      RAGGED_TILE_LOAD(3, c + 16 * c_stride + 16, c_bytes);
+    } else {
+      _tile_zero(1);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < depth; k += 16) {
+      RAGGED_TILE_LOAD(4, a + k, a_bytes);
+      RAGGED_TILE_LOAD(6, b + k * b_stride, b_bytes);
+      RAGGED_TILE_LOAD(7, b + k * b_stride + 16, b_bytes);
+      RAGGED_TILE_LOAD(5, a + 16 * a_stride + k, a_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    _tile_stored(2, c + 16 * c_stride, c_bytes);
+    _tile_stored(3, c + 16 * c_stride + 16, c_bytes);
+  }
+};
+#endif
+
+// c[6][kVectors] = (factor ? c * factor[row] : 0) + a[6][depth] * b[depth][kVectors]; b is packed without gaps.
+template <class Step, int kVectors>
+RAGGED_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
+                            const float* factor) {
+  constexpr int kBlockRows = Step::kRows;
+  VecF sum[kBlockRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlockRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      sum[r][v] = factor ? load(c + r * c_stride + v * kLanes) * splat(factor[r]) : VecF{};
+  for (int64_t k = 0; k < depth; ++k) {
+    VecF column[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) column[v] = load(b + (k * kVectors + v) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlockRows; ++r) {
+      const float element = a[r * a_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Step::add(sum[r][v], element, column[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlockRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+template <class Step>
+void multiply_any(int64_t vectors, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                  int64_t c_stride, const float* factor) {
+  switch (vectors) {
+    case 1:
+      return multiply<Step, 1>(a, a_stride, b, depth, c, c_stride, factor);
+    case 2:
+      return multiply<Step, 2>(a, a_stride, b, depth, c, c_stride, factor);
+#if RAGGED_REGISTERS == 32
+    case 3:
+      return multiply<Step, 3>(a, a_stride, b, depth, c, c_stride, factor);
+    case 4:
+      return multiply<Step, 4>(a, a_stride, b, depth, c, c_stride, factor);
+#endif
+  }
+}
+
+// Scores of a block of rows in columns [from, to), whole panels of them; and what the block's weights add to its sums.
+template <class Step>
+RAGGED_INLINE void score_block(const float* queries, const float* keys, int64_t depth, int64_t from, int64_t to,
+                               float* scores) {
+  if constexpr (Step::kTiles) {
+    for (int64_t column = from; column < to; column += 32)
+      Step::multiply(queries, depth, keys + column / kPanel * kPanel * depth + column % kPanel, kPanel, depth,
+                     scores + column, kTile, 32, false);
+  } else {
+    for (int64_t panel = from / kPanel * kPanel; panel < to; panel += kPanel)
+      multiply<Step, kBlockVectors>(queries, depth, keys + panel * depth, depth, scores + panel, kTile, nullptr);
+  }
+}
+template <class Step>
+RAGGED_INLINE void sum_block(const float* weights, const float* values, int64_t from, int64_t to, const float* factor,
+                             float* sums, int64_t width) {
+  const int64_t first = from / Step::kElements, steps = (to - from) / Step::kElements;
+  if constexpr (Step::kTiles) {
+    for (int r = 0; r < Step::kRows; ++r) {
+      if (factor[r] == 1.0f) continue;
+      for (int64_t c = 0; c < width; c += kLanes)
+        store(sums + r * width + c, load(sums + r * width + c) * splat(factor[r]));
+    }
+    for (int64_t column = 0; column < width; column += 32) {
+      const int64_t panel = column / kPanel * kPanel, columns = min64(kPanel, width - panel);
+      Step::multiply(weights + first, kTile / 2, values + panel * (kTile / 2) + first * columns + (column - panel),
+                     columns, steps, sums + column, width, min64(32, width - column), true);
+    }
+  } else {
+    for (int64_t column = 0; column < width; column += kPanel) {
+      const int64_t columns = min64(kPanel, width - column);
+      multiply_any<Step>(columns / kLanes, weights + first, kTile / Step::kElements,
+                         values + column * (kTile / Step::kElements) + first * columns, steps, sums + column, width,
+                         factor);
+    }
+  }
+}
