@@ -9,11 +9,12 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import invoke
 
 from easydel_ragged_plugin.cli import bench, bench_cases, bench_engine, bench_report, engine, figure
-from easydel_ragged_plugin.cli.bench_calls import Candidate
+from easydel_ragged_plugin.cli.bench_calls import Candidate, build
 from easydel_ragged_plugin.cli.machine import Limits
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.testing.cases import Case
@@ -88,8 +89,7 @@ def test_bench_times_several_kernels_in_turns(
 
 @pytest.mark.usefixtures("quick_machine")
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_bench_times_tiny_calls_inside_one_jit(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_cases.LOOPED, "tiny", 3)
+def test_bench_gives_tiny_calls_no_share_of_a_limit(version: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     options = ("--version", version, "--kernel", "xla", "--repeats", "2", "--no-host", "--json", str(file))
     result = invoke("bench", "--case", "tiny", *options)
@@ -128,9 +128,29 @@ def test_bench_compares_with_the_case_of_the_same_work(tmp_path: Path, monkeypat
 
 def test_every_compared_case_is_the_same_work() -> None:
     known = bench_cases.by_name()
-    assert set(bench_cases.LOOPED) <= set(known)
+    assert set(known) >= bench_cases.CALL_BOUND
     for name, other in bench_cases.SCALED.items():
         assert bench_cases.work(known[name]) == bench_cases.work(known[other])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_case_beyond_the_cache_is(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_cases, "last_level_cache", lambda: 100 << 20)
+    case = bench_cases.with_dtype(bench_cases.by_name()["decode-beyond-cache"], dtype)
+    data, _ = bench_cases.work(case)
+    assert 1.25 <= data / (100 << 20) < 1.4
+    assert case.num_rows == case.num_tokens == len(case.rows)
+
+
+@pytest.mark.usefixtures("quick_machine")
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_calls_in_one_program_are_as_many_as_asked_for(version: str) -> None:
+    """Each takes the result of the one before as its queries."""
+    problem = build(bench_cases.with_dtype(bench_cases.by_name()["smoke"], "float32"), version)
+    together = Candidate(problem, "xla")._run(3)
+    for _ in range(3):
+        problem = dataclasses.replace(problem, queries=np.asarray(Candidate(problem, "xla")._run(1)))
+    np.testing.assert_allclose(together, problem.queries, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("quick_machine")

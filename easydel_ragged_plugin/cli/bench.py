@@ -24,7 +24,7 @@ from easydel_ragged_plugin.testing.batches import Case, Version
 
 from . import bench_engine, bench_report, figure
 from .bench_calls import Candidate, Problem, build
-from .bench_cases import BENCH_CASES, LOOPED, SCALED, by_name, tolerance, work
+from .bench_cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, tolerance, with_dtype, work
 from .bench_report import HOST, Result, Timing
 from .machine import Limits, Machine, facts
 
@@ -47,13 +47,13 @@ class _Series:
     rounds: int = 1
 
     def plan(self, repeats: int) -> None:
-        """How often to time it: 50 ms a sample, so that clock and dispatch don't matter; slow ones less often."""
+        """How often to time it: 50 ms a sample, so that starting it does not count; slow ones less often."""
         first = self.candidate.checked_us
         if first > SLOW_US:
             self.samples_us, self.rounds = [first], 0
             return
         once = self.candidate.time_us(1)
-        self.calls = max(1, min(1000, math.ceil(50_000 / once)))
+        self.calls = max(1, min(5000, math.ceil(50_000 / once)))
         self.rounds = repeats if once < SLOW_US / 10 else max(1, min(repeats, int(SLOW_US / once)))
 
     @property
@@ -105,14 +105,14 @@ def _run_case(
     scaled_from = SCALED.get(case.name)
     if scaled_from is not None:
         say(f"{label}: compiling {scaled_from}, for comparison")
-        other = build(dataclasses.replace(by_name()[scaled_from], dtype=case.dtype), version)
+        other = build(with_dtype(by_name()[scaled_from], case.dtype), version)
         for kernel in series:
             prepared = None if kernel == HOST else _prepare(other, kernel, notes)
             if prepared is not None:
                 same_work[kernel] = prepared[0]
     data, flops = work(case)
     bound = "read" if data / machine.limits.read_bytes_per_s >= flops / machine.limits.gemm_flops_per_s else "gemm"
-    if case.name in LOOPED:
+    if case.name in CALL_BOUND:
         bound = "call"
     runs = [*series.values(), *same_work.values()]
     for run in runs:
@@ -230,7 +230,7 @@ def run(
         if figure_file is not None:
             _write_figure(console, report, figure_file)
         return
-    cases = [dataclasses.replace(case, dtype=dtype) for case in _chosen_cases(names) for dtype in dtypes]
+    cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if ENGINE_CASE in names:
         bench_engine.check_environment()
     # Left alone, ejkernel tunes itself on the first call of every shape: hundreds of runs of each candidate.

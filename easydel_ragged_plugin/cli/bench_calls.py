@@ -13,8 +13,6 @@ from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.layout import page_shape
 from easydel_ragged_plugin.testing.batches import Case, Version
 
-from .bench_cases import LOOPED
-
 __all__ = ["Candidate", "Problem", "build"]
 
 
@@ -103,7 +101,11 @@ def _sampled_answer(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 class Candidate:
-    """One way to answer: a compiled call, its pages threaded through (and donated) for v3."""
+    """One way to answer: a program that calls it any number of times, its pages threaded through and donated.
+
+    The calls run in one program, as the layers of a model do: what JAX needs to start a program is not counted. Each
+    call's result is the next one's queries, so that none can be left out or moved out of the loop.
+    """
 
     def __init__(self, problem: Problem, config: str | None) -> None:
         import jax
@@ -119,11 +121,10 @@ class Candidate:
         if is_v3:
             new = (jnp.asarray(problem.keys), jnp.asarray(problem.values))
             rest = (*index, jnp.asarray(problem.distribution))
-            self._pages = jnp.array(problem.pages)  # a copy: donating must not touch the problem's array
         else:
             new = ()
             rest = (*index, jnp.asarray([len(problem.case.rows)], jnp.int32))
-            self._pages = jnp.array(problem.updated)
+        self._pages = jnp.array(problem.pages if is_v3 else problem.updated)  # a copy, because it is donated
         queries = jnp.asarray(problem.queries)
 
         def call(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
@@ -132,39 +133,25 @@ class Candidate:
                 return api.ragged_page_attention_v3(*arguments, config=config, **options)
             return api.ragged_page_attention_v2(*arguments, config=config, **options), pages
 
-        def loop(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
-            def step(_: Any, carry: Any) -> Any:
-                output, pages = call(carry[1], carry[0], new, rest)
-                return output, pages  # the next call's queries: no call can be left out or moved
-
-            return jax.lax.fori_loop(0, LOOPED[problem.case.name], step, (queries, pages))
+        def program(calls: Any, pages: Any, queries: Any, new: Any, rest: Any) -> Any:
+            return jax.lax.fori_loop(0, calls, lambda _, carry: call(carry[1], carry[0], new, rest), (queries, pages))
 
         function = api.ragged_page_attention_v3 if is_v3 else api.ragged_page_attention_v2
         arguments: Any = (queries, *new, self._pages, *rest)
         self.kernel = str(api.explain(function, *arguments, config=config, **options).kernel)
         self._arguments = (queries, new, rest)
-
-        def once(pages: Any, queries: Any, new: Any, rest: Any) -> Any:
-            output, written = call(pages, queries, new, rest)
-            return output, written if is_v3 else None  # v2's pages would come out as a copy
-
-        self._call = jax.jit(once, donate_argnums=0 if is_v3 else ()).lower(self._pages, *self._arguments).compile()
-        self._loop = None
-        if problem.case.name in LOOPED:
-            self._loop = jax.jit(loop, donate_argnums=0).lower(self._pages, *self._arguments).compile()
+        self._program = jax.jit(program, donate_argnums=1).lower(np.int32(1), self._pages, *self._arguments).compile()
         self.checked_us = math.nan
         """Microseconds of the call that :meth:`check` made."""
 
-    def __call__(self) -> Any:
-        output, pages = self._call(self._pages, *self._arguments)
-        if pages is not None:
-            self._pages = pages
-        return output
+    def _run(self, calls: int) -> Any:
+        output, self._pages = self._program(np.int32(calls), self._pages, *self._arguments)
+        return output.block_until_ready()
 
     def check(self) -> float:
         """Largest deviation from the oracle over the sampled queries; infinite when v3's pages are not right."""
         started = time.perf_counter()
-        answer = self().block_until_ready()
+        answer = self._run(1)
         self.checked_us = (time.perf_counter() - started) * 1e6
         output = np.asarray(answer).astype(np.float64)
         tokens, heads, expected = _sampled_answer(self._problem)
@@ -176,14 +163,9 @@ class Candidate:
         return float(error) if np.isfinite(error) else math.inf
 
     def time_us(self, calls: int) -> float:
-        """Mean microseconds of ``calls`` calls, or of the calls of one jitted loop."""
-        if self._loop is not None:
-            started = time.perf_counter()
-            output, self._pages = self._loop(self._pages, *self._arguments)
-            output.block_until_ready()
-            return (time.perf_counter() - started) / LOOPED[self._problem.case.name] * 1e6
+        """Mean microseconds of ``calls`` calls, after some that bring the pages to where such calls find them."""
+        if calls > 1:
+            self._run(1 + calls // 8)
         started = time.perf_counter()
-        for _ in range(calls):
-            output = self()
-        output.block_until_ready()
+        self._run(calls)
         return (time.perf_counter() - started) / calls * 1e6

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 
 from easydel_ragged_plugin.testing.batches import Case, Row
 
-__all__ = ["BENCH_CASES", "LOOPED", "SCALED", "by_name", "tolerance", "work"]
+from .machine import last_level_cache
+
+__all__ = ["BENCH_CASES", "CALL_BOUND", "SCALED", "by_name", "tolerance", "with_dtype", "work"]
 
 
 def _decodes(*contexts: int) -> tuple[Row, ...]:
@@ -48,10 +52,11 @@ BENCH_CASES = (
         head_dim=64,
     ),
     _case("decode-4x1k-mha", "a kv head for each q head", _decodes(*[1024] * 4), kv_heads=32),
+    _case("decode-beyond-cache", "as many requests of 2048 tokens as no cache holds", _decodes(2048)),
     _case("decode-8x2k-wide-table", "decode-8x2k, table for 65536 tokens", _decodes(*[2048] * 8), pages_per_row=512),
     _case(
         "tiny",
-        "2 requests, 16 tokens each: what a call costs, many in one jit",
+        "2 requests, 16 tokens each: what a call costs",
         _decodes(16, 16),
         q_heads=4,
         kv_heads=2,
@@ -75,12 +80,25 @@ BENCH_CASES = (
 SCALED = {"decode-8x2k-wide-table": "decode-8x2k"}
 """Cases that are the same work as another: both are timed in turns, and the ratio is shown."""
 
-LOOPED = {"tiny": 500}
-"""Cases of so little work that the call itself is what counts: this many calls run in one jitted loop."""
+CALL_BOUND = frozenset({"tiny"})
+"""Cases of so little work that the call itself is what counts."""
+
+BEYOND_CACHE = "decode-beyond-cache"
+"""The case whose number of requests depends on the machine: its keys and values fill 1.25 last-level caches."""
 
 
 def by_name() -> dict[str, Case]:
     return {case.name: case for case in BENCH_CASES}
+
+
+def with_dtype(case: Case, dtype: str) -> Case:
+    """The case with queries and cache of ``dtype``, and in :data:`BEYOND_CACHE` as many rows as that takes."""
+    case = dataclasses.replace(case, dtype=dtype)
+    if case.name != BEYOND_CACHE:
+        return case
+    per_row, _ = work(case)
+    count = math.ceil(1.25 * (last_level_cache() or 1 << 26) / per_row)
+    return dataclasses.replace(case, rows=case.rows * count, num_tokens=count, num_rows=count)
 
 
 def work(case: Case) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Limits", "Machine", "facts", "processors"]
+__all__ = ["Limits", "Machine", "facts", "last_level_cache", "processors"]
 
 VERSIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel")
 
@@ -39,7 +39,7 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _last_level_cache() -> int | None:
+def last_level_cache() -> int | None:
     """Bytes of the largest cache, where Linux tells."""
     largest = None
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -80,7 +80,7 @@ def facts() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "device": _model_name(jax.devices()[0].device_kind),
         "processors": processors(),
-        "last_level_cache_bytes": _last_level_cache(),
+        "last_level_cache_bytes": last_level_cache(),
         "native_isa": cpu_native.isa() if cpu_native.availability() is None else None,
         "versions": versions,
     }
@@ -119,8 +119,9 @@ class Machine:
         product = jax.jit(lambda a: jnp.dot(a, a, precision=jax.lax.Precision.HIGHEST))
         self._multiply = lambda: product(matrix).block_until_ready()
         if self._on_cpu:
-            # More than the last-level cache, but no more than a small machine can spare.
-            size = min(max(1 << 28, 2 * (_last_level_cache() or 0)), 1 << 30)
+            # More than the last-level cache, but no more than a small machine can spare. NumPy asks the system for huge
+            # pages, which read faster than those that JAX gets: the limit is the machine's, not the allocator's.
+            size = min(max(1 << 28, 2 * (last_level_cache() or 0)), 1 << 30)
             self._data: Any = np.ones(size // 4, np.float32)
         else:
             self._data = jnp.ones((1 << 31) // 4, jnp.float32)
