@@ -37,6 +37,9 @@ __all__ = ["CHECK_VARIABLE", "explain", "ragged_page_attention_v2", "ragged_page
 
 CHECK_VARIABLE = "EASYDEL_RAGGED_CHECK"
 
+PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+"""JAX's names for a lowering platform, to its names for a backend, which selection goes by."""
+
 logger = logging.getLogger("easydel_ragged_plugin")
 
 Config = RaggedPageConfig | str | None
@@ -92,7 +95,7 @@ def ragged_page_attention_v2(
         vmem_limit_bytes: ceiling on the scoped VMEM of a TPU kernel, in bytes. Other kernels use none.
         q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
         config: a RaggedPageConfig, a kernel's name, or ejkernel's config object.
-        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None for JAX's default backend.
+        platform: ``"cpu"``, ``"gpu"`` (or ``"cuda"``, ``"rocm"``) or ``"tpu"``; None for JAX's default backend.
         mesh: mesh to split the call over; needs ``in_specs``.
         in_specs: partition specs of the positional arguments in order. Those of queries and pages are read.
 
@@ -267,7 +270,7 @@ def _prepare(
     cache_dtype = np.dtype(pages.dtype)
     request = AttentionRequest(
         version=version,
-        platform=platform or jax.default_backend(),
+        platform=PLATFORMS.get(platform or "", platform) or jax.default_backend(),
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,

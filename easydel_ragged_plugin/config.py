@@ -6,7 +6,8 @@ The first source that has an answer wins:
 2. a hook, ``ragged_config`` (see ``hooks.py``)
 3. the call: the host's ``operation_configs[name]``, or ``config=`` of the functions
 4. the environment: ``EASYDEL_RAGGED_KERNEL``
-5. the defaults of :class:`RaggedPageConfig`
+5. tile sizes that ``easydel-ragged tune`` found for this card (kernel ``pallas_gpu``)
+6. the defaults of :class:`RaggedPageConfig`, which leave sizes to the kernel
 
 A call is configured while it is traced. A jitted function keeps the configuration that it was compiled with.
 """
@@ -17,19 +18,24 @@ import contextlib
 import contextvars
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "CACHE_VARIABLE",
     "KERNEL_VARIABLE",
     "RaggedPageConfig",
     "as_config",
+    "cache_dir",
     "current_override",
     "from_environment",
     "override_config",
 ]
 
 KERNEL_VARIABLE = "EASYDEL_RAGGED_KERNEL"
+CACHE_VARIABLE = "EASYDEL_RAGGED_CACHE"
 
 _BLOCK_FIELDS = ("num_kv_pages_per_block", "num_queries_per_block", "chunk_prefill_size", "num_warps", "num_stages")
 
@@ -130,3 +136,17 @@ def override_config(**fields: Any) -> Iterator[None]:
 def current_override() -> Mapping[str, Any]:
     """Fields set by the enclosing :func:`override_config` blocks."""
     return _override.get() or {}
+
+
+def cache_dir() -> Path:
+    """Where models and tuned tiles are kept; ``EASYDEL_RAGGED_CACHE`` overrides the platform's cache directory."""
+    override = os.environ.get(CACHE_VARIABLE)
+    if override:
+        return Path(override).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "easydel-ragged-plugin"

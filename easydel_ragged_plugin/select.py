@@ -12,18 +12,21 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import cpu_native, ejkernel, xla
+from .kernels import cpu_native, ejkernel, pallas_gpu, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
 
 logger = logging.getLogger("easydel_ragged_plugin")
 
-BUILT_IN: dict[str, Kernel] = {kernel.name: kernel for kernel in (cpu_native.KERNEL, xla.KERNEL, ejkernel.KERNEL)}
+BUILT_IN: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (cpu_native.KERNEL, pallas_gpu.KERNEL, xla.KERNEL, ejkernel.KERNEL)
+}
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "ejkernel"),
-    "gpu": ("xla", "ejkernel"),
+    # Not the host's kernels before the portable one: their v3 lets padding tokens overwrite live pages.
+    "gpu": ("pallas_gpu", "xla", "ejkernel"),
     "tpu": ("ejkernel", "xla"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""

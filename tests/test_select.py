@@ -71,7 +71,7 @@ def chosen(request: AttentionRequest = REQUEST, config: RaggedPageConfig | None 
     return select.select(request, config)[1].kernel
 
 
-@pytest.mark.parametrize(("platform", "first"), [("gpu", "xla"), ("tt", "xla"), ("cpu", select.ORDER["cpu"][0])])
+@pytest.mark.parametrize(("platform", "first"), [("gpu", "pallas_gpu"), ("tt", "xla"), ("cpu", select.ORDER["cpu"][0])])
 def test_order_of_each_platform(platform: str, first: str) -> None:
     request = dataclasses.replace(REQUEST, platform=platform)
     names = list(select.ORDER.get(platform, select.ELSEWHERE))

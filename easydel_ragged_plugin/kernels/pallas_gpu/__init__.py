@@ -1,0 +1,116 @@
+"""GPU kernels in Pallas, lowered by Triton: one code for v2, v3 and v3 with head_dim 64.
+
+========== =====================================================================================================
+tiles.py   sizes of tiles: tables, what was tuned, and what fits a card
+work.py    which row, and which part of it, each program takes
+attend.py  the attention kernels
+update.py  the kernel that writes v3's new keys and values
+========== =====================================================================================================
+
+Pallas' Triton backend is deprecated since JAX 0.11 and still there in 0.12. Its names are used in this folder alone,
+and imported when a GPU needs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.rows import plausible_rows, to_cache_dtype
+from easydel_ragged_plugin.types import AttentionRequest, Operands
+
+from .tiles import MOST_ROWS, Tiles, card, choose
+
+__all__ = ["KERNEL", "PallasGPU"]
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*COMPUTE_DTYPES, "float8_e4m3fn", "float8_e5m2")
+MOST_HEAD_DIM = 256
+
+LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY_FLOAT8_E4M3 = (8, 9)
+"""NVIDIA cards below it have no conversion from e4m3; that from e5m2 needs none."""
+
+
+class PallasGPU:
+    """Ragged page attention v2 and v3 on NVIDIA and AMD GPUs.
+
+    Args:
+        interpret: run on any platform, slowly, in Pallas' interpreter: what the tests on a CPU do.
+        tiles: sizes in place of those that :func:`~easydel_ragged_plugin.kernels.pallas_gpu.tiles.choose` gives.
+    """
+
+    name = "pallas_gpu"
+    platforms = frozenset({"gpu"})
+    technologies = frozenset({"triton", "pallas"})
+
+    def __init__(self, *, interpret: bool = False, tiles: Tiles | None = None) -> None:
+        self.interpret, self.tiles = interpret, tiles
+        if interpret:
+            self.platforms = self.platforms | {"cpu"}
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
+        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+            return f"JAX {jax.__version__} has no Pallas backend for Triton"
+        for what, dtype, known in (
+            ("queries", request.query_dtype, COMPUTE_DTYPES),
+            ("compute_dtype", request.compute_dtype, COMPUTE_DTYPES),
+            ("cache", request.cache_dtype, CACHE_DTYPES),
+        ):
+            if dtype.name not in known:
+                return f"{what}: {dtype.name}; takes {', '.join(known)}"
+        if request.head_dim > MOST_HEAD_DIM:
+            return f"head_dim {request.head_dim}, more than {MOST_HEAD_DIM}"
+        if request.group_size > MOST_ROWS:
+            return f"{request.group_size} query heads for a kv head, more than {MOST_ROWS}"
+        elements = request.num_pages * request.layout.page_stride
+        if 2**31 < elements <= 2**32 and request.cache_dtype.itemsize == 1:
+            return (
+                f"an 8-bit cache of {elements / 2**30:.2f} GiB: between 2 and 4 GiB Triton's offsets of 32 signed bits "
+                "do not reach its end (above, they have 64)"
+            )
+        capability = card()[1].capability
+        if capability is not None and not self.interpret:
+            least = LEAST_CAPABILITY_FLOAT8_E4M3 if request.cache_dtype.name == "float8_e4m3fn" else LEAST_CAPABILITY
+            if capability < least:
+                version, wanted = (".".join(map(str, each)) for each in (capability, least))
+                return f"a {request.cache_dtype.name} cache on compute capability {version}, less than {wanted}"
+        return None
+
+    def forward(
+        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+    ) -> tuple[jax.Array, jax.Array]:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        from .attend import attend_decode, attend_prefill
+        from .update import update_pages
+        from .work import decode_work, query_work
+
+        tiles = self.tiles or choose(request, config)
+        layout, queries, tables = request.layout, operands.queries, operands.block_tables
+        with jax.named_scope("ragged_page_attention_gpu"):
+            rows = plausible_rows(request, operands)
+            # A view of the same memory: the slots' elements in one axis.
+            pages = operands.pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
+            if operands.keys is not None and operands.values is not None:
+                keys, values = (to_cache_dtype(array, request) for array in (operands.keys, operands.values))
+                work = query_work(request, rows, tiles.update_tokens)
+                pages = update_pages(request, tiles.update_tokens, work, keys, values, tables, pages, self.interpret)
+
+            # Rows whose queries fill one decode tile at most are decoded; padding tokens keep these zeros.
+            output = jnp.zeros(queries.shape, request.query_dtype)
+            arrays = (queries, pages, tables)
+            most_queries = tiles.decode.rows // request.group_size
+            sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
+            parts = decode_work(request, tiles, rows, most_queries)
+            output = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
+            if request.num_tokens > most_queries:
+                work = query_work(request, rows, tiles.prefill.rows // request.group_size, most_queries)
+                output = attend_prefill(request, tiles.prefill, work, arrays, sinks, output, self.interpret)
+        return output, pages.reshape(operands.pages.shape)
+
+
+KERNEL = PallasGPU()

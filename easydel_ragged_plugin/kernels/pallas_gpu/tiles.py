@@ -1,0 +1,283 @@
+"""Sizes of the kernels' tiles: where they come from, and whether a card has room for them.
+
+The tables below are derived, not measured: no figure in them has been tuned on a GPU yet. ``easydel-ragged tune``
+measures candidates on a machine's own card and keeps the winners in the user's cache directory. What they are
+derived from:
+
+* A program of the decode kernel reads ``keys`` tokens of one kv head in a step, and ``stages - 1`` steps are on their
+  way while one is computed. By Little's law a chip needs about bandwidth x latency in flight: 3.35 TB/s x 0.7 us
+  = 2.3 MB on an H100, 18 KB for each of its 132 multiprocessors. 64 tokens of head_dim 128 in bfloat16 are 32 KB of
+  keys and values, so two stages reach it with one program, and two or three programs fit beside one another.
+* Its products have few rows: the query heads of a group. 16 is the least that a tensor core multiplies.
+* The prefill kernel is bound by arithmetic. 128 rows are two warpgroups of 64, which is what Hopper's products
+  want; the accumulator of 128 x 128 float32 over 8 warps takes 64 of the 255 registers of a thread, the logits of
+  128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the rows are halved.
+* float32 is multiplied without tensor cores, from registers: smaller tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from easydel_ragged_plugin.config import RaggedPageConfig, cache_dir
+from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.types import AttentionRequest
+
+__all__ = ["CARDS", "Card", "Tile", "Tiles", "card", "choose", "power_of_two", "tuned_file", "tuned_key"]
+
+logger = logging.getLogger("easydel_ragged_plugin")
+
+KIB = 1024
+LEAST_ROWS = 16
+"""Rows, columns and depth below which a tensor core has no product."""
+MOST_ROWS = 128
+MOST_KEYS = 256
+
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Programs of the decode kernel that a batch is split into at least: two fit at a time, and the second wave evens
+out what the first one's parts differ by."""
+
+LEAST_SPLIT_TOKENS = 256
+"""A part of a split context is no shorter: its partial result, in float32, must be small beside the keys it read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a card has, for each multiprocessor. ``shared_bytes`` is what one program may use."""
+
+    multiprocessors: int
+    shared_bytes: int
+    capability: tuple[int, int] | None = None
+
+
+CARDS = {
+    "H100": Card(132, 227 * KIB, (9, 0)),
+    "H200": Card(132, 227 * KIB, (9, 0)),
+    "A100": Card(108, 163 * KIB, (8, 0)),
+    "MI300": Card(304, 64 * KIB),
+}
+"""By a part of the device's name. NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute
+Capability"; AMD: the 64 KiB of LDS of a compute unit."""
+
+ANY_CARD = Card(108, 99 * KIB)
+"""What every card of compute capability 8.0 and above has: consumer cards have the least shared memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Static sizes of one kernel.
+
+    Attributes:
+        rows: query tokens times the query heads of a group, in one tile.
+        keys: tokens of the cache that one step reads.
+        warps: groups of 32 threads of a program.
+        stages: steps that are in flight, the one being computed included.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "keys", "warps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"{name}: got {value!r}, wanted a power of two.")
+        if self.rows < LEAST_ROWS or self.keys < LEAST_ROWS:
+            raise ValueError(f"rows and keys: got {self.rows} and {self.keys}, wanted at least {LEAST_ROWS} of each.")
+        if not isinstance(self.stages, int) or self.stages < 1:
+            raise ValueError(f"stages: got {self.stages!r}, wanted an int of at least 1.")
+
+    def shared_bytes(self, request: AttentionRequest) -> int:
+        """Shared memory of one program, an upper bound.
+
+        Keys and values of every step in flight; of one step again, where they are converted; the queries; and the
+        weights on their way from the first product's layout to the second's.
+        """
+        lanes = power_of_two(request.head_dim)
+        operand = request.compute_dtype.itemsize
+        converted = 2 * self.keys * lanes * operand if request.cache_dtype != request.compute_dtype else 0
+        in_flight = self.stages * 2 * self.keys * lanes * request.cache_dtype.itemsize
+        return in_flight + converted + self.rows * (lanes + self.keys) * operand
+
+    def registers(self, request: AttentionRequest) -> int:
+        """Registers of a thread that hold the accumulator and the logits, in float32."""
+        return self.rows * (power_of_two(request.head_dim) + self.keys) // (32 * self.warps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of all kernels for one kind of request.
+
+    Attributes:
+        decode, prefill: of the two attention kernels.
+        programs: programs that the decode kernel is split into, about.
+        update_tokens: tokens that one program writes.
+    """
+
+    decode: Tile
+    prefill: Tile
+    programs: int
+    update_tokens: int = 16
+
+    @property
+    def least_blocks(self) -> int:
+        """Fewest blocks of keys in a part of a split context."""
+        return max(1, LEAST_SPLIT_TOKENS // self.decode.keys)
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is no less than ``value``, and at least 16."""
+    return max(LEAST_ROWS, 1 << (value - 1).bit_length())
+
+
+# Keyed by the lanes of a head (head_dim rounded up to a power of two), then by whether operands are float32.
+_HOPPER = {
+    (64, False): (Tile(16, 128, 4, 3), Tile(128, 64, 4, 3)),
+    (128, False): (Tile(16, 64, 4, 3), Tile(128, 64, 8, 2)),
+    (256, False): (Tile(16, 32, 4, 3), Tile(64, 64, 8, 2)),
+    (64, True): (Tile(16, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (128, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (256, True): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
+}
+_ANY = {
+    (64, False): (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3)),
+    (128, False): (Tile(16, 64, 4, 2), Tile(64, 32, 4, 3)),
+    (256, False): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
+    (64, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (128, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (256, True): (Tile(16, 16, 4, 2), Tile(32, 16, 8, 2)),
+}
+TABLES = {"H100": _HOPPER, "H200": _HOPPER}
+"""By the names of :data:`CARDS`; all other cards take ``_ANY``."""
+
+
+@functools.cache
+def card() -> tuple[str, Card]:
+    """(name, card) of this process's GPU; an empty name where JAX's default backend is none."""
+    if jax.default_backend() != "gpu":
+        return "", ANY_CARD
+    device = jax.local_devices()[0]
+    known = next((found for name, found in CARDS.items() if name in device.device_kind), ANY_CARD)
+    capability = getattr(device, "compute_capability", None)
+    major, _, minor = str(capability).partition(".")
+    # ROCm gives a name such as gfx942 there.
+    numbers = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    multiprocessors = getattr(device, "core_count", None) or known.multiprocessors
+    return device.device_kind, dataclasses.replace(known, multiprocessors=multiprocessors, capability=numbers)
+
+
+def default_tiles(request: AttentionRequest, name: str, found: Card) -> Tiles:
+    """The table's tiles, made to fit: a group of heads in the rows, and everything in the card's shared memory."""
+    table = next((table for part, table in TABLES.items() if part in name), _ANY)
+    lanes = max(64, power_of_two(request.head_dim))
+    decode, prefill = table[lanes, request.compute_dtype.itemsize > 2]
+    group = power_of_two(request.group_size)
+    decode, prefill = (dataclasses.replace(tile, rows=max(tile.rows, group)) for tile in (decode, prefill))
+    decode, prefill = (_fit(tile, request, found) for tile in (decode, prefill))
+    return Tiles(decode, prefill, found.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
+
+
+def _fit(tile: Tile, request: AttentionRequest, found: Card) -> Tile:
+    """The tile with fewer stages, then fewer keys, until the card has room for it."""
+    while tile.shared_bytes(request) > found.shared_bytes:
+        if tile.stages > 1:
+            tile = dataclasses.replace(tile, stages=tile.stages - 1)
+        elif tile.keys > LEAST_ROWS:
+            tile = dataclasses.replace(tile, keys=tile.keys // 2)
+        else:
+            break
+    return tile
+
+
+def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
+    """Tiles for a request: the config's fields first, then what was tuned on this card, then the table.
+
+    Raises:
+        Unsupported: sizes that the config asks for do not fit the card.
+    """
+    name, found = card()
+    tiles = (read_tuned().get(tuned_key(name, request)) if name else None) or default_tiles(request, name, found)
+    changes: dict[str, Any] = {}
+    if config.num_kv_pages_per_block is not None:
+        wanted = power_of_two(config.num_kv_pages_per_block * request.page_size)
+        changes["keys"] = min(wanted, MOST_KEYS)
+    if config.num_warps is not None:
+        changes["warps"] = 1 << (config.num_warps - 1).bit_length()
+    if config.num_stages is not None:
+        changes["stages"] = config.num_stages
+    decode, prefill = (dataclasses.replace(tile, **changes) for tile in (tiles.decode, tiles.prefill))
+    if config.num_queries_per_block is not None:
+        wanted = power_of_two(config.num_queries_per_block * request.group_size)
+        prefill = dataclasses.replace(prefill, rows=max(min(wanted, MOST_ROWS), power_of_two(request.group_size)))
+    for kernel, tile in (("decode", decode), ("prefill", prefill)):
+        needed = tile.shared_bytes(request)
+        if needed > found.shared_bytes:
+            raise Unsupported(
+                f"pallas_gpu: {kernel} tiles of {tile.rows} rows, {tile.keys} keys and {tile.stages} stages take "
+                f"{needed // KIB} KiB of shared memory, {name or 'this card'} has {found.shared_bytes // KIB}. Lower "
+                "num_kv_pages_per_block, num_queries_per_block or num_stages, or leave them to the kernel."
+            )
+    return dataclasses.replace(tiles, decode=decode, prefill=prefill)
+
+
+# Tuned tiles. `easydel-ragged tune` writes them; nothing is ever measured by a call.
+
+FORMAT = 1
+
+
+def tuned_file() -> Path:
+    """Where tuned tiles are kept."""
+    return cache_dir() / "pallas_gpu.json"
+
+
+def tuned_key(name: str, request: AttentionRequest) -> str:
+    """What a tuned entry holds for: the card and those parts of a request that decide how a tile runs."""
+    parts = (
+        name,
+        f"head_dim={request.head_dim}",
+        f"group={request.group_size}",
+        f"page_size={request.page_size}",
+        f"queries={request.query_dtype.name}",
+        f"compute={request.compute_dtype.name}",
+        f"cache={request.cache_dtype.name}",
+    )
+    return " ".join(parts)
+
+
+@functools.cache
+def read_tuned() -> dict[str, Tiles]:
+    """Tuned tiles by key, read once in a process. A file that can't be used is named in a warning, and ignored."""
+    file = tuned_file()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        logger.warning("tuned tiles are ignored: %s", error)
+        return {}
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, wanted {FORMAT}")
+        return {key: tiles_from_json(fields["tiles"]) for key, fields in content["entries"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("tuned tiles of %s are ignored: %r. Run 'easydel-ragged tune' to write them anew.", file, error)
+        return {}
+
+
+def tiles_from_json(fields: dict[str, Any]) -> Tiles:
+    """What ``dataclasses.asdict`` and JSON made of tiles."""
+    sizes = {name: Tile(**fields[name]) for name in ("decode", "prefill")}
+    numbers = {name: fields[name] for name in ("programs", "update_tokens")}
+    if not all(isinstance(number, int) and number > 0 for number in numbers.values()):
+        raise ValueError(f"programs and update_tokens: got {numbers}, wanted ints above 0")
+    return Tiles(**sizes, **numbers)

@@ -1,0 +1,134 @@
+"""Lists of work: which row, and which part of it, each program of a kernel takes.
+
+Rows differ in length, and a grid is fixed while a call is traced. So the parts of all rows are put into one list by
+a prefix sum over rows, and program i takes part i. The list has room for ``total / part + rows`` parts, because each
+row wastes less than one; programs past its end find no row and do nothing. The lists depend on row lengths alone:
+neither the width of the block table nor dead rows add work.
+
+This is plain JAX on ``[rows]`` and ``[parts]`` vectors, outside of the kernels. The layers of a model share their
+metadata, so XLA computes a list once for all of them. Comparing all pairs takes the place of ``cumsum`` and
+``searchsorted``, which become a dozen small GPU kernels each; these become one each.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from easydel_ragged_plugin.rows import Rows, first_position
+from easydel_ragged_plugin.types import AttentionRequest
+
+from .tiles import Tiles
+
+__all__ = ["Column", "DecodeWork", "decode_work", "query_work"]
+
+
+class Column(enum.IntEnum):
+    """Columns of a work list, ``[parts, len(Column)]`` int32. A part of no row has zeros everywhere."""
+
+    ROW = 0
+    START = 1
+    """First token of the row."""
+    QUERIES = 2
+    """New tokens of the row."""
+    CONTEXT = 3
+    FIRST = 4
+    """First query token (prefill, update), or first block of keys (decode), of the part."""
+    END = 5
+    """Block of keys after the part's last one (decode)."""
+    SLOT = 6
+    """Place of the part's partial result (decode), or of the row's first one (combine)."""
+    PARTS = 7
+    """Parts of the row."""
+
+
+def _cdiv(value: jax.Array, by: int | jax.Array) -> jax.Array:
+    return lax.div(value + (by - 1), jnp.broadcast_to(jnp.asarray(by, jnp.int32), value.shape))
+
+
+def _before(counts: jax.Array) -> jax.Array:
+    """Sum of the counts of earlier rows, for each row."""
+    row = jnp.arange(counts.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(row[None, :] < row[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def _spread(counts: jax.Array, num_parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(row, index within the row, whether there is such a part) of each of ``num_parts`` parts."""
+    before = _before(counts)
+    part = jnp.arange(num_parts, dtype=jnp.int32)
+    row = jnp.sum((before + counts)[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
+    live = row < counts.shape[0]
+    row = jnp.where(live, row, 0)
+    return row, jnp.where(live, part - before[row], 0), live
+
+
+def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) -> jax.Array:
+    found = {
+        "ROW": row,
+        "START": rows.query_start[row],
+        "QUERIES": rows.num_queries[row],
+        "CONTEXT": rows.context[row],
+        **columns,
+    }
+    zeros = jnp.zeros_like(row)
+    return jnp.where(live[:, None], jnp.stack([found.get(column.name, zeros) for column in Column], axis=1), 0)
+
+
+def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:
+    """Tiles of ``tokens`` query tokens of all rows with ``more_than`` of them, or more."""
+    counts = jnp.where(rows.num_queries > more_than, _cdiv(rows.num_queries, tokens), 0)
+    num_parts = request.num_tokens // tokens + min(request.num_rows, request.num_tokens)
+    row, index, live = _spread(counts, num_parts)
+    return _table(rows, row, live, FIRST=index * tokens)
+
+
+class DecodeWork(NamedTuple):
+    """Split-KV work of rows with few queries.
+
+    Attributes:
+        parts: ranges of key blocks; ``PARTS`` is 1 where a part is its row's only one.
+        merges: rows of several parts, whose partial results are to be combined; None where no row can have several.
+        num_slots: room for partial results.
+    """
+
+    parts: jax.Array
+    merges: jax.Array | None
+    num_slots: int
+
+
+def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_queries: int) -> DecodeWork:
+    """Ranges of key blocks of all rows with up to ``most_queries`` queries.
+
+    The rule: ``tiles.programs`` programs should run, of ``tiles.least_blocks`` blocks each at least. All live blocks
+    divided by the programs of one kv head give the blocks of a part; a row of more blocks is split evenly. One long
+    row is split as finely as the chip is wide; among equal rows that fill the chip none is split.
+    """
+    block = tiles.decode.keys
+    wanted = max(1, -(-tiles.programs // request.num_kv_heads))
+    most_blocks = -(-request.pages_per_row * request.page_size // block)
+    most_parts = -(-most_blocks // tiles.least_blocks)
+
+    first = lax.div(first_position(request, rows.context - rows.num_queries), jnp.int32(block))
+    blocks = jnp.where(
+        (rows.num_queries > 0) & (rows.num_queries <= most_queries), _cdiv(rows.context, block) - first, 0
+    )
+    share = jnp.maximum(tiles.least_blocks, _cdiv(jnp.sum(blocks, dtype=jnp.int32), wanted))
+    counts = _cdiv(blocks, share)
+    row, index, live = _spread(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
+    each = _cdiv(blocks, jnp.maximum(counts, 1))  # the row's own share: its parts are even
+    begin = first[row] + index * each[row]
+    end = jnp.minimum(begin + each[row], first[row] + blocks[row])
+
+    several = counts > 1
+    slots = _before(jnp.where(several, counts, 0))
+    # A row of several parts has more than half of a share in each of them on average.
+    num_slots = min(2 * wanted, request.num_rows * most_parts)
+    parts = _table(rows, row, live, FIRST=begin, END=end, SLOT=slots[row] + index, PARTS=counts[row])
+    if most_parts == 1:
+        return DecodeWork(parts, None, num_slots)
+    row, _, live = _spread(several.astype(jnp.int32), min(request.num_rows, wanted))
+    return DecodeWork(parts, _table(rows, row, live, SLOT=slots[row], PARTS=counts[row]), num_slots)

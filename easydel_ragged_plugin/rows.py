@@ -1,0 +1,80 @@
+"""Which rows of a batch can be served, and what of their contexts and new tokens counts. Shared by all kernels in JAX.
+
+Numbers inside arrays are not trusted. A row is malformed when its queries run backwards or outside the batch, when
+its context is shorter than its queries or longer than its part of the block table, or when a page that it needs is
+not in the cache. Such a row gives zeros, and nothing of it is written.
+
+The functions of single rows take scalars as well as arrays, so they serve inside of a GPU kernel, too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .types import AttentionRequest, Operands
+
+__all__ = [
+    "Rows",
+    "first_position",
+    "live_rows",
+    "needed_entries",
+    "plausible_rows",
+    "to_cache_dtype",
+]
+
+
+class Rows(NamedTuple):
+    """Row geometry, [rows] int32 each. Rows that are dead or malformed have no queries."""
+
+    query_start: jax.Array
+    num_queries: jax.Array
+    context: jax.Array
+
+
+def first_position(request: AttentionRequest, position: jax.Array) -> jax.Array:
+    """First key position that a query at ``position`` sees."""
+    if request.sliding_window is None:
+        return jnp.zeros_like(position)
+    return jnp.maximum(position - (request.sliding_window - 1), 0)
+
+
+def needed_entries(
+    request: AttentionRequest, context: jax.Array, num_queries: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """First and last entry of the block table that a row's queries need."""
+    first = lax.div(first_position(request, context - num_queries), jnp.int32(request.page_size))
+    return first, lax.div(context - 1, jnp.int32(request.page_size))
+
+
+def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
+    """Rows whose lengths make sense. Their part of the block table has not been looked at."""
+    start, end = operands.query_start_loc[:-1], operands.query_start_loc[1:]
+    num_queries = end - start
+    context = operands.context_lens
+    live = jnp.arange(request.num_rows, dtype=jnp.int32) < operands.distribution[2]
+    live &= (start >= 0) & (num_queries > 0) & (end <= request.num_tokens)
+    live &= (context >= num_queries) & (context <= request.pages_per_row * request.page_size)
+    return Rows(start, jnp.where(live, num_queries, 0), context)
+
+
+def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
+    """Rows that can be served; all others get zero queries, so nothing of theirs is read or written."""
+    rows = plausible_rows(request, operands)
+    first, last = needed_entries(request, rows.context, rows.num_queries)
+    entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)
+    needed = (entry >= first[:, None]) & (entry <= last[:, None])
+    outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
+    bad = jnp.any(needed & outside, axis=1)
+    return rows._replace(num_queries=jnp.where(bad, 0, rows.num_queries))
+
+
+def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
+    """Cast to the cache's dtype; 8-bit floats saturate, where a plain cast would give NaN or infinity."""
+    if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
+        limit = float(jnp.finfo(request.cache_dtype).max)
+        array = jnp.clip(array, -limit, limit)
+    return array.astype(request.cache_dtype)
