@@ -22,7 +22,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import plausible_rows, to_cache_dtype
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
-from .tiles import MOST_ROWS, Tiles, card, choose
+from .tiles import MOST_ROWS, Tiles, card, choose, too_large
 
 __all__ = ["KERNEL", "PallasGPU"]
 
@@ -79,7 +79,7 @@ class PallasGPU:
             if capability < least:
                 version, wanted = (".".join(map(str, each)) for each in (capability, least))
                 return f"a {request.cache_dtype.name} cache on compute capability {version}, less than {wanted}"
-        return None
+        return too_large(request)
 
     def forward(
         self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands

@@ -265,7 +265,7 @@ def store_output(request: AttentionRequest, out: Any, queries: Queries, result: 
     )
 
 
-def prefill_kernel(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
+def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     """Grid ``(kv_heads, tiles)``. The last tiles of a row see most keys, so the list is taken from its end."""
     work, queries_ref, pages, tables, *rest = refs
     out = rest[-1]
@@ -284,7 +284,7 @@ def prefill_kernel(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     store_output(request, out, queries, normalize(request, state, sink), queries.there)
 
 
-def decode_kernel(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
+def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     """Grid ``(kv_heads, parts)``: neighbouring programs read neighbouring heads of the same slots."""
     work, queries_ref, pages, tables, *rest = refs
     out, maxima, totals, weighted = rest[-4:]
@@ -307,7 +307,7 @@ def decode_kernel(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     pltriton.store(weighted.at[at], state.weighted, mask=grid_of(several, 0, shape))
 
 
-def merge_kernel(request: AttentionRequest, *refs: Any) -> None:
+def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
     """Grid ``(q_heads, rows of several parts)``: one head of one row, over its few query tokens."""
     work, maxima, totals, weighted, *rest = refs
     out = rest[-1]
@@ -377,7 +377,7 @@ def attend_prefill(
 ) -> jax.Array:
     """Attention of the rows in ``work``; ``arrays``: queries, pages ``[pages, page_size, slot]``, block tables."""
     operands = (work, *arrays, *(() if sinks is None else (sinks,)), output)
-    kernel = functools.partial(prefill_kernel, request, tile)
+    kernel = functools.partial(ragged_prefill, request, tile)
     shape = jax.ShapeDtypeStruct(output.shape, output.dtype)
     call = _call(
         kernel,
@@ -407,7 +407,7 @@ def attend_decode(
     statistics = jax.ShapeDtypeStruct(slots, jnp.float32)
     partial = jax.ShapeDtypeStruct((*slots, power_of_two(request.head_dim)), jnp.float32)
     call = _call(
-        functools.partial(decode_kernel, request, tile),
+        functools.partial(ragged_decode, request, tile),
         (request.num_kv_heads, work.parts.shape[0]),
         (tile.warps, tile.stages),
         interpret,
@@ -419,7 +419,7 @@ def attend_decode(
         return output
     operands = (work.merges, *partials, *aux, output)
     merge = _call(
-        functools.partial(merge_kernel, request),
+        functools.partial(ragged_merge, request),
         (request.num_q_heads, work.merges.shape[0]),
         (4, 1),
         interpret,

@@ -9,6 +9,8 @@ derived from:
   = 2.3 MB on an H100, 18 KB for each of its 132 multiprocessors. 64 tokens of head_dim 128 in bfloat16 are 32 KB of
   keys and values, so two stages reach it with one program, and two or three programs fit beside one another.
 * Its products have few rows: the query heads of a group. 16 is the least that a tensor core multiplies.
+* A part of a split context is 256 tokens at least: its partial result is float32, and must be small beside the keys
+  and values that it stands for.
 * The prefill kernel is bound by arithmetic. 128 rows are two warpgroups of 64, which is what Hopper's products
   want; the accumulator of 128 x 128 float32 over 8 warps takes 64 of the 255 registers of a thread, the logits of
   128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the rows are halved.
@@ -30,7 +32,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig, cache_dir
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.types import AttentionRequest
 
-__all__ = ["CARDS", "Card", "Tile", "Tiles", "card", "choose", "power_of_two", "tuned_file", "tuned_key"]
+__all__ = ["CARDS", "Card", "Tile", "Tiles", "card", "choose", "power_of_two", "too_large", "tuned_file", "tuned_key"]
 
 logger = logging.getLogger("easydel_ragged_plugin")
 
@@ -39,13 +41,13 @@ LEAST_ROWS = 16
 """Rows, columns and depth below which a tensor core has no product."""
 MOST_ROWS = 128
 MOST_KEYS = 256
+MOST_WARPS = 16
+MOST_REGISTERS = 160
+"""Of the 255 that a thread can have, for the accumulator and the logits: addresses and operands take the others."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs of the decode kernel that a batch is split into at least: two fit at a time, and the second wave evens
 out what the first one's parts differ by."""
-
-LEAST_SPLIT_TOKENS = 256
-"""A part of a split context is no shorter: its partial result, in float32, must be small beside the keys it read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +122,28 @@ class Tiles:
     Attributes:
         decode, prefill: of the two attention kernels.
         programs: programs that the decode kernel is split into, about.
+        split_tokens: tokens in a part of a split context, at least.
         update_tokens: tokens that one program writes.
     """
 
     decode: Tile
     prefill: Tile
     programs: int
+    split_tokens: int = 256
     update_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("programs", "split_tokens", "update_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, wanted an int of at least 1.")
+        if self.update_tokens & (self.update_tokens - 1):
+            raise ValueError(f"update_tokens: got {self.update_tokens}, wanted a power of two.")
 
     @property
     def least_blocks(self) -> int:
         """Fewest blocks of keys in a part of a split context."""
-        return max(1, LEAST_SPLIT_TOKENS // self.decode.keys)
+        return max(1, self.split_tokens // self.decode.keys)
 
 
 def power_of_two(value: int) -> int:
@@ -187,15 +199,34 @@ def default_tiles(request: AttentionRequest, name: str, found: Card) -> Tiles:
 
 
 def _fit(tile: Tile, request: AttentionRequest, found: Card) -> Tile:
-    """The tile with fewer stages, then fewer keys, until the card has room for it."""
+    """The tile with more warps until a thread has the registers; with fewer stages, then keys, then rows until the
+    card has the shared memory. The smallest one may still not fit: see :func:`too_large`."""
+    while tile.registers(request) > MOST_REGISTERS and tile.warps < MOST_WARPS:
+        tile = dataclasses.replace(tile, warps=2 * tile.warps)
     while tile.shared_bytes(request) > found.shared_bytes:
         if tile.stages > 1:
             tile = dataclasses.replace(tile, stages=tile.stages - 1)
         elif tile.keys > LEAST_ROWS:
             tile = dataclasses.replace(tile, keys=tile.keys // 2)
+        elif tile.rows > power_of_two(request.group_size):
+            tile = dataclasses.replace(tile, rows=tile.rows // 2)
         else:
             break
     return tile
+
+
+def too_large(request: AttentionRequest) -> str | None:
+    """Why even the smallest tiles do not fit this card, or None."""
+    name, found = card()
+    sizes = default_tiles(request, name, found)
+    needed = max(tile.shared_bytes(request) for tile in (sizes.decode, sizes.prefill))
+    if needed <= found.shared_bytes:
+        return None
+    return (
+        f"head_dim {request.head_dim} with {request.group_size} query heads for a kv head in "
+        f"{request.compute_dtype.name} takes {needed // KIB} KiB of shared memory, this card has "
+        f"{found.shared_bytes // KIB}"
+    )
 
 
 def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
@@ -276,8 +307,4 @@ def read_tuned() -> dict[str, Tiles]:
 
 def tiles_from_json(fields: dict[str, Any]) -> Tiles:
     """What ``dataclasses.asdict`` and JSON made of tiles."""
-    sizes = {name: Tile(**fields[name]) for name in ("decode", "prefill")}
-    numbers = {name: fields[name] for name in ("programs", "update_tokens")}
-    if not all(isinstance(number, int) and number > 0 for number in numbers.values()):
-        raise ValueError(f"programs and update_tokens: got {numbers}, wanted ints above 0")
-    return Tiles(**sizes, **numbers)
+    return Tiles(**{**fields, "decode": Tile(**fields["decode"]), "prefill": Tile(**fields["prefill"])})

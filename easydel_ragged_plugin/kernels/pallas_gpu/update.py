@@ -22,7 +22,7 @@ __all__ = ["update_pages"]
 WARPS = 4
 
 
-def update_kernel(request: AttentionRequest, tokens: int, *refs: Any) -> None:
+def ragged_update(request: AttentionRequest, tokens: int, *refs: Any) -> None:
     """Grid ``(kv heads of a slot, tiles)``: the keys and values of one head of a few tokens of a row.
 
     Only slots of live tokens are stored to. Their padding (lanes past head_dim, heads past kv_heads) becomes zero, as
@@ -66,7 +66,7 @@ def update_pages(
     """``pages [pages, page_size, slot]`` after the update, in the same memory; keys and values have their dtype."""
     heads = request.layout.token_stride // request.layout.head_stride
     return pl.pallas_call(
-        functools.partial(update_kernel, request, tokens),
+        functools.partial(ragged_update, request, tokens),
         grid=(heads, work.shape[0]),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         input_output_aliases={4: 0},
