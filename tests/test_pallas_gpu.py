@@ -97,7 +97,12 @@ def check(batch: Batch, **options: Any) -> None:
     output, pages = run(batch, **options)
     tolerance = tolerance_for(batch.case)
     np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
-    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    if pages.dtype == ml_dtypes.float8_e5m2:
+        # XLA's CPU backend, which the interpreter writes through, has one NaN where float8_e5m2 has several.
+        pages, expected_pages = pages.astype(np.float32), expected_pages.astype(np.float32)
+        np.testing.assert_array_equal(pages, expected_pages)
+    else:
+        np.testing.assert_array_equal(bits(pages), bits(expected_pages))
     assert output.dtype == batch.queries.dtype
     assert not output[~batch.live_tokens].any()
 
@@ -393,13 +398,14 @@ GEOMETRIES = [
 @pytest.mark.parametrize(("name", "card"), [*CARDS.items(), ("RTX 4090", tiles.ANY_CARD)])
 def test_tiles_fit_every_card(name: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "card", lambda: (name, card))
-    refused = 0
     for q_heads, kv_heads, head_dim, dtype, cache in GEOMETRIES:
         request = request_for(q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, cache=cache)
         reason = tiles.too_large(request)
         if reason is not None:
-            assert "KiB of shared memory, this card has" in reason
-            refused += 1
+            # 128 query heads for a kv head are 128 rows at least, and nothing else may be too much.
+            assert request.group_size == 128, reason
+            assert head_dim > 64, reason
+            assert name not in ("H100", "H200"), reason
             continue
         sizes = tiles.choose(request, RaggedPageConfig())
         for tile in (sizes.decode, sizes.prefill):
@@ -407,8 +413,6 @@ def test_tiles_fit_every_card(name: str, card: Card, monkeypatch: pytest.MonkeyP
             assert tile.shared_bytes(request) <= card.shared_bytes, about
             assert tile.rows >= request.group_size, about
             assert tile.registers(request) <= tiles.MOST_REGISTERS, about
-    # 128 query heads for a kv head, or float32 of 256 lanes, on cards with little: nothing else may be refused.
-    assert refused <= {"H100": 0, "H200": 0, "A100": 2, "RTX 4090": 4, "MI300": 8}[name]
 
 
 def test_shared_memory_of_one_tile() -> None:
