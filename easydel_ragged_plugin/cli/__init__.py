@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="easydel-ragged",
     help="Ragged page attention for EasyDeL: see it work ([bold]demo[/bold]), check an installation "
-    "([bold]doctor[/bold]), measure it ([bold]bench[/bold]).",
+    "([bold]doctor[/bold]), measure it ([bold]bench[/bold]), fit it to a GPU ([bold]tune[/bold]).",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -37,6 +37,24 @@ class Dtype(enum.StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class QueryDtype(enum.StrEnum):
+    """Types of queries that GPU kernels take."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class CacheDtype(enum.StrEnum):
+    """Types of the cache that GPU kernels take."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8_e4m3fn = "float8_e4m3fn"
+    float8_e5m2 = "float8_e5m2"
 
 
 @app.command("demo")
@@ -223,6 +241,44 @@ def bench_command(
         list_only=list_cases,
         engine=dataclasses.replace(plan, prompt_tokens=engine_prompt),
     )
+
+
+@app.command("tune")
+def tune_command(
+    q_heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page.")] = 128,
+    dtype: Annotated[QueryDtype, typer.Option(help="Type of queries.")] = QueryDtype.bfloat16,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Type of the cache.", show_default="that of the queries")
+    ] = None,
+    interpret: Annotated[
+        bool,
+        typer.Option(
+            "--interpret", help="Tiny problems in Pallas' interpreter, on any machine: to try the command out."
+        ),
+    ] = False,
+) -> None:
+    """Find the fastest tile sizes of the kernel [bold]pallas_gpu[/bold] on this machine's GPU.
+
+    Some dozens of candidates are compiled, checked against the reference and timed, for decoding and for prefill.
+    The winners go into a file of the cache directory (EASYDEL_RAGGED_CACHE, or the platform's), under the card's name
+    and this geometry; later processes use them where neither a config nor a hook says otherwise. Nothing else ever
+    tunes: a call without an entry takes the sizes of a built-in table.
+
+    [bold]Examples[/bold]
+
+    easydel-ragged tune
+
+    easydel-ragged tune --q-heads 64 --kv-heads 8 --head-dim 64 --cache-dtype float8_e4m3fn
+
+    easydel-ragged tune --interpret --q-heads 4 --kv-heads 2 --head-dim 32 --page-size 16
+    """
+    from .tune import Geometry, run
+
+    geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
+    run(geometry, interpret=interpret)
 
 
 def main() -> None:

@@ -9,8 +9,13 @@ from typing import Any
 
 __all__ = ["MissingMatplotlib", "draw", "require"]
 
-LABELS = {"cpu_native": "native (this package)", "xla": "XLA (this package)", "ejkernel": "EasyDeL"}
-COLOURS = {"cpu_native": "#0f766e", "xla": "#7cc5bd", "ejkernel": "#c9742b"}
+LABELS = {
+    "cpu_native": "native (this package)",
+    "pallas_gpu": "Triton (this package)",
+    "xla": "XLA (this package)",
+    "ejkernel": "EasyDeL",
+}
+COLOURS = {"cpu_native": "#0f766e", "pallas_gpu": "#0f766e", "xla": "#7cc5bd", "ejkernel": "#c9742b"}
 OTHER_COLOURS = ("#4f5d95", "#8c6bb1", "#6b7280")  # kernels of hooks
 LIMITS = {"read": "memory", "gemm": "float32 GEMM"}
 INK, FAINT = "#1f2933", "#6b7785"
@@ -40,6 +45,8 @@ def _percent(share: float) -> str:
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
+    if "subtitle" in report:
+        return report["subtitle"]
     machine, limits = report["machine"], report["limits"]
     versions = machine["versions"]
     names = (("easydel-ragged-plugin", "plugin"), ("easydel", "EasyDeL"), ("ejkernel", "ejkernel"), ("jax", "JAX"))
@@ -57,6 +64,8 @@ def _subtitle(report: Mapping[str, Any]) -> str:
 def draw(report: Mapping[str, Any], file: Path) -> None:
     """Write the picture of ``report`` (the content of ``bench --json``) to ``file``.
 
+    A report of other origin has a ``subtitle`` of its own, and ``limit_names``.
+
     Raises:
         MissingMatplotlib: there is none.
         ValueError: the report holds no workload with a limit.
@@ -68,6 +77,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     results = [each for each in report["results"] if each["limit_us"] is not None and each["timings"]]
     if not results:
         raise ValueError("figure: got no workload with a limit, wanted one at least; 'tiny' and 'engine' have none.")
+    limit_names = report.get("limit_names", LIMITS)
     kernels = list(dict.fromkeys(timing["kernel"] for each in results for timing in each["timings"]))
     kernels.sort(key=lambda name: (name == "ejkernel", list(LABELS).index(name) if name in LABELS else -1))
     bar = 0.8 / len(kernels)
@@ -116,7 +126,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     axes.set_yticks(range(len(results)), [f"{name}\n" for name in _row_labels(results)])
     for row, each in enumerate(results):
         axes.annotate(
-            f"limit: {LIMITS[each['bound']]}",
+            f"limit: {limit_names[each['bound']]}",
             (0, row),
             xytext=(-3.5, -2),
             textcoords="offset points",

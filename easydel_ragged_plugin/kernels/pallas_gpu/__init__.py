@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import plausible_rows, to_cache_dtype
+from easydel_ragged_plugin.rows import Rows, plausible_rows, to_cache_dtype
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 from .tiles import MOST_ROWS, Tiles, card, choose, too_large
@@ -85,32 +85,50 @@ class PallasGPU:
         self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
     ) -> tuple[jax.Array, jax.Array]:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        from .attend import attend_decode, attend_prefill
-        from .update import update_pages
-        from .work import decode_work, query_work
-
         tiles = self.tiles or choose(request, config)
-        layout, queries, tables = request.layout, operands.queries, operands.block_tables
         with jax.named_scope("ragged_page_attention_gpu"):
             rows = plausible_rows(request, operands)
-            # A view of the same memory: the slots' elements in one axis.
-            pages = operands.pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
-            if operands.keys is not None and operands.values is not None:
-                keys, values = (to_cache_dtype(array, request) for array in (operands.keys, operands.values))
-                work = query_work(request, rows, tiles.update_tokens)
-                pages = update_pages(request, tiles.update_tokens, work, keys, values, tables, pages, self.interpret)
+            pages = operands.pages
+            if operands.keys is not None:
+                pages = self.update(request, tiles, rows, operands)
+            return self.attend(request, tiles, rows, operands._replace(pages=pages)), pages
 
-            # Rows whose queries fill one decode tile at most are decoded; padding tokens keep these zeros.
-            output = jnp.zeros(queries.shape, request.query_dtype)
-            arrays = (queries, pages, tables)
-            most_queries = tiles.decode.rows // request.group_size
-            sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
-            parts = decode_work(request, tiles, rows, most_queries)
-            output = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
-            if request.num_tokens > most_queries:
-                work = query_work(request, rows, tiles.prefill.rows // request.group_size, most_queries)
-                output = attend_prefill(request, tiles.prefill, work, arrays, sinks, output, self.interpret)
-        return output, pages.reshape(operands.pages.shape)
+    def update(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
+        """The pages with the new keys and values of live tokens, in the same memory where they are donated."""
+        from .update import update_pages
+        from .work import query_work
+
+        assert operands.keys is not None  # for v3, api.py made both
+        assert operands.values is not None
+        work = query_work(request, rows, tiles.update_tokens)
+        keys, values = (to_cache_dtype(array, request) for array in (operands.keys, operands.values))
+        pages = update_pages(
+            request, tiles.update_tokens, work, keys, values, operands.block_tables, _slots(request, operands.pages),
+            self.interpret,
+        )  # fmt: skip
+        return pages.reshape(operands.pages.shape)
+
+    def attend(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
+        """Attention over pages that are up to date."""
+        from .attend import attend_decode, attend_prefill
+        from .work import decode_work, query_work
+
+        arrays = (operands.queries, _slots(request, operands.pages), operands.block_tables)
+        sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
+        # Rows whose queries fill one decode tile at most are decoded. Padding tokens keep these zeros.
+        most_queries = tiles.decode.rows // request.group_size
+        parts = decode_work(request, tiles, rows, most_queries)
+        output = jnp.zeros(operands.queries.shape, request.query_dtype)
+        output = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
+        if request.num_tokens > most_queries:
+            work = query_work(request, rows, tiles.prefill.rows // request.group_size, most_queries)
+            output = attend_prefill(request, tiles.prefill, work, arrays, sinks, output, self.interpret)
+        return output
+
+
+def _slots(request: AttentionRequest, pages: jax.Array) -> jax.Array:
+    """A view of the same memory, with the elements of a slot in one axis: the same form for every cache."""
+    return pages.reshape(request.num_pages, request.page_size, request.layout.token_stride)
 
 
 KERNEL = PallasGPU()

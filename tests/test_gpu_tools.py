@@ -1,0 +1,230 @@
+"""What measures on a GPU, without one: workloads and their checks, ``tune``, and the benchmark's dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+from easydel_ragged_plugin import RaggedPageConfig
+from easydel_ragged_plugin.cli import app, workload
+from easydel_ragged_plugin.cli import tune as tuning
+from easydel_ragged_plugin.config import CACHE_VARIABLE
+from easydel_ragged_plugin.kernels import xla
+from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.testing.cases import Row
+
+SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "page_size": 16}
+ROWS = (Row(70, 1), Row(20, 1), Row(50, 9))
+
+
+def answered(version: Any, **fields: Any) -> tuple[workload.Problem, jax.Array, jax.Array]:
+    case = workload.workload("a workload", ROWS, **{**SMALL, **fields})
+    problem = workload.build(case, version, copies=2)
+    output, pages = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands)
+    return problem, output, pages
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 20, "sinks": "heads"}, {"wider": 4}, {"dtype": "float32"}])
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> None:
+    problem, output, pages = answered(version, **fields)
+    error, right = workload.check(problem, output, pages)
+    assert right
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_a_wrong_answer_is_found_wrong(version: Any) -> None:
+    problem, output, pages = answered(version)
+    for wrong in (output * 1.05, jnp.zeros_like(output), jnp.roll(output, 1, axis=1), output.at[-1].set(jnp.nan)):
+        assert not workload.check(problem, wrong, pages)[1]
+    # Queries of another block table are right over its pages alone.
+    other = problem.operands._replace(block_tables=problem.tables[1])
+    elsewhere, _ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), other)
+    assert not workload.check(problem, elsewhere, pages)[1]
+
+
+def test_new_keys_that_were_not_written_are_found() -> None:
+    problem, output, _ = answered("v3")
+    assert not workload.check(problem, output, problem.operands.pages)[1]
+
+
+def test_block_tables_share_no_page() -> None:
+    problem, _, _ = answered("v2")
+    first, second = (set(map(int, table.ravel())) - {0} for table in problem.tables)
+    assert len(first) == len(second) == 5 + 2 + 4
+    assert not first & second
+
+
+def test_floor_by_hand() -> None:
+    found = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), **SMALL))
+    # Keys and values of 16 tokens, 2 heads, 64 elements of 2 bytes; queries and outputs of 4 tokens, 4 heads.
+    assert found.read_bytes == 2 * 16 * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
+    assert found.flops == 4 * (10 + 4 + 5 + 6) * 4 * 64
+    windowed = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), sliding_window=4, **SMALL))
+    # The last 4 of 10; of 6, the first of the 3 new ones sees from the second on... 5 of them.
+    assert windowed.read_bytes == 2 * (4 + 6) * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
+    assert windowed.flops == 4 * (4 + 4 + 4 + 4) * 4 * 64
+
+
+def test_every_timed_call_runs() -> None:
+    """Each of them with its own block table, on the output of the one before it."""
+    problem, _, _ = answered("v2")
+    seen: list[int] = []
+
+    def step(operands: Any) -> Any:
+        jax.debug.callback(lambda page, first: seen.append((int(page), float(first))), operands.block_tables[0, 0],
+                           operands.queries[0, 0, 0])  # fmt: skip
+        return operands.queries + 1, operands.pages
+
+    workload.seconds_per_call(problem, step, expected_s=1e-2, repeats=2, least_s=0.06)
+    jax.effects_barrier()
+    assert len(seen) == 3 * 3 * 2  # warm-up and two repeats, of three trips over two tables
+    assert [page for page, _ in seen[:2]] == [int(table[0, 0]) for table in problem.tables]
+    assert len({first for _, first in seen[:6]}) == 6
+
+
+# tune
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+TINY = ["--interpret", "--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16"]
+
+
+def test_tune_without_a_gpu_says_so(cache: Path) -> None:
+    result = CliRunner().invoke(app, ["tune"])
+    assert result.exit_code == 1
+    text = " ".join(result.output.split())
+    assert "There is no GPU to tune for: JAX's default backend is 'cpu'" in text
+    assert "pip install 'jax[cuda12]'" in text
+    assert not cache.exists()
+
+
+def test_tune_checks_times_and_writes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = tuning.candidates
+    # One other candidate for each part will do here; its time is made to win.
+    monkeypatch.setattr(tuning, "candidates", lambda *arguments: list(every(*arguments))[:2])
+    times = iter([1.0, 0.5, 1.0, 0.985])
+    monkeypatch.setattr(tuning, "seconds_per_call", lambda *_, **__: (next(times), ()))
+    other = {"format": tiles.FORMAT, "entries": {"another card": {"tiles": {}}}}
+    cache.mkdir()
+    (cache / "pallas_gpu.json").write_text(json.dumps(other), encoding="utf-8")
+    result = CliRunner().invoke(app, ["tune", *TINY])
+    assert result.exit_code == 0, result.output
+    content = json.loads((cache / "pallas_gpu.json").read_text(encoding="utf-8"))
+    key = "interpreter head_dim=32 group=2 page_size=16 queries=bfloat16 compute=bfloat16 cache=bfloat16"
+    assert set(content["entries"]) == {"another card", key}
+    entry = content["entries"][key]
+    assert entry["decode"]["us"] == 0.5e6
+    assert entry["prefill"]["us"] == 1e6  # 1.5 % faster is not enough to change
+    written = tiles.tiles_from_json(entry["tiles"])
+    problem = tuning.Geometry(4, 2, 32, 16).problem("decode", "cpu", True)
+    present, second = list(every("decode", problem, True))[:2]
+    assert written == dataclasses.replace(second, prefill=present.prefill)
+    assert [path.name for path in cache.iterdir()] == ["pallas_gpu.json"]
+
+
+def test_tune_never_takes_a_wrong_candidate(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *arguments: list(every(*arguments))[:2])
+    monkeypatch.setattr(tuning, "seconds_per_call", lambda *_, **__: (1.0, ()))
+    answers = iter([(0.0, True), (0.5, False), (0.0, True), (0.5, False)])
+    monkeypatch.setattr(tuning, "check", lambda *_: next(answers))
+    result = CliRunner().invoke(app, ["tune", *TINY])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("wrong answer") >= 1
+    (entry,) = json.loads((cache / "pallas_gpu.json").read_text(encoding="utf-8"))["entries"].values()
+    assert tiles.tiles_from_json(entry["tiles"]) == next(
+        iter(every("decode", tuning.Geometry(4, 2, 32, 16).problem("decode", "cpu", True), True))
+    )
+
+
+def test_tune_stops_when_the_present_tiles_are_wrong(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "check", lambda *_: (0.5, False))
+    result = CliRunner().invoke(app, ["tune", *TINY])
+    assert result.exit_code == 1
+    assert "the present tiles fail: wrong answer, off by up to 0.5. Nothing is written." in " ".join(
+        result.output.split()
+    )
+    assert not cache.exists()
+
+
+def test_tune_refuses_what_the_kernel_refuses(cache: Path) -> None:
+    result = CliRunner().invoke(app, ["tune", "--interpret", "--head-dim", "320"])
+    assert result.exit_code == 1
+    assert "pallas_gpu does not take this: head_dim 320, more than 256" in " ".join(result.output.split())
+    assert not cache.exists()
+
+
+def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tune writes is what a later process on that card reads."""
+    problem = tuning.Geometry().problem("decode", "gpu", True)
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(tiles, "card", lambda: (name, tiles.CARDS["H100"]))
+    tiles.read_tuned.cache_clear()
+    try:
+        before = tiles.choose(problem.request, RaggedPageConfig())
+        wanted = dataclasses.replace(before, programs=7)
+        key = tiles.tuned_key(name, problem.request)
+        tuning.write_entry(tiles.tuned_file(), key, {"tiles": dataclasses.asdict(wanted)})
+        tiles.read_tuned.cache_clear()
+        assert tiles.choose(problem.request, RaggedPageConfig()) == wanted
+    finally:
+        tiles.read_tuned.cache_clear()
+
+
+# benchmarks/gpu.py
+
+
+def script(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(repository / "benchmarks" / "gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_benchmark_without_a_gpu_says_so(repository: Path) -> None:
+    result = script(repository)
+    assert result.returncode == 2
+    assert "This benchmark needs a GPU, and JAX's default backend is 'cpu'" in result.stderr
+
+
+def test_dry_run_of_the_benchmark(repository: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    cases = [part for name in ("decode-1x8k", "update-8k") for part in ("--case", name)]
+    result = script(repository, "--dry-run", "--repeats", "1", "--json", str(file), *cases)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "no time or rate in here means anything" in result.stdout
+    assert " us" not in result.stdout
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["dry_run"] is True
+    assert report["machine"]["versions"]["jax"] == jax.__version__
+    decode, update = report["results"]
+    assert {(each["kernel"], each["version"]) for each in decode["timings"]} >= {
+        ("pallas_gpu", "v2"),
+        ("pallas_gpu", "v3"),
+        ("xla", "v2"),
+    }
+    # Whoever gives no answer says why.
+    said = [each["kernel"] for each in decode["timings"]] + [note.split(" v")[0] for note in decode["notes"]]
+    assert {"unified_attention", "ejkernel", "jax paged_attention", "cudnn"} <= set(said)
+    assert [each["kernel"] for each in update["timings"]] == ["pallas_gpu"]
+    assert all(each["right"] and each["met"] is None for each in decode["timings"])
+
+
+def test_benchmark_refuses_an_unknown_workload(repository: Path) -> None:
+    result = script(repository, "--dry-run", "--case", "decode-1x9k")
+    assert result.returncode == 2
+    assert "--case: got decode-1x9k, wanted some of decode-64x2k," in result.stderr
