@@ -1,0 +1,65 @@
+"""The contract kit on this package's operations when they run the GPU kernel, in Pallas' interpreter.
+
+The kernel's numbers on every case are in test_pallas_gpu.py. Here are the host's cache views, metadata and pages,
+with a few cases, and the kit's laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+
+from easydel_ragged_plugin import hookimpl, hooks, select
+from easydel_ragged_plugin.config import KERNEL_VARIABLE
+from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
+from easydel_ragged_plugin.testing import Capabilities, case_named
+from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract
+
+pytestmark = pytest.mark.host
+
+CASES = tuple(map(case_named, ("mixed", "empty-rows", "window-freed-stale", "sinks", "float8-e4m3", "nothing-live")))
+_OURS = Capabilities(scales=True, forward_methods=("native", "gpu", "cuda", "rocm"))
+
+INTERPRETED = PallasGPU(interpret=True)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Selection takes the kernel, interpreted. Calls that took another one would show."""
+    chosen: list[str] = []
+
+    class Watch:
+        @hookimpl
+        def ragged_selected(self, selection: select.Selection) -> None:
+            chosen.append(selection.kernel)
+
+    monkeypatch.setitem(select.BUILT_IN, INTERPRETED.name, INTERPRETED)
+    monkeypatch.setenv(KERNEL_VARIABLE, INTERPRETED.name)
+    hooks.register(Watch(), "watch")
+    yield
+    hooks.unregister("watch")
+    assert set(chosen) <= {INTERPRETED.name}
+
+
+class TestGpuKernelV2(RaggedPageAttentionContract):
+    capabilities: ClassVar = _OURS
+    cases: ClassVar = CASES
+
+    @pytest.fixture
+    def operation(self) -> type:
+        from easydel_ragged_plugin.operations import RaggedPageAttnV2
+
+        return RaggedPageAttnV2
+
+
+class TestGpuKernelV3(RaggedPageAttentionContract):
+    capabilities: ClassVar = _OURS
+    cases: ClassVar = CASES
+
+    @pytest.fixture
+    def operation(self) -> type:
+        from easydel_ragged_plugin.operations import RaggedPageAttnV3
+
+        return RaggedPageAttnV3
