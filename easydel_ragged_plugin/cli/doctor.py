@@ -188,12 +188,19 @@ def _self_check(version: Any) -> str:
 
 
 def _notes(backend: str, host_version: str | None) -> list[str]:
+    from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+
     notes = []
     if os.environ.get("EASYDEL_RAGGED_KERNEL"):
         notes.append("EASYDEL_RAGGED_KERNEL is set: that kernel runs or raises, nothing else is tried.")
     if backend == "gpu" and host_version:
         notes.append(
             "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
+        )
+    if backend == "gpu" and not tiles.read_tuned():
+        notes.append(
+            "The kernel pallas_gpu has tile sizes from a built-in table, which has not been measured. "
+            "'easydel-ragged tune' finds those of this GPU."
         )
     if backend == "cpu" and host_version == "0.2.0.2":
         notes.append(
