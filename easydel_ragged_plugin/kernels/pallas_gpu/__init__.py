@@ -4,6 +4,7 @@
 tiles.py   sizes of tiles: tables, what was tuned, and what fits a card
 work.py    which row, and which part of it, each program takes
 attend.py  the attention kernels
+merge.py   the kernel that joins the parts of split contexts
 update.py  the kernel that writes v3's new keys and values
 ========== =====================================================================================================
 
@@ -111,6 +112,7 @@ class PallasGPU:
     def attend(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
         """Attention over pages that are up to date."""
         from .attend import attend_decode, attend_prefill
+        from .merge import merge_parts
         from .work import decode_work, query_work
 
         arrays = (operands.queries, _slots(request, operands.pages), operands.block_tables)
@@ -119,7 +121,9 @@ class PallasGPU:
         most_queries = tiles.decode.rows // request.group_size
         parts = decode_work(request, tiles, rows, most_queries)
         output = jnp.zeros(operands.queries.shape, request.query_dtype)
-        output = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
+        output, partials = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
+        if parts.merges is not None:
+            output = merge_parts(request, parts.merges, partials, sinks, output, self.interpret)
         if request.num_tokens > most_queries:
             work = query_work(request, rows, tiles.prefill.rows // request.group_size, most_queries)
             output = attend_prefill(request, tiles.prefill, work, arrays, sinks, output, self.interpret)

@@ -1,10 +1,10 @@
-"""Attention kernels: decode with split contexts, the merge of its parts, and prefill.
+"""Attention kernels: decode with split contexts, and prefill.
 
 One program of decode or prefill takes one part of one row (see ``work.py``) for one kv head. Its query tokens and the
 query heads of the group are the rows of one tile, so a key is read once for all of them. It walks over blocks of keys
 with the online softmax of FlashAttention (Dao et al., 2022, arXiv 2205.14135); the loop's bounds are read from the
 work list, so they end at the live context and begin at the window. Blocks that every query of the tile sees whole are
-not masked. Long contexts are split between programs (flash-decoding), and ``merge`` joins their float32 results.
+not masked. Long contexts are split between programs (flash-decoding), and ``merge.py`` joins their float32 results.
 
 Nothing is decided by a branch: a program without work has loops of no trips and stores that are masked off.
 
@@ -32,16 +32,22 @@ from easydel_ragged_plugin.types import AttentionRequest
 from .tiles import Tile, power_of_two
 from .work import Column, DecodeWork
 
-__all__ = ["attend_decode", "attend_prefill", "iota", "row_has_pages"]
+__all__ = [
+    "Softmax",
+    "attend_decode",
+    "attend_prefill",
+    "grid_of",
+    "iota",
+    "launch",
+    "normalize",
+    "row_has_pages",
+]
 
 LOG2_E = math.log2(math.e)
 """Logits are held in powers of two: a GPU has an instruction for ``exp2``."""
 
 ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
-
-MERGED_PARTS = 32
-"""Partial results that one step of a merge reads."""
 
 
 class Softmax(NamedTuple):
@@ -307,52 +313,7 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     pltriton.store(weighted.at[at], state.weighted, mask=grid_of(several, 0, shape))
 
 
-def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
-    """Grid ``(q_heads, rows of several parts)``: one head of one row, over its few query tokens."""
-    work, maxima, totals, weighted, *rest = refs
-    out = rest[-1]
-    head, index = pl.program_id(0), pl.program_id(1)
-    start, count, slot, parts = (
-        work[index, int(column)] for column in (Column.START, Column.QUERIES, Column.SLOT, Column.PARTS)
-    )
-    lanes = power_of_two(request.head_dim)
-    shape = (MERGED_PARTS, lanes)
-    lane = iota(lanes)
-
-    def token(offset: jax.Array, carry: jax.Array) -> jax.Array:
-        def step(block: jax.Array, state: Softmax) -> Softmax:
-            part = block * MERGED_PARTS + iota(MERGED_PARTS)
-            there = part < parts
-            heads, offsets = (jnp.broadcast_to(each, part.shape) for each in (head, offset))
-            at = (heads, offsets, slot + part)
-            part_maximum = pltriton.load(maxima.at[at], mask=there, other=-jnp.inf)
-            part_total = pltriton.load(totals.at[at], mask=there, other=0.0)
-            wide = (*(grid_of(each, 0, shape) for each in at), grid_of(lane, 1, shape))
-            part_weighted = pltriton.load(weighted.at[wide], mask=grid_of(there, 0, shape), other=0.0)
-            maximum = jnp.maximum(state.maximum, jnp.max(part_maximum))
-            reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-            factor = jnp.exp2(part_maximum - reference)
-            kept = jnp.exp2(state.maximum - reference)
-            return Softmax(
-                maximum,
-                state.total * kept + jnp.sum(part_total * factor),
-                state.weighted * kept + jnp.sum(part_weighted * factor[:, None], axis=0),
-            )
-
-        nothing = Softmax(jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((lanes,), jnp.float32))
-        steps = lax.div(parts + (MERGED_PARTS - 1), jnp.int32(MERGED_PARTS))
-        state = lax.fori_loop(0, steps, step, nothing)
-        sink = rest[0][head].reshape(1) if request.has_sinks else None
-        state = Softmax(state.maximum.reshape(1), state.total.reshape(1), state.weighted.reshape(1, lanes))
-        result = normalize(request, state, sink).reshape(lanes)
-        tokens, heads = (jnp.broadcast_to(each, lane.shape) for each in (start + offset, head))
-        pltriton.store(out.at[tokens, heads, lane], result, mask=lane < request.head_dim)
-        return carry
-
-    lax.fori_loop(0, count, token, jnp.int32(0))
-
-
-def _call(
+def launch(
     kernel: Any, grid: tuple[int, ...], tile: tuple[int, int], interpret: bool, out_shape: Any, aliases: dict[int, int]
 ) -> Any:
     # Compiler parameters of Triton choose it: JAX's own default is another backend since 0.9.
@@ -379,7 +340,7 @@ def attend_prefill(
     operands = (work, *arrays, *(() if sinks is None else (sinks,)), output)
     kernel = functools.partial(ragged_prefill, request, tile)
     shape = jax.ShapeDtypeStruct(output.shape, output.dtype)
-    call = _call(
+    call = launch(
         kernel,
         (request.num_kv_heads, work.shape[0]),
         (tile.warps, tile.stages),
@@ -398,15 +359,19 @@ def attend_decode(
     sinks: jax.Array | None,
     output: jax.Array,
     interpret: bool,
-) -> jax.Array:
-    """As :func:`attend_prefill`, for rows with few queries, whose contexts may be split."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """As :func:`attend_prefill`, for rows with few queries, whose contexts may be split.
+
+    Also gives the partial results of rows of several parts, for :func:`~.merge.merge_parts`: maxima and totals
+    ``[q_heads, query tokens, slots]``, and weighted values with lanes as a fourth axis.
+    """
     aux = () if sinks is None else (sinks,)
     operands = (work.parts, *arrays, *aux, output)
     shape = jax.ShapeDtypeStruct(output.shape, output.dtype)
     slots = (request.num_q_heads, tile.rows // request.group_size, work.num_slots)
     statistics = jax.ShapeDtypeStruct(slots, jnp.float32)
     partial = jax.ShapeDtypeStruct((*slots, power_of_two(request.head_dim)), jnp.float32)
-    call = _call(
+    call = launch(
         functools.partial(ragged_decode, request, tile),
         (request.num_kv_heads, work.parts.shape[0]),
         (tile.warps, tile.stages),
@@ -415,15 +380,4 @@ def attend_decode(
         {len(operands) - 1: 0},
     )
     output, *partials = call(*operands)
-    if work.merges is None:
-        return output
-    operands = (work.merges, *partials, *aux, output)
-    merge = _call(
-        functools.partial(ragged_merge, request),
-        (request.num_q_heads, work.merges.shape[0]),
-        (4, 1),
-        interpret,
-        shape,
-        {len(operands) - 1: 0},
-    )
-    return merge(*operands)
+    return output, tuple(partials)
