@@ -2,7 +2,9 @@
 
 Query heads and kv heads are split over the same mesh axes (tensor parallel). Pages may be split over another axis
 (data parallel): then each shard owns a contiguous part of the rows and of the pages, and page ids of the block
-table count through all shards.
+table count through all shards. Pages stay where they are; the one collective of a call is the sum that puts the
+tokens of all data-parallel shards together. Where heads can't be split, every shard computes all of them, and the
+log says so once.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from .layout import PageLayout
-from .types import AttentionRequest, Operands
+from .select import warn_once
+from .types import AttentionRequest, Distribution, Operands
 
 __all__ = ["Shards", "local_request", "plan", "run"]
 
@@ -67,7 +70,9 @@ def plan(
     """How to split ``request``, from the partition specs of queries and pages.
 
     Heads are split over the axes of the queries when kv heads divide among them and a shard of the pages holds
-    whole heads. One kv head is kept on every shard, and query heads alone are split. Otherwise heads are not split.
+    whole heads. One kv head is kept on every shard, and query heads alone are split. Otherwise heads are not split,
+    and a warning in the log names the reason. Pages that arrive split in a way that the call can't use are gathered
+    by JAX on each call; that is in the warning, too.
 
     Raises:
         ValueError: rows or pages do not divide among the shards of the page axis.
@@ -75,25 +80,48 @@ def plan(
     if mesh is None or mesh.size == 1:
         return Shards()
     page_axes = axes_of(page_spec, 0, mesh)
-    head_axes = axes_of(query_spec, 1, mesh)
+    head_axes, stored_axes = axes_of(query_spec, 1, mesh), axes_of(page_spec, 2, mesh)
     shards = Shards(mesh, page_axes=page_axes)
-    over_pages, over_heads = shards.size(page_axes), shards.size(head_axes)
+    over_pages = shards.size(page_axes)
     for what, count in (("rows of the block table", request.num_rows), ("pages", request.num_pages)):
         if count % over_pages:
             raise ValueError(
                 f"{count} {what} do not divide among {over_pages} shards of mesh axes {page_axes}. "
                 f"Choose a number that {over_pages} divides."
             )
-    if not head_axes or request.num_q_heads % over_heads:
+    if not head_axes and not stored_axes:
         return shards
-    layout = request.layout
-    whole = request.num_kv_heads % over_heads == 0 and operands.pages.shape[2] % over_heads == 0
-    whole &= layout.token_stride == request.num_kv_heads * layout.head_stride  # padding heads would shift the split
-    if whole and axes_of(page_spec, 2, mesh) == head_axes:
+    reason = why_not_heads(request, operands, shards, head_axes, stored_axes)
+    if reason is None:
         return dataclasses.replace(shards, head_axes=head_axes)
-    if request.num_kv_heads == 1:
+    gathered = f"; its pages are split over {stored_axes} and gathered on every call" if stored_axes else ""
+    if request.num_kv_heads == 1 and head_axes and request.num_q_heads % shards.size(head_axes) == 0:
+        if gathered:
+            warn_once(f"{request.version}: the one kv head has no parts{gathered}.")
         return dataclasses.replace(shards, query_only_axes=head_axes)
+    warn_once(f"{request.version}: every shard of {head_axes or stored_axes} computes all heads{gathered}: {reason}.")
     return shards
+
+
+def why_not_heads(
+    request: AttentionRequest, operands: Operands, shards: Shards, head_axes: Axes, stored_axes: Axes
+) -> str | None:
+    """Why heads can't be split over ``head_axes`` together with the pages, or None when they can."""
+    over_heads = shards.size(head_axes)
+    for what, count in (("query heads", request.num_q_heads), ("kv heads", request.num_kv_heads)):
+        if count % over_heads:
+            return f"{count} {what} do not divide among {over_heads} shards"
+    if stored_axes != head_axes:
+        names = (head_axes or "nothing", stored_axes or "nothing")
+        return f"the query heads are split over {names[0]}, those of the pages over {names[1]}"
+    layout = request.layout
+    stored = operands.pages.shape[2]
+    if stored % over_heads or layout.token_stride != request.num_kv_heads * layout.head_stride:
+        return (
+            f"the {stored} head groups of a {request.cache_dtype.name} cache with {request.num_kv_heads} kv heads do "
+            f"not part into {over_heads} shards of whole heads; a wider cache dtype has more groups"
+        )
+    return None
 
 
 def local_request(request: AttentionRequest, pages_shape: tuple[int, ...], shards: Shards) -> AttentionRequest:
@@ -137,12 +165,13 @@ def run(
     specs = Operands(**specs)
 
     def body(local: Operands) -> tuple[jax.Array, jax.Array]:
-        if shards.page_axes:
-            local = local_rows(local, shards)
+        if not shards.page_axes:
+            return forward(local)
+        local = local_rows(local, shards)
         output, new_pages = forward(local)
-        if shards.page_axes:  # each token is one shard's; all others have zeros for it
-            output = jax.lax.psum(output, shards.page_axes)
-        return output, new_pages
+        # Each token is one shard's. Not every kernel leaves zeros for tokens of no row.
+        output = jnp.where(tokens_of_rows(local)[:, None, None], output, 0)
+        return jax.lax.psum(output, shards.page_axes), new_pages
 
     return jax.shard_map(body, mesh=shards.mesh, in_specs=(specs,), out_specs=(queries, pages), check_vma=False)(
         operands
@@ -152,14 +181,27 @@ def run(
 def local_rows(operands: Operands, shards: Shards) -> Operands:
     """Metadata of this shard's rows: page ids become local, tokens keep their global places.
 
-    An id of another shard's page falls outside the local pages; kernels never touch such an entry.
+    An id of another shard's page falls outside the local pages; kernels never touch such an entry. The bounds of the
+    distribution are made anew, because those of the whole batch say nothing about a part of it: the rows up to the
+    first that does not decode are decode rows, and all after them may be of any kind.
     """
     shard = jax.lax.axis_index(shards.page_axes)
     num_rows, num_pages = operands.context_lens.shape[0], operands.pages.shape[0]
     first_row = (shard * num_rows).astype(jnp.int32)
     start_loc = jax.lax.dynamic_slice_in_dim(operands.query_start_loc, first_row, num_rows + 1)
+    total = jnp.clip(Distribution(*operands.distribution).total - first_row, 0, num_rows)
+    decodes = (start_loc[1:] - start_loc[:-1] == 1) & (jnp.arange(num_rows) < total)
+    decode_end = jnp.sum(jnp.cumprod(decodes.astype(jnp.int32)), dtype=jnp.int32)
     return operands._replace(
         block_tables=operands.block_tables - (shard * num_pages).astype(jnp.int32),
         query_start_loc=start_loc,
-        distribution=jnp.clip(operands.distribution - first_row, 0, num_rows),
+        distribution=jnp.stack([decode_end, decode_end, total]),  # types.Distribution
     )
+
+
+def tokens_of_rows(operands: Operands) -> jax.Array:
+    """Which tokens belong to a row that is not dead, ``[tokens]`` bool."""
+    token = jnp.arange(operands.queries.shape[0], dtype=jnp.int32)
+    start, end = operands.query_start_loc[:-1, None], operands.query_start_loc[1:, None]
+    live = (jnp.arange(operands.context_lens.shape[0]) < Distribution(*operands.distribution).total)[:, None]
+    return jnp.any(live & (start <= token) & (token < end), axis=0)

@@ -3,93 +3,138 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from easydel_ragged_plugin import ragged_page_attention_v3, sharding
-from easydel_ragged_plugin.testing.cases import build_batch, case_named
-
-PROGRAM = """
-import jax, numpy as np, jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
-from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
-
-assert len(jax.devices()) == 4
-rows = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(30, 1), Row(25, 5))
-
-def batch_of(version, q_heads, kv_heads, head_dim, sinks):
-    case = Case("sharded", rows, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, sinks=sinks)
-    return build_batch(case, version, poison="finite")
-
-def split_rows(batch, shards):
-    # What a data-parallel host does: rows of a shard have pages of that shard alone.
-    pages = batch.pages if batch.version == "v3" else batch.updated_pages
-    per_rows, per_pages = len(batch.context_lens) // shards, len(pages) // shards
-    tables, new_pages = batch.block_tables.copy(), pages.copy()
-    taken = [shard * per_pages + 1 for shard in range(shards)]
-    for row, lens in enumerate(batch.case.rows):
-        shard = row // per_rows
-        for entry in range(-(-lens.context // batch.case.page_size)):
-            new_pages[taken[shard]] = pages[batch.block_tables[row, entry]]
-            tables[row, entry] = taken[shard]
-            taken[shard] += 1
-    return tables, new_pages
-
-for version in ("v2", "v3"):
-    for q_heads, kv_heads, head_dim, tp, dp in (
-        (8, 4, 32, 2, 1), (8, 4, 32, 4, 1), (4, 1, 32, 2, 1), (6, 3, 32, 2, 1), (8, 4, 64, 2, 1),
-        (4, 2, 32, 1, 2), (8, 2, 32, 2, 2), (4, 4, 32, 1, 4),
-    ):
-        for sinks in (None, "heads"):
-            mesh = Mesh(np.array(jax.devices()[: tp * dp]).reshape(dp, tp), ("dp", "tp"))
-            batch = batch_of(version, q_heads, kv_heads, head_dim, sinks)
-            tables, pages = split_rows(batch, dp)
-            heads = "tp" if kv_heads % tp == 0 else None
-            q_spec, page_spec = P(None, "tp", None), P("dp", None, heads, *[None] * (pages.ndim - 3))
-            index = (batch.context_lens, tables, batch.query_start_loc)
-            outputs = []
-            for sharded in (False, True):
-                def call(pages, queries, keys, values, *index):
-                    options = dict(mesh=mesh, in_specs=(q_spec, page_spec, *[None] * 4) if version == "v2"
-                                   else (q_spec, None, None, page_spec, *[None] * 4)) if sharded else {}
-                    sink = None if batch.sinks is None else jnp.asarray(batch.sinks)
-                    if version == "v2":
-                        num_seqs = jnp.asarray(batch.num_seqs)
-                        return ragged_page_attention_v2(queries, pages, *index, num_seqs, sink, **options), pages
-                    return ragged_page_attention_v3(
-                        queries, keys, values, pages, *index, jnp.asarray(batch.distribution), sink, **options)
-                given = jnp.asarray(pages)
-                if sharded:
-                    given = jax.device_put(given, NamedSharding(mesh, page_spec))
-                compiled = jax.jit(call).lower(given, batch.queries, batch.keys, batch.values, *index).compile()
-                output, new_pages = compiled(given, batch.queries, batch.keys, batch.values, *index)
-                if sharded and (heads or dp > 1) and not (heads is None and tp > 1):
-                    shape = ",".join(map(str, pages.shape))
-                    lines = compiled.as_text().splitlines()
-                    assert not [line for line in lines if "all-gather" in line and f"[{shape}]" in line]
-                    assert new_pages.sharding.is_equivalent_to(NamedSharding(mesh, page_spec), pages.ndim)
-                outputs.append((np.asarray(output), np.asarray(new_pages)))
-            np.testing.assert_allclose(outputs[0][0], batch.expected()[0], rtol=2e-5, atol=2e-5)
-            np.testing.assert_allclose(outputs[1][0], outputs[0][0], rtol=1e-5, atol=1e-5)
-            assert (outputs[1][1].view(np.uint8) == outputs[0][1].view(np.uint8)).all()
-            print("ok", version, q_heads, kv_heads, head_dim, f"tp={tp} dp={dp}", sinks)
-print("all sharded calls agree")
-"""
+from easydel_ragged_plugin import explain, ragged_page_attention_v3, select, sharding
+from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.testing.cases import Case, Row, build_batch, case_named
+from easydel_ragged_plugin.types import Operands
 
 
-def test_sharded_equals_unsharded() -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM]
+def run_program(what: str, devices: int = 8) -> str:
+    """What ``sharded_calls.py`` prints; simulated devices must be asked for before JAX starts."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name("sharded_calls.py")), what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "all sharded calls agree" in done.stdout
+    return done.stdout
+
+
+def test_sharded_equals_unsharded() -> None:
+    """Every kernel, on 2, 4 and 8 devices: heads, pages, both, sinks, what does not divide; and the collectives."""
+    printed = run_program("functions")
+    assert "ok v3 xla Geometry(q_heads=16, kv_heads=8, head_dim=32, tp=8" in printed
+    assert "ok a gather of pages is seen" in printed
+    if cpu_native.availability() is None:
+        assert "ok v3 cpu_native" in printed
+
+
+@pytest.mark.host
+def test_operations_on_the_hosts_meshes() -> None:
+    """The same through the host's own cache configuration, placement and partition manager."""
+    run_program("operations")
+
+
+def request_of(q_heads: int, kv_heads: int, cache_dtype: str = "float32") -> tuple[Any, Any]:
+    """A v3 request and what ``plan`` reads of its operands."""
+    case = Case("plan", (Row(3, 1),), q_heads=q_heads, kv_heads=kv_heads, cache_dtype=cache_dtype)
+    batch = build_batch(case, "v3")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    selection = explain(ragged_page_attention_v3, batch.queries, batch.keys, batch.values, batch.pages, *index)
+    return selection.request, SimpleNamespace(pages=batch.pages)
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dtype", "pages_axis", "message"),
+    [
+        (
+            6,
+            3,
+            "float32",
+            None,
+            r"every shard of \('tp',\) computes all heads: 3 kv heads do not divide among 2 shards",
+        ),
+        (5, 5, "float32", "tp", r"its pages are split over \('tp',\) and gathered on every call: 5 query heads do not"),
+        (4, 2, "float32", None, r"split over \('tp',\), those of the pages over nothing"),
+        (
+            4,
+            2,
+            "float8_e4m3fn",
+            "tp",
+            "1 head groups of a float8_e4m3fn cache with 2 kv heads do not part into 2 shards",
+        ),
+        (4, 1, "float32", "tp", "the one kv head has no parts; its pages are split"),
+    ],
+)
+def test_heads_that_cannot_be_split_are_told(
+    q_heads: int, kv_heads: int, dtype: str, pages_axis: str | None, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    select._warned.clear()
+    mesh = AbstractMesh((2,), ("tp",))
+    request, operands = request_of(q_heads, kv_heads, dtype)
+    for _ in range(2):
+        shards = sharding.plan(
+            request, operands, mesh, PartitionSpec(None, "tp", None), PartitionSpec(None, None, pages_axis)
+        )
+    assert not shards.head_axes
+    assert shards.query_only_axes == (("tp",) if kv_heads == 1 else ())
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert re.search(message, record.getMessage()), record.getMessage()
+
+
+def test_heads_that_divide_are_split_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    select._warned.clear()
+    request, operands = request_of(8, 4)
+    mesh = AbstractMesh((2, 2), ("dp", "tp"))
+    shards = sharding.plan(
+        request, operands, mesh, PartitionSpec(None, "tp", None), PartitionSpec("dp", None, "tp", None, None)
+    )
+    assert (shards.head_axes, shards.page_axes) == (("tp",), ("dp",))
+    local = sharding.local_request(request, operands.pages.shape, shards)
+    assert (local.num_q_heads, local.num_kv_heads, local.num_rows, local.num_pages) == (4, 2, 4, 32)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("starts", "total", "expected"),
+    [
+        ((0, 1, 2, 3, 9), 4, [3, 3, 4]),  # decode rows first, as the host orders a batch
+        ((0, 6, 7, 7, 8), 4, [0, 0, 4]),  # as data parallelism orders it
+        ((0, 1, 1, 2, 2), 3, [1, 1, 3]),  # an idle row ends the run of decodes and hides nobody
+        ((0, 0, 0, 0, 0), 0, [0, 0, 0]),
+    ],
+)
+def test_bounds_of_a_shards_rows(starts: tuple[int, ...], total: int, expected: list[int]) -> None:
+    """What the TPU kernel takes its three kinds of rows from."""
+    ends = jnp.array([0, *(100 for _ in range(3)), *(100 + start for start in starts)], jnp.int32)  # 4 rows before ours
+    operands = Operands(
+        queries=jnp.zeros((1, 1, 1)),
+        keys=None,
+        values=None,
+        pages=jnp.zeros((2, 1, 2, 1)),
+        context_lens=jnp.ones(4, jnp.int32),
+        block_tables=jnp.zeros((4, 1), jnp.int32),
+        query_start_loc=ends,
+        distribution=jnp.array([7, 7, 4 + total]),
+        sinks=None,
+    )
+    shards = sharding.Shards(page_axes=("dp",))
+    local = jax.vmap(lambda _: sharding.local_rows(operands, shards), axis_name="dp")(jnp.arange(2))
+    np.testing.assert_array_equal(local.distribution[1], expected)
+    np.testing.assert_array_equal(local.query_start_loc[1], 100 + np.array(starts))
 
 
 def test_pages_that_do_not_divide_are_refused() -> None:

@@ -56,6 +56,8 @@ class EjkernelKernel:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
         from ejkernel.modules import ragged_page_attention_v2, ragged_page_attention_v3
 
+        # Entries past a context may be anything, other shards' pages included, and these kernels read ahead.
+        block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
         options: dict[str, Any] = {
             "softmax_scale": request.softmax_scale,
             "logits_soft_cap": request.logits_soft_cap,
@@ -71,7 +73,7 @@ class EjkernelKernel:
                 operands.queries,
                 operands.pages,
                 operands.context_lens,
-                operands.block_tables,
+                block_tables,
                 operands.query_start_loc,
                 operands.distribution[2:],
                 operands.sinks,
@@ -86,7 +88,7 @@ class EjkernelKernel:
             operands.values.astype(request.cache_dtype),
             operands.pages,
             operands.context_lens,
-            operands.block_tables.reshape(-1),
+            block_tables.reshape(-1),
             operands.query_start_loc,
             operands.distribution,
             None if operands.sinks is None else operands.sinks.astype(jnp.float32),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easydel_ragged_plugin import host as host_versions
+from easydel_ragged_plugin.layout import page_shape
 
 from .batches import Batch, Case, Version
 
@@ -74,12 +77,19 @@ class Driver:
     """Drives one operation class; keeps its compiled programs, so cases of equal shape compile once.
 
     ``outcomes`` is for the caller: several tests look at different sides of one run.
+
+    Args:
+        operation: the class to drive.
+        mesh_axes: sizes of the host's mesh axes, ``{"tp": 2}`` for example; axes that are not named have size 1.
+            With ``dp`` above 1 each row's pages must lie in its shard's part of the cache (:func:`.cases.local_pages`).
     """
 
-    def __init__(self, operation: type[Any]) -> None:
+    def __init__(self, operation: type[Any], mesh_axes: Mapping[str, int] | None = None) -> None:
         self.operation = operation
         self.host = host_versions.load()
-        self.mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(MESH_AXES)), MESH_AXES)
+        sizes = {**dict.fromkeys(MESH_AXES, 1), **(mesh_axes or {})}
+        devices = np.array(jax.devices()[: math.prod(sizes.values())])
+        self.mesh = jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), MESH_AXES)
         self.outcomes: dict[str, Any] = {}
         self._instances: dict[str, Any] = {}
         self._programs: dict[Any, tuple[Any, dict[str, Any]]] = {}
@@ -122,22 +132,32 @@ class Driver:
             "version": self.version,
             "_kvdtype_str": _CACHE_DTYPE_NAMES[case.np_cache_dtype.name],
         }
+        if self.host.data_parallel_axis is not None:  # 0.2.0.2 replicates pages and always splits their heads
+            fields |= {"data_parallel_size": self.mesh.shape["dp"], "kv_head_shards": self._head_shards(case)}
         key = tuple(fields.values())
         if key not in self._cache_configs:
             self._cache_configs[key] = self.host.RaggedPagesCacheConfig(**fields)
         return self._cache_configs[key]
 
+    def _head_shards(self, case: Case) -> int:
+        """Over how many devices the host splits the heads of the pages: ``tp``, or 1 where they have no parts."""
+        stored = page_shape(self.version, 1, 1, case.kv_heads, case.head_dim, case.np_cache_dtype)[2]
+        return self.mesh.shape["tp"] if stored % self.mesh.shape["tp"] == 0 else 1
+
     def view(self, batch: Batch, pages: np.ndarray) -> Any:
-        """The host's cache view around ``pages``."""
+        """The host's cache view around ``pages``, placed as the host places it."""
         config = self.cache_config(batch.case, len(pages))
-        shape, _ = config.get_shape_and_axes()
+        manager = self.instance(batch.case.np_dtype).metadata.partition_manager
+        shape, axes = config.get_shape_and_axes()
         if tuple(shape) != pages.shape:
             raise AssertionError(f"the host's cache has shape {shape}, this kit built {pages.shape}")
+        with self.mesh:
+            spec = manager.resolve(axes=axes, mode=self.host.axes.MODE_PREFILL, shape=shape)
         return self.host.RaggedPagesCacheView(
             metadata=config,
             layer_index=0,
-            kv_pages=jnp.array(pages),
-            partition_manager=self.instance(batch.case.np_dtype).metadata.partition_manager,
+            kv_pages=jax.device_put(pages, jax.sharding.NamedSharding(self.mesh, spec)),
+            partition_manager=manager,
         )
 
     def metadata(self, batch: Batch) -> Any:

@@ -1,0 +1,226 @@
+"""Run by test_sharding.py with simulated devices: sharded calls of the functions and of the operations.
+
+``python sharded_calls.py functions`` or ``... operations``. Prints one line for each call; an assertion ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch, case_named
+from easydel_ragged_plugin.testing.shards import local_pages
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
+
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+# Idle rows inside every shard, rows of all kinds, decode rows after others: what data parallelism makes of a batch.
+ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(0, 0), Row(30, 1), Row(25, 5))
+BASE = Case("sharded", ROWS, num_pages=96, table="stale", decode_first=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Heads, how they and the pages are split, and whether heads are expected to be split at all."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    tp: int
+    dp: int = 1
+    dtype: str = "float32"
+    sinks: Any = None
+
+
+NATIVE, BOTH, ALL = ("cpu_native",), ("cpu_native", "xla"), ("cpu_native", "xla", "ejkernel")
+
+# The last three do not divide: the query heads alone are split, or no heads. The C++ compiles nothing, so it runs all.
+GEOMETRIES = (
+    (ALL, Geometry(8, 4, 32, tp=2, sinks="heads")),
+    (BOTH, Geometry(8, 4, 64, tp=2, sinks="heads")),
+    (NATIVE, Geometry(8, 4, 32, tp=4, dtype="bfloat16", sinks="groups")),
+    (BOTH, Geometry(16, 8, 32, tp=8, sinks="heads")),
+    (ALL, Geometry(4, 2, 32, tp=1, dp=2, sinks="heads")),
+    (NATIVE, Geometry(4, 2, 64, tp=1, dp=4, dtype="bfloat16")),
+    (NATIVE, Geometry(4, 2, 32, tp=1, dp=8)),
+    (NATIVE, Geometry(8, 2, 32, tp=2, dp=2, sinks="heads")),
+    (BOTH, Geometry(8, 4, 32, tp=4, dp=2)),
+    (BOTH, Geometry(4, 1, 32, tp=2, sinks="heads")),
+    (NATIVE, Geometry(6, 3, 32, tp=2, sinks="heads")),
+    (NATIVE, Geometry(3, 3, 64, tp=2, dp=2)),
+)
+
+
+def available(kernels: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``kernels`` that this environment has; the portable one in place of a missing native library."""
+    found = ["xla"] if cpu_native.availability() and "cpu_native" in kernels else []
+    for name in kernels:
+        if name == "cpu_native" and cpu_native.availability():
+            continue
+        if name == "ejkernel" and importlib.util.find_spec("ejkernel") is None:
+            continue
+        found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def specs_of(batch: Batch, geometry: Geometry) -> tuple[P, P]:
+    """Specs of queries and pages, as the host resolves them: heads that do not divide are not split."""
+    heads = "tp" if geometry.kv_heads % geometry.tp == 0 else None
+    q_heads = "tp" if geometry.q_heads % geometry.tp == 0 else None
+    return P(None, q_heads, None), P("dp", None, heads, *[None] * (batch.pages.ndim - 3))
+
+
+def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry) -> tuple[Any, Any, Any]:
+    """Output, pages and the compiled program of one call; on ``mesh`` when there is one."""
+    query_spec, page_spec = specs_of(batch, geometry)
+    sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
+
+    def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any) -> tuple[Any, Any]:
+        options: dict[str, Any] = {**batch.case.options, "config": kernel}
+        if mesh is not None:
+            before = (None, None) if batch.version == "v3" else ()
+            options |= {"mesh": mesh, "in_specs": (query_spec, *before, page_spec, *[None] * 4)}
+        if batch.version == "v2":
+            return ragged_page_attention_v2(queries, pages, *index, sinks, **options), pages
+        return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, **options)
+
+    pages = jnp.asarray(batch.pages if batch.version == "v3" else batch.updated_pages)
+    if mesh is not None:
+        pages = jax.device_put(pages, NamedSharding(mesh, page_spec))
+    last = batch.num_seqs if batch.version == "v2" else batch.distribution
+    arguments = (batch.queries, batch.keys, batch.values, batch.context_lens, batch.block_tables, batch.query_start_loc)
+    compiled = jax.jit(program, donate_argnums=0).lower(pages, *arguments, last).compile()
+    output, new_pages = compiled(pages, *arguments, last)
+    if mesh is not None:
+        assert new_pages.sharding.is_equivalent_to(NamedSharding(mesh, page_spec), new_pages.ndim)
+    return np.asarray(output), np.asarray(new_pages), compiled
+
+
+def check_collectives(compiled: Any, geometry: Geometry, batch: Batch) -> str:
+    """Heads alone: no collective at all. Data-parallel pages: the sum over the output, and nothing else."""
+    found = [match.groups() for match in map(COLLECTIVE.search, compiled.as_text().splitlines()) if match]
+    if geometry.dp == 1:
+        assert not found, found
+        return "no collectives"
+    tokens, q_heads, head_dim = batch.queries.shape
+    split = geometry.q_heads % geometry.tp == 0 and (geometry.kv_heads % geometry.tp == 0 or geometry.kv_heads == 1)
+    shape = f"[{tokens},{q_heads // (geometry.tp if split else 1)},{head_dim}]"
+    assert all(kind == "all-reduce" and shape in result for result, kind in found), found
+    assert len(found) == 1, found
+    return "one all-reduce of the output"
+
+
+def functions() -> None:
+    for version in ("v2", "v3"):
+        for kernels, geometry in GEOMETRIES:
+            names = ("q_heads", "kv_heads", "head_dim", "dtype", "sinks")
+            case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+            for kernel in available(kernels):
+                # The host's kernel can't stand NaN in a slot that it reads and masks.
+                batch = build_batch(case, version, poison="finite" if kernel == "ejkernel" else "nan")
+                batch = local_pages(batch, geometry.dp)
+                devices = np.array(jax.devices()[: geometry.tp * geometry.dp]).reshape(geometry.dp, geometry.tp)
+                one, pages, _ = call(batch, kernel, None, geometry)
+                many, new_pages, compiled = call(batch, kernel, Mesh(devices, ("dp", "tp")), geometry)
+                bound = tolerance_for(case)
+                np.testing.assert_allclose(
+                    one.astype(np.float64), batch.expected()[0], rtol=bound.rtol, atol=bound.atol
+                )
+                np.testing.assert_allclose(
+                    many.astype(np.float64), one.astype(np.float64), rtol=bound.rtol, atol=bound.atol
+                )
+                exact = one.tobytes() == many.tobytes()
+                # XLA may part its products by their shape; the C++ adds up each head's short context in one order.
+                assert exact or kernel != "cpu_native"
+                assert new_pages.tobytes() == pages.tobytes()
+                how = check_collectives(compiled, geometry, batch)
+                print(f"ok {version} {kernel} {geometry}: {how}, {'bit for bit' if exact else 'within tolerance'}")
+
+
+def gathered_pages_are_seen() -> None:
+    """The check above can fail: a kv head that the cache has cut into its keys and its values needs a gather."""
+    geometry = Geometry(4, 1, 32, tp=2)
+    batch = build_batch(dataclasses.replace(BASE, q_heads=4, kv_heads=1), "v2")
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("dp", "tp"))
+    cut = P(None, None, "tp", None)
+    pages = jax.device_put(jnp.asarray(batch.updated_pages), NamedSharding(mesh, cut))
+    specs = (P(None, "tp", None), cut, None, None, None, None)
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+
+    def program(queries: Any, pages: Any, *index: Any) -> Any:
+        return ragged_page_attention_v2(queries, pages, *index, mesh=mesh, in_specs=specs)
+
+    compiled = jax.jit(program).lower(batch.queries, pages, *index).compile()
+    np.testing.assert_allclose(compiled(batch.queries, pages, *index), batch.expected()[0], rtol=2e-5, atol=2e-5)
+    with pytest.raises(AssertionError, match="all-gather"):
+        check_collectives(compiled, geometry, batch)
+    print("ok a gather of pages is seen")
+
+
+# What the host's caches are like on a mesh: heads that divide, heads that the host cuts, pages per shard.
+OPERATION_CASES = (
+    ("mixed", {"tp": 2}),
+    ("sinks", {"tp": 2}),
+    ("all-options", {"tp": 2}),
+    ("head-dim-64", {"tp": 2}),
+    ("bfloat16", {"tp": 2}),
+    ("float8-e4m3", {"tp": 2}),
+    ("mqa", {"tp": 2}),
+    ("mha-5-heads", {"tp": 2}),
+    ("gqa-9-3-head-dim-64", {"tp": 2}),
+    ("mixed", {"tp": 4}),
+    ("empty-rows", {"dp": 2}),
+    ("sinks", {"dp": 4}),
+    ("all-options", {"dp": 2, "tp": 2}),
+)
+
+
+def operations() -> None:
+    from easydel_ragged_plugin import operations as ours
+    from easydel_ragged_plugin.testing.driver import Driver
+
+    for name, axes in OPERATION_CASES:
+        case = case_named(name)
+        for version, operation in (("v2", ours.RaggedPageAttnV2), ("v3", ours.RaggedPageAttnV3)):
+            driver = Driver(operation, axes)
+            batch = local_pages(build_batch(case, version), axes.get("dp", 1))
+            if driver.host.data_parallel_axis is None and batch.pages.shape[2] % axes.get("tp", 1):
+                # 0.2.0.2 splits heads whether they divide or not, and fails when it makes the cache.
+                with pytest.raises(ValueError, match="should be divisible"):
+                    driver.view(batch, batch.pages)
+                print(f"ok {version} {name} {axes}: the host can't make the cache")
+                continue
+            outcome = driver.call(batch)
+            expected, pages = batch.expected()
+            bound = tolerance_for(case)
+            np.testing.assert_allclose(
+                outcome.output.astype(np.float64), expected, rtol=bound.rtol, atol=bound.atol, err_msg=f"{name} {axes}"
+            )
+            assert outcome.pages.tobytes() == pages.tobytes(), (name, version, axes)
+            print(f"ok {version} {name} {axes}")
+
+
+def main(what: str) -> None:
+    assert len(jax.devices()) == 8, jax.devices()
+    if what == "functions":
+        functions()
+        gathered_pages_are_seen()
+    else:
+        operations()
+    print("all sharded calls agree")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
