@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .layout import page_shape
     from .operations import RaggedPageAttnV2, RaggedPageAttnV3
     from .startup import activate, deactivate, status
+    from .workers import FingerprintMismatch, check_fingerprints, fingerprint
 
 __all__ = [
     "ragged_page_attention_v2",
@@ -30,6 +31,9 @@ __all__ = [
     "activate",
     "deactivate",
     "status",
+    "fingerprint",
+    "check_fingerprints",
+    "FingerprintMismatch",
     "page_shape",
     "hookimpl",
 ]
@@ -46,6 +50,9 @@ _HOMES = {
     "activate": "startup",
     "deactivate": "startup",
     "status": "startup",
+    "fingerprint": "workers",
+    "check_fingerprints": "workers",
+    "FingerprintMismatch": "workers",
     "page_shape": "layout",
     "hookimpl": "hooks",
 }

@@ -38,8 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "registration": {"host", "startup"},
     "operations": API | {"host", "startup"},
     "testing": API | {"host", "startup", "operations", "reference"},
-    "cli": API | {"host", "startup", "registration", "operations", "reference", "testing"},
-    "__init__": API | {"host", "startup", "operations"},
+    "workers": (API - {"api"}) | {"host", "startup"},
+    "cli": API | {"host", "startup", "registration", "operations", "reference", "testing", "workers"},
+    "__init__": API | {"host", "startup", "operations", "workers"},
 }
 # Imports that exist for type checkers only: they may point the other way.
 TYPE_ONLY = {("types", "config")}

@@ -39,6 +39,8 @@ class Settings:
         tokens_per_step: tokens of the largest compiled step, a power of two; longer prompts go in chunks.
         page_size: tokens in a page.
         dtype: dtype of weights, activations and cache.
+        data_parallel: devices over which requests and pages are split; the heads are split over all others.
+        engine_options: more arguments of ``eSurge``, as pairs.
     """
 
     mechanism: str
@@ -50,6 +52,8 @@ class Settings:
     tokens_per_step: int = 16
     page_size: int = 16
     dtype: str = "float32"
+    data_parallel: int = 1
+    engine_options: tuple[tuple[str, Any], ...] = ()
 
     def replace(self, **changes: Any) -> Settings:
         """A copy with some fields changed."""
@@ -262,7 +266,7 @@ class Engine:
                 dtype=dtype,
                 param_dtype=dtype,
                 precision=jax.lax.Precision.HIGHEST if settings.dtype == "float32" else jax.lax.Precision.DEFAULT,
-                sharding_axis_dims=(1, 1, 1, -1, 1),
+                sharding_axis_dims=(settings.data_parallel, 1, 1, -1, 1),
                 auto_shard_model=True,
                 config_kwargs=easydel.EasyDeLBaseConfigDict(
                     attn_mechanism=settings.mechanism,
@@ -295,6 +299,7 @@ class Engine:
                         enable_prefix_caching=False,
                         overlap_execution=False,
                         **workers.endpoints,
+                        **dict(settings.engine_options),
                     )
             finally:
                 unregister(watcher)

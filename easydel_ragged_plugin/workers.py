@@ -1,0 +1,148 @@
+"""What must be equal on all workers that serve one model, and who differs.
+
+Workers of one job compile one program each, and the programs must match: a worker with other kernels, another
+configuration or without this package gives other numbers, or waits forever for a collective that the others do not
+run. :func:`fingerprint` says what this process has, as text. :func:`check_fingerprints` compares workers and names the
+odd ones out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Hashable, Mapping
+from importlib import metadata
+
+import numpy as np
+
+from . import host, select, startup
+from .config import RaggedPageConfig, current_override, from_environment
+from .kernels import cpu_native
+
+__all__ = ["FingerprintMismatch", "check_fingerprints", "fingerprint"]
+
+DISTRIBUTIONS = ("easydel-ragged-plugin", "easydel", "ejkernel", "jax", "jaxlib")
+VARIABLES = ("EASYDEL_RAGGED_PLUGIN", "EASYDEL_RAGGED_KERNEL", "FORCE_NATIVE_RUNTIME")
+
+
+class FingerprintMismatch(RuntimeError):
+    """Workers of one job do not have the same package, kernels or configuration. The text says who and what."""
+
+
+def fingerprint() -> dict[str, str]:
+    """What decides about the numbers that this process computes: names and values, all text.
+
+    Versions, JAX's platform, the classes that serve the operations, the kernels and how far each is available, and the
+    configuration. Imports EasyDeL's operations where EasyDeL is installed, and starts JAX's backend.
+    """
+    import jax
+
+    found = {name: _version(name) for name in DISTRIBUTIONS}
+    found["platform"] = jax.default_backend()
+    if host.host_version() is not None:
+        registry = host.load().OperationRegistry._registry
+        for name in host.OPERATION_NAMES:
+            found[f"operation {name}"] = _path(registry.get(name))
+        found["plugin"] = "active" if startup.status().active else "off"
+    for name, kernel in select.kernels().items():
+        found[f"kernel {name}"] = _kernel(name, kernel)
+    found["config"] = str(_config())
+    found |= {name: os.environ.get(name, "unset") for name in VARIABLES}
+    return found
+
+
+def check_fingerprints(fingerprints: Mapping[Hashable, Mapping[str, str] | None] | None = None) -> None:
+    """Compare workers, and raise when they do not all have the same.
+
+    Args:
+        fingerprints: what :func:`fingerprint` gave on each worker, by the worker's name; None for a worker that could
+            not say, because the package is not installed there. Without the argument the processes of
+            ``jax.distributed`` are compared: a collective, so all of them must call it.
+
+    Raises:
+        FingerprintMismatch: at least one worker differs from most of the others.
+        ValueError: an empty mapping.
+    """
+    if fingerprints is None:
+        fingerprints = _of_all_processes()
+    if not fingerprints:
+        raise ValueError("fingerprints: got none, wanted at least one worker's.")
+    groups: dict[str, list[Hashable]] = {}
+    for worker, each in fingerprints.items():
+        groups.setdefault(json.dumps(each, sort_keys=True), []).append(worker)
+    if len(groups) == 1 and None not in fingerprints.values():
+        return
+    # A worker without the package is never what the others are measured by.
+    known = {text: workers for text, workers in groups.items() if text != "null"}
+    most = max(known, key=lambda text: len(known[text]), default="null")
+    wanted = json.loads(most) or {}
+    lines = []
+    for text, workers in groups.items():
+        if text == most and text != "null":
+            continue
+        difference = _difference(json.loads(text), wanted)
+        lines += [f"  {worker}: {difference}" for worker in workers]
+    measured = f", measured by {_names(groups[most])}" if most != "null" else ""
+    raise FingerprintMismatch(
+        f"{len(lines)} of {len(fingerprints)} workers differ{measured}:\n"
+        + "\n".join(lines)
+        + "\nInstall the same versions and set the same variables on all workers, then start them again; "
+        "'easydel-ragged doctor' shows a worker's own."
+    )
+
+
+def _difference(got: Mapping[str, str] | None, wanted: Mapping[str, str]) -> str:
+    if got is None:
+        return "has no easydel-ragged-plugin; run 'pip install easydel-ragged-plugin' in its environment"
+    names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
+    return "; ".join(f"{name} is {got.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in names)
+
+
+def _names(workers: list[Hashable]) -> str:
+    shown = ", ".join(map(str, workers[:3]))
+    return shown if len(workers) <= 3 else f"{shown} and {len(workers) - 3} more"
+
+
+def _of_all_processes() -> dict[Hashable, Mapping[str, str] | None]:
+    """This process's fingerprint and those of the others, by ``process <index>``."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    own = json.dumps(fingerprint()).encode()
+    if jax.process_count() == 1:
+        return {"process 0": json.loads(own)}
+    sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))
+    padded = np.zeros(int(np.max(sizes)), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    texts = multihost_utils.process_allgather(padded)
+    return {
+        f"process {index}": json.loads(bytes(np.asarray(text, np.uint8)[: int(size)]))
+        for index, (text, size) in enumerate(zip(texts, np.asarray(sizes).reshape(-1), strict=True))
+    }
+
+
+def _config() -> RaggedPageConfig:
+    """The part of the configuration that does not depend on a call."""
+    return dataclasses.replace(from_environment() or RaggedPageConfig(), **current_override())
+
+
+def _kernel(name: str, kernel: object) -> str:
+    if name == "cpu_native":
+        reason = cpu_native.availability()
+        return cpu_native.isa() if reason is None else f"not available: {reason}"
+    if name == "ejkernel" and importlib.util.find_spec("ejkernel") is None:
+        return "not available: not installed"
+    return _path(type(kernel))
+
+
+def _path(cls: type | None) -> str:
+    return "nothing" if cls is None else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
