@@ -76,7 +76,8 @@ def ragged_page_attention_v2(
 
     Args:
         queries: queries of all rows; float32, bfloat16, float16 or float64. Tokens of no live row give zeros.
-        kv_pages: keys at even heads, values at odd ones. Any float dtype, 8-bit ones included.
+        kv_pages: keys at even heads, values at odd ones. Any float dtype, 8-bit ones included, or int8 with
+            ``k_scale`` and ``v_scale``.
         context_lens: int32 tokens of each row, its new ones included.
         block_tables: int32 page ids of each row. Entries past a row's context, or left of its window, are not used.
         query_start_loc: int32 first token of each row.
@@ -151,7 +152,8 @@ def ragged_page_attention_v3(
 
     Inside ``jax.jit`` with the pages donated, the update is in place and the pages are not copied. Slots of other
     tokens keep their bits; the padding of a written slot becomes zero. Keys and values are stored as they are given,
-    cast to the cache's dtype; 8-bit floats saturate. With ``k_scale`` and ``v_scale`` the caller has divided by them.
+    cast to the cache's dtype: 8-bit floats saturate, int8 rounds to the nearest of -127 to 127. With ``k_scale`` and
+    ``v_scale`` the caller has divided by them.
 
     Args:
         queries, softmax_aux, context_lens, query_start_loc: as for :func:`ragged_page_attention_v2`.
@@ -289,6 +291,7 @@ def _prepare(
         **validation.check_options(options),
     )
     validation.check_mask_value(mask_value)
+    validation.check_integer_cache(cache_dtype, options)
     operands = Operands(
         jnp.asarray(queries),
         None if keys is None else jnp.asarray(keys),

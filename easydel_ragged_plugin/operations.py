@@ -223,6 +223,13 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             raise Unsupported(
                 f"{self.get_impl_name()}: pages of type {type(pages).__name__}. Choose a cache without a quantizer."
             )
+        wanted = 4 if self.version == "v2" else 5
+        if pages.ndim != wanted:
+            raise ValueError(
+                f"cache_view: got {type(cache_view).__name__} with pages of shape {pages.shape}, wanted pages of "
+                f"{wanted} axes, as RaggedPagesCacheView has them for {self.version}. Build the cache for the model's "
+                "attn_mechanism, or choose the attn_mechanism that this cache belongs to."
+            )
         return pages
 
     def _partitioning(self, query: jax.Array, pages: jax.Array, cache_view: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ Rules that the oracle fixes:
   pages it needs. An invalid row writes nothing.
 * v3 writes only the slots of live tokens. There, lanes past ``head_dim`` and heads that exist only to
   fill a group of 32 bits become zeros; every other slot keeps its bytes.
-* float8 caches saturate at the largest finite number. Wider caches round as NumPy does.
+* float8 caches saturate at the largest finite number, int8 caches round to the nearest of -127 to 127. Wider caches
+  round as NumPy does.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def _cast_to_cache(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype.name in _FLOAT8:
         largest = float(ml_dtypes.finfo(dtype).max)
         values = np.clip(values.astype(np.float32), -largest, largest)
+    if dtype == np.int8 and values.dtype != np.int8:
+        values = np.clip(np.rint(values.astype(np.float64)), -127, 127)
     with np.errstate(over="ignore"):
         return values.astype(dtype)
 

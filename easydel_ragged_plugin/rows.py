@@ -73,8 +73,13 @@ def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
 
 
 def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
-    """Cast to the cache's dtype; 8-bit floats saturate, where a plain cast would give NaN or infinity."""
+    """Cast to the cache's dtype; 8-bit ones saturate, where a plain cast would give NaN, infinity or a wrapped number.
+
+    Integers are symmetric, so that the least one, which has no opposite, is never written.
+    """
     if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
+        if jnp.issubdtype(request.cache_dtype, jnp.integer):
+            return jnp.clip(jnp.round(array), -127, 127).astype(request.cache_dtype)
         limit = float(jnp.finfo(request.cache_dtype).max)
         array = jnp.clip(array, -limit, limit)
     return array.astype(request.cache_dtype)

@@ -18,6 +18,7 @@ from .layout import Version
 
 __all__ = [
     "check_index_arrays",
+    "check_integer_cache",
     "check_mask_value",
     "check_options",
     "check_shapes",
@@ -55,8 +56,8 @@ def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: 
             f"kv_pages: got shape {tuple(pages.shape)}, wanted {rank} axes for {version}. "
             f"page_shape({version!r}, ...) gives the shape."
         )
-    if not jnp.issubdtype(pages.dtype, jnp.floating):
-        raise ValueError(f"kv_pages: got dtype {pages.dtype}, wanted a float dtype.")
+    if not (jnp.issubdtype(pages.dtype, jnp.floating) or pages.dtype == jnp.int8):
+        raise ValueError(f"kv_pages: got dtype {pages.dtype}, wanted a float dtype or int8.")
     if 0 in pages.shape:
         raise ValueError(f"kv_pages: got shape {tuple(pages.shape)}, wanted at least one page of one token.")
     num_tokens, num_q_heads, head_dim = queries.shape
@@ -176,6 +177,16 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"vmem_limit_bytes: got {limit!r}, wanted a number of bytes of at least 1, or None.")
     options["optimized"] = bool(options["optimized"])
     return options
+
+
+def check_integer_cache(cache_dtype: np.dtype, options: dict[str, Any]) -> None:
+    """An integer says nothing without the factor that makes it a key or a value."""
+    missing = [name for name in ("k_scale", "v_scale") if options[name] is None]
+    if np.issubdtype(cache_dtype, np.integer) and missing:
+        raise ValueError(
+            f"{' and '.join(missing)}: got None, wanted the size of one step of the {cache_dtype.name} cache. Keys and "
+            "values are stored divided by them."
+        )
 
 
 def check_mask_value(value: Any) -> None:

@@ -69,7 +69,12 @@ def test_well_formed_call_traces() -> None:
         ("kv_pages", array(PAGES, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM), "wanted 5 axes for v3"),
         ("kv_pages", array(PAGES, PAGE_SIZE, 3, 1, 128), r"v3 pages: got shape .*wanted \(9, 4, 4, 1, 128\)"),
         ("kv_pages", array(0, PAGE_SIZE, 4, 1, 128), "wanted at least one page"),
-        ("kv_pages", array(PAGES, PAGE_SIZE, 4, 1, 128, dtype=jnp.int8), "kv_pages: got dtype int8"),
+        (
+            "kv_pages",
+            array(PAGES, PAGE_SIZE, 4, 1, 128, dtype=jnp.int32),
+            "kv_pages: got dtype int32, wanted a float dtype or int8",
+        ),
+        ("kv_pages", array(PAGES, PAGE_SIZE, 1, 4, 128, dtype=jnp.int8), "k_scale and v_scale: got None, wanted the"),
         ("context_lens", array(ROWS, dtype=jnp.float32), "context_lens: got dtype float32, wanted int32"),
         ("context_lens", array(ROWS, 1, dtype=jnp.int32), "wanted an array of rank 1"),
         ("context_lens", array(0, dtype=jnp.int32), "got no rows"),

@@ -99,6 +99,34 @@ def test_view_without_pages_is_refused(driver: Driver) -> None:
         call(driver, view=object())
 
 
+class UnknownView:
+    """A cache view of some other mechanism: it has pages, and they are not ours."""
+
+    def __init__(self, pages: Any, metadata: Any) -> None:
+        self.kv_pages, self.metadata = pages, metadata
+
+
+def test_view_of_an_unknown_class_is_refused_by_name(driver: Driver) -> None:
+    batch = build_batch(case_named("mixed"), driver.version)
+    known = driver.view(batch, batch.pages)
+    latent = UnknownView(jnp.zeros((8, 4, 96)), known.metadata)  # one row of numbers for each token, as MLA stores them
+    with pytest.raises(
+        ValueError, match=r"got UnknownView with pages of shape \(8, 4, 96\), wanted pages of [45] axes"
+    ):
+        call(driver, view=latent)
+    with pytest.raises(Unsupported, match="pages of type dict"):
+        call(driver, view=UnknownView({"quantized": known.kv_pages}, known.metadata))
+
+
+def test_view_of_the_other_version_is_refused(driver: Driver) -> None:
+    other = Driver(operation_class("v3" if driver.version == "v2" else "v2"))
+    batch = build_batch(case_named("mixed"), other.version)
+    with pytest.raises(
+        ValueError, match=f"wanted pages of .* axes, as RaggedPagesCacheView has them for {driver.version}"
+    ):
+        call(driver, view=other.view(batch, batch.pages))
+
+
 def test_missing_distribution_is_refused() -> None:
     driver = Driver(operation_class("v3"))
     batch = build_batch(case_named("mixed"), "v3")

@@ -1,4 +1,4 @@
-"""Several processes: one job of ``jax.distributed`` with real processes, and what its workers must have in common."""
+"""Several processes: jobs of ``jax.distributed`` and Ray actors, and what workers must have in common."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def run_two(what: str, *arguments: str, of_second: dict[str, str] | None = None, timeout_s: float = 300) -> list[str]:
+def run_two(what: str, of_second: dict[str, str] | None = None, timeout_s: float = 300) -> list[str]:
     """What the two processes print; ``of_second`` changes the environment of process 1."""
     port = free_port()
     environment = {
@@ -34,7 +34,7 @@ def run_two(what: str, *arguments: str, of_second: dict[str, str] | None = None,
     }
     running = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), what, port, str(process), *arguments],
+            [sys.executable, str(PROGRAM), what, port, str(process)],
             env={**environment, **(of_second or {} if process else {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -60,7 +60,7 @@ def test_two_processes_share_a_call() -> None:
 
 def test_a_process_that_differs_is_named() -> None:
     of_second = {"EASYDEL_RAGGED_KERNEL": "xla", "EASYDEL_RAGGED_PLUGIN": "0"}
-    for text in run_two("odd", of_second=of_second):
+    for text in run_two("odd", of_second):
         assert "refused: 1 of 2 workers differ, measured by process 0:\n  process 1: " in text
         assert "kernel='xla'" in text
         assert "EASYDEL_RAGGED_KERNEL is xla, not unset" in text
@@ -68,6 +68,32 @@ def test_a_process_that_differs_is_named() -> None:
             assert "operation ragged_page_attention_v3 is easydel." in text
             assert "plugin is off, not active" in text
         assert "ok after the repair" in text
+
+
+@pytest.mark.host
+@pytest.mark.slow
+def test_engines_in_ray_actors(tmp_path: Path) -> None:
+    """One actor alone, then a model split over two; the answers are those of transformers, token for token."""
+    pytest.importorskip("ray")
+    import ray_engine
+    import tiny_model
+
+    folder = tiny_model.save(tmp_path)
+    expected = tiny_model.expected(folder, ray_engine.PROMPTS, 6)
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, (str(here), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(here / "ray_engine.py"), folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    ours = ["easydel_ragged_plugin.operations"] * 2
+    printed = done.stdout.splitlines()
+    assert f"alone {expected}" in printed, done.stdout[-3000:]
+    assert f"alone {ours}" in printed
+    if host_version() != "0.2.0.2":  # which has no engine for several processes
+        assert f"shared {expected}" in printed
+        assert f"shared {[ours, ours]}" in printed
+        assert "fingerprints agree" in printed
 
 
 def test_fingerprint_tells_versions_kernels_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Run twice by test_processes.py: the two processes of one job of ``jax.distributed``, two devices in each.
 
-``python two_processes.py CALLS|ODD|ENGINE port process [...]``; see the functions of these names.
+``python two_processes.py calls|odd port process``; see the functions of these names.
 """
 
 from __future__ import annotations
@@ -79,51 +79,12 @@ def odd() -> None:
     print("ok after the repair")
 
 
-def engine(folder: str, control_port: str) -> None:
-    """eSurge's own lockstep mode: process 0 leads, process 1 follows, heads are split over all devices."""
-    import socket
-
-    import tiny_model
-
-    from easydel_ragged_plugin.cli.engine import Engine, Settings, Workers, import_host
-
-    find = socket.getaddrinfo
-
-    def both(name: Any, *arguments: Any, **options: Any) -> Any:
-        """The host finds its processes through the DNS, one address for each; two addresses of this machine do."""
-        if name != "two-processes":
-            return find(name, *arguments, **options)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 0)) for last in (1, 2)]
-
-    socket.getaddrinfo = both
-    import_host()
-    options = {
-        "distributed_mode": True,
-        "distributed_service_name": "two-processes",
-        "distributed_world_size": 2,
-        "distributed_control_port": int(control_port),
-        "distributed_auth_token": "secret",
-        "distributed_step_timeout_s": 120.0,
-        "distributed_connect_timeout_s": 240.0,
-    }
-    settings = Settings(
-        "ragged_page_attention_v3", max_model_len=32, page_size=4, engine_options=tuple(options.items())
-    )
-    leads = jax.process_index() == 0
-    with Workers(folder) as workers, Engine(folder, settings, tiny_model.load_tokenizer(folder), workers) as served:
-        print("serves", served.operation, *served.kernels, flush=True)
-        if leads:
-            measured = served.measure(tiny_model.PROMPTS, 6, full_length=True)
-            print("answers", [answer.token_ids for answer in measured.answers], flush=True)
-        jax.experimental.multihost_utils.sync_global_devices("answered")
-
-
-def main(what: str, port: str, process: str, *arguments: str) -> None:
+def main(what: str, port: str, process: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     assert len(jax.devices()) == 4
     assert len(jax.local_devices()) == 2
-    {"calls": calls, "odd": odd, "engine": engine}[what](*arguments)
+    {"calls": calls, "odd": odd}[what]()
     jax.distributed.shutdown()
     print("done")
 

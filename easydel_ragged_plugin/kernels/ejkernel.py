@@ -39,6 +39,8 @@ class EjkernelKernel:
         """What the host's calls can't take; whether their results are right is not asked here."""
         if importlib.util.find_spec("ejkernel") is None:
             return "ejkernel is not installed (it comes with EasyDeL)"
+        if request.cache_dtype.name == "int8":
+            return "an int8 cache; takes float dtypes"
         if request.version == "v2":
             scales = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(request, name) is not None]
             if scales:

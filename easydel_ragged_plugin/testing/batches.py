@@ -31,6 +31,7 @@ _DTYPES = {
     "bfloat16": ml_dtypes.bfloat16,
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
+    "int8": np.int8,
 }
 
 # Far from every real value and finite in every cache dtype: what dead slots hold for operations that have
@@ -66,6 +67,7 @@ class Case:
         sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
         q_scale, k_scale, v_scale: factors on stored queries, keys and values. The host never passes them.
         query_gain, value_mean: size of queries, mean of values.
+        stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
         free_left_of_window: pages that no query can see any more are not the row's any longer.
         repeat_page: the first row's table names its first page twice.
         table: what unused table entries hold.
@@ -97,6 +99,7 @@ class Case:
     v_scale: float | None = None
     query_gain: float = 2.0
     value_mean: float = 0.0
+    stored_gain: float = 1.0
     free_left_of_window: bool = False
     repeat_page: bool = False
     table: Literal["zeros", "stale", "garbage"] = "zeros"
@@ -231,6 +234,8 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
 
     dtype, cache_dtype = case.np_dtype, case.np_cache_dtype
     fill = np.nan if (case.poison or poison) == "nan" else _FINITE_POISON
+    if np.issubdtype(cache_dtype, np.integer):
+        fill = np.iinfo(cache_dtype).min  # has no NaN; nobody writes this one
     shape = page_shape(version, num_pages, case.page_size, case.kv_heads, case.head_dim, cache_dtype)
     pages = np.full(shape, fill, cache_dtype)
 
@@ -248,10 +253,9 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
     start = 0
     for r, row in enumerate(case.rows):
         cached = row.context - row.new
-        row_keys = normal(row.context, case.kv_heads, case.head_dim).astype(dtype)
-        row_values = normal(row.context, case.kv_heads, case.head_dim, mean=case.value_mean + 0.25 * (r % 5)).astype(
-            dtype
-        )
+        heads, gain = (row.context, case.kv_heads, case.head_dim), case.stored_gain
+        row_keys = normal(*heads, gain=gain).astype(dtype)
+        row_values = normal(*heads, gain=gain, mean=case.value_mean + 0.25 * gain * (r % 5)).astype(dtype)
         first_cached = min(cached, bounds[r][0] * case.page_size)
         reference.write_tokens(
             pages, tables[r], first_cached, row_keys[first_cached:cached], row_values[first_cached:cached]

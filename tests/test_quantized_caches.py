@@ -1,0 +1,121 @@
+"""8-bit caches: kernels compute with exactly what is stored, storing loses a bounded part, refusals are named."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from easydel_ragged_plugin import Unsupported, explain, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
+
+VERSIONS = ("v2", "v3")
+ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(32, 1))
+
+# A step of an int8 cache is 1/25 of the size of a key, so that five sizes fit. Floats store the numbers themselves.
+STEP = 1 / 25
+INT8 = Case("int8", ROWS, cache_dtype="int8", stored_gain=1 / STEP, k_scale=STEP, v_scale=STEP)
+
+
+def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    options = {**batch.case.options, **options}
+    index = [jnp.asarray(each) for each in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
+    sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
+    if batch.version == "v2":
+        queries, pages = jnp.asarray(batch.queries), jnp.asarray(batch.updated_pages)
+        output = ragged_page_attention_v2(queries, pages, *index, jnp.asarray(batch.num_seqs), sinks, **options)
+        return np.asarray(output), batch.updated_pages
+    new = [jnp.asarray(each) for each in (batch.queries, batch.keys, batch.values, batch.pages)]
+    output, pages = ragged_page_attention_v3(*new, *index, jnp.asarray(batch.distribution), sinks, **options)
+    return np.asarray(output), np.asarray(pages)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_dim": 64, "q_heads": 9, "kv_heads": 3},
+        {"head_dim": 128, "dtype": "bfloat16"},
+        {"sliding_window": 5, "sinks": "heads", "logits_soft_cap": 3.0, "table": "stale"},
+    ],
+    ids=["plain", "gqa-9-3-head-dim-64", "bfloat16", "options"],
+)
+def test_int8_cache_matches_the_oracle(version: Any, changes: dict[str, Any]) -> None:
+    case = dataclasses.replace(INT8, **changes)
+    batch = build_batch(case, version)
+    output, pages = run(batch)
+    expected, expected_pages = batch.expected()
+    bound = tolerance_for(case)
+    np.testing.assert_allclose(output.astype(np.float64), expected, rtol=bound.rtol, atol=bound.atol)
+    assert pages.dtype == np.int8
+    assert pages.tobytes() == expected_pages.tobytes()
+
+
+def test_int8_cache_rounds_and_saturates() -> None:
+    batch = build_batch(INT8, "v3")
+    live = np.flatnonzero(batch.live_tokens)
+    keys, values = np.zeros_like(batch.keys), np.zeros_like(batch.values)
+    keys[live], values[live] = 1000.0, -1000.0
+    keys[live, 0], values[live, 0] = 1.5, -2.6  # halves go to the even neighbour, as in IEEE 754
+    _, pages = run(dataclasses.replace(batch, keys=keys, values=values))
+    written = pages[batch.written_slots].reshape(len(live), -1, 128)[..., : INT8.head_dim]
+    assert set(np.unique(written)) == {2, 127, -3, -127}
+
+
+# What storing loses: half a step of int8, 2**-4 of each number in e4m3 and 2**-3 in e5m2. Keys of size 1 to 3 and
+# queries of size 2 make logits of size 2, so the weights move by that share of them, too.
+LOSS = {"int8": 0.1, "float8_e4m3fn": 0.25, "float8_e5m2": 0.5, "bfloat16": 0.02}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", LOSS)
+def test_what_storing_loses_is_bounded(dtype: str, version: Any) -> None:
+    exact = build_batch(Case("loss", ROWS, poison="finite"), version)
+    scale = STEP if dtype == "int8" else None
+    case = dataclasses.replace(exact.case, cache_dtype=dtype, k_scale=scale, v_scale=scale)
+    factor = np.float32(1 / scale if scale else 1)
+    cast = build_batch(dataclasses.replace(case, stored_gain=factor), version)  # same seed: same numbers, scaled
+    np.testing.assert_array_equal(cast.block_tables, exact.block_tables)
+    output, _ = run(cast)
+    expected, _ = exact.expected()
+    error = np.abs(output - expected).max()
+    assert error < LOSS[dtype]
+    assert error > LOSS[dtype] / 20  # otherwise nothing was quantized, or the bound says nothing
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kernel", ["cpu_native", "ejkernel"])
+def test_kernels_without_int8_refuse_it_by_name(kernel: str, version: Any) -> None:
+    batch = build_batch(INT8, version)
+    with pytest.raises(Unsupported, match=r"int8|not installed"):
+        run(batch, config=kernel)
+
+
+def test_int8_goes_to_the_portable_kernel_and_the_reasons_are_told() -> None:
+    batch = build_batch(INT8, "v3")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    arrays = (batch.queries, batch.keys, batch.values, batch.pages, *index)
+    selection = explain(ragged_page_attention_v3, *arrays, k_scale=0.1, v_scale=0.1)
+    assert selection.kernel == "xla"
+    assert {"cpu_native", "ejkernel"} <= {refusal.kernel for refusal in selection.refusals}
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_int8_without_a_scale_is_refused(name: str) -> None:
+    batch = build_batch(INT8, "v2")
+    with pytest.raises(ValueError, match=f"{name}: got None, wanted the size of one step of the int8 cache"):
+        run(batch, **{name: None})
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, np.uint8, np.int16])
+def test_other_integers_are_refused(dtype: Any) -> None:
+    batch = build_batch(INT8, "v2")
+    spoiled = dataclasses.replace(batch, updated_pages=batch.updated_pages.astype(dtype))
+    with pytest.raises(ValueError, match=r"kv_pages: got dtype u?int\d+, wanted a float dtype or int8"):
+        run(spoiled)
