@@ -15,6 +15,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from easydel_ragged_plugin import explain, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
 pytestmark = pytest.mark.host
 
@@ -24,14 +26,25 @@ ROWS, WIDTH, PAGES, PAGE_SIZE, TOKENS = 4, 8, 32, 16, 16
 def device_mesh(kind: str) -> AbstractMesh:
     from jax._src.mesh import AbstractDevice  # a TPU that is described, not there; JAX has no public name for it
 
-    return AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1))
+    device = AbstractDevice(device_kind=kind, num_cores=TPUS[kind][0])
+    return AbstractMesh((1,), ("x",), abstract_device=device)
+
+
+def has_params(request: pytest.FixtureRequest) -> bool:
+    return hasattr(request.node, "callspec")
+
+
+# JAX's name of the device, its cores, and what ejkernel makes of it: v5p, v6e and 7x.
+TPUS = {"TPU v5p": (2, 5, "TPU v5"), "TPU v6 lite": (1, 6, "TPU v6"), "TPU7x": (2, 7, "TPU 7")}
+V6E = "TPU v6 lite"
 
 
 @pytest.fixture
-def described_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def described_tpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """ejkernel asks JAX for the backend and the TPU's generation while it traces: a described device can't answer."""
     import importlib
 
+    _, generation, name_of_it = TPUS[request.node.callspec.params.get("kind", V6E) if has_params(request) else V6E]
     monkeypatch.setenv("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     for version in ("v2", "v3"):
@@ -41,7 +54,7 @@ def described_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 found = importlib.import_module(f"{package}.{module}")
             except ModuleNotFoundError:
                 continue
-            for name, value in (("get_tpu_version", 6), ("get_device_name", "TPU v6")):
+            for name, value in (("get_tpu_version", generation), ("get_device_name", name_of_it)):
                 if hasattr(found, name):
                     monkeypatch.setattr(found, name, lambda *_, value=value: value)
 
@@ -59,7 +72,7 @@ def call(version: str, q_heads: int, kv_heads: int, head_dim: int, dtype: Any, *
     return function, [queries, new, new, pages, *rows, index((3,))]
 
 
-def lower(version: str, *geometry: Any, kind: str = "TPU v6 lite", **options: Any) -> str:
+def lower(version: str, *geometry: Any, kind: str = V6E, **options: Any) -> str:
     function, arguments = call(version, *geometry, **options)
     with jax.sharding.use_abstract_mesh(device_mesh(kind)):
         return jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
@@ -78,6 +91,81 @@ def test_v3_lowers_to_the_pallas_kernel(head_dim: int, options: dict[str, Any]) 
 @pytest.mark.usefixtures("described_tpu")
 def test_v2_lowers_to_the_pallas_kernel(head_dim: int) -> None:
     assert "tpu_custom_call" in lower("v2", 8, 2, head_dim, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("kind", TPUS)
+@pytest.mark.parametrize(
+    ("version", "head_dim", "dtype"),
+    [
+        ("v2", 128, jnp.bfloat16),
+        ("v2", 256, jnp.bfloat16),
+        ("v3", 64, jnp.bfloat16),
+        ("v3", 128, jnp.float32),
+        ("v3", 256, jnp.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("described_tpu")
+def test_lowers_for_each_generation(version: str, head_dim: int, dtype: Any, kind: str) -> None:
+    assert "tpu_custom_call" in lower(version, 8, 2, head_dim, dtype, kind=kind)
+
+
+@pytest.mark.usefixtures("described_tpu")
+def test_head_dim_64_has_a_kernel_of_its_own() -> None:
+    # Keys and values share the lanes of a 64-wide head, so the 128-wide kernel would read both as one key.
+    assert "h64" in lower("v3", 8, 2, 64, jnp.bfloat16)
+    assert "h64" not in lower("v3", 8, 2, 128, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.usefixtures("described_tpu")
+def test_vmem_limit_reaches_the_kernel(version: str) -> None:
+    limit = 31_000_064
+    assert str(limit) in lower(version, 8, 2, 128, jnp.bfloat16, vmem_limit_bytes=limit)
+    assert str(limit) not in lower(version, 8, 2, 128, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.usefixtures("described_tpu")
+def test_sinks_are_not_dropped(version: str) -> None:
+    function, arguments = call(version, 8, 2, 128, jnp.bfloat16)
+    sinks = jax.ShapeDtypeStruct((8,), jnp.float32)
+    with jax.sharding.use_abstract_mesh(device_mesh(V6E)):
+        exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments, sinks)
+    assert "tpu_custom_call" in exported.mlir_module()
+    assert exported.module_kept_var_idx == tuple(range(len(arguments) + 1))  # JAX drops arguments that nobody reads
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 5}, {"logits_soft_cap": 2.0}], ids=["plain", "window", "cap"]
+)
+@pytest.mark.usefixtures("described_tpu")
+def test_numbers_of_v2_in_interpret_mode(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel for TPU computes, step by step on this machine. v3's has no such mode."""
+    from jax.experimental import pallas
+
+    real, calls = pallas.pallas_call, []
+
+    def interpreted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(keywords)
+        return real(*arguments, **{**keywords, "interpret": True})
+
+    monkeypatch.setattr(pallas, "pallas_call", interpreted)
+    case = Case(
+        "interpreted",
+        (Row(9, 1), Row(17, 6), Row(8, 8)),
+        head_dim=128,
+        page_size=16,
+        pages_per_row=2,
+        num_pages=8,
+        **options,
+    )
+    batch = build_batch(case, "v2", poison="finite")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+    arrays = [jnp.asarray(each) for each in (batch.queries, batch.updated_pages, *index)]
+    output = np.asarray(ragged_page_attention_v2(*arrays, platform="tpu", **case.options))
+    assert calls
+    live, bound = batch.live_tokens, tolerance_for(case)
+    np.testing.assert_allclose(output[live], batch.expected()[0][live], rtol=bound.rtol, atol=bound.atol)
 
 
 @pytest.mark.usefixtures("described_tpu")

@@ -40,7 +40,6 @@ class Settings:
         page_size: tokens in a page.
         dtype: dtype of weights, activations and cache.
         data_parallel: devices over which requests and pages are split; the heads are split over all others.
-        engine_options: more arguments of ``eSurge``, as pairs.
     """
 
     mechanism: str
@@ -53,7 +52,6 @@ class Settings:
     page_size: int = 16
     dtype: str = "float32"
     data_parallel: int = 1
-    engine_options: tuple[tuple[str, Any], ...] = ()
 
     def replace(self, **changes: Any) -> Settings:
         """A copy with some fields changed."""
@@ -299,7 +297,6 @@ class Engine:
                         enable_prefix_caching=False,
                         overlap_execution=False,
                         **workers.endpoints,
-                        **dict(settings.engine_options),
                     )
             finally:
                 unregister(watcher)
