@@ -49,6 +49,7 @@ class Report:
         selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
         self_check: for v2 and v3, "ok" with the largest error, or what went wrong.
         hooks: registered hook plugins.
+        fingerprint: what must be equal on all workers that serve one model.
         notes: what a user should know, none of it an error.
         problems: why the exit code is not 0.
     """
@@ -62,6 +63,7 @@ class Report:
     selection: dict[str, dict[str, Any]]
     self_check: dict[str, str]
     hooks: list[str]
+    fingerprint: dict[str, str]
     notes: list[str]
     problems: list[str]
 
@@ -223,7 +225,7 @@ def examine(say: Any = lambda text: None) -> Report:
     activation = _activation(problems, notes)
     import jax
 
-    from easydel_ragged_plugin import hooks
+    from easydel_ragged_plugin import hooks, workers
 
     say("asking for kernels")
     selection = _selection()
@@ -248,6 +250,7 @@ def examine(say: Any = lambda text: None) -> Report:
         selection=selection,
         self_check=self_check,
         hooks=[name for name, _ in hooks.manager().list_name_plugin()],
+        fingerprint=workers.fingerprint(),
         notes=notes + _notes(jax.default_backend(), host.host_version()),
         problems=problems,
     )
