@@ -82,7 +82,8 @@ def test_bench_times_several_kernels_in_turns(
     kernels = _available_kernels()
     assert [timing["kernel"] for timing in line["timings"]] == kernels
     assert all(timing["error"] < 0.03 and timing["share"] > 0 for timing in line["timings"])
-    assert order == kernels * 3  # one to plan, two that count
+    # In turns, after each has been timed both ways to plan.
+    assert order == [kernel for kernel in kernels for _ in range(2)] + kernels * 2
     if "cpu_native" not in kernels and choice != ("--all-kernels",):
         assert "cpu_native does not run" in line["notes"][0]
 
@@ -147,9 +148,13 @@ def test_the_case_beyond_the_cache_is(dtype: str, monkeypatch: pytest.MonkeyPatc
 def test_calls_in_one_program_are_as_many_as_asked_for(version: str) -> None:
     """Each takes the result of the one before as its queries."""
     problem = build(bench_cases.with_dtype(bench_cases.by_name()["smoke"], "float32"), version)
-    together = Candidate(problem, "xla")._run(3)
+    together = Candidate(problem, "xla").run(3)
+    apart = Candidate(problem, "xla")
+    apart.in_one_program = False
+    np.testing.assert_allclose(apart.run(3), Candidate(problem, "xla").run(1), rtol=1e-5, atol=1e-6)
+    assert apart.check() < 1e-4
     for _ in range(3):
-        problem = dataclasses.replace(problem, queries=np.asarray(Candidate(problem, "xla")._run(1)))
+        problem = dataclasses.replace(problem, queries=np.asarray(Candidate(problem, "xla").run(1)))
     np.testing.assert_allclose(together, problem.queries, rtol=1e-5, atol=1e-6)
 
 

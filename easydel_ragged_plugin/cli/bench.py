@@ -52,7 +52,7 @@ class _Series:
         if first > SLOW_US:
             self.samples_us, self.rounds = [first], 0
             return
-        once = self.candidate.time_us(1)
+        once = self.candidate.choose()
         self.calls = max(1, min(5000, math.ceil(50_000 / once)))
         self.rounds = repeats if once < SLOW_US / 10 else max(1, min(repeats, int(SLOW_US / once)))
 
