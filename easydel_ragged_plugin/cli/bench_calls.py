@@ -189,7 +189,7 @@ class Candidate:
     def time_us(self, calls: int) -> float:
         """Mean microseconds of ``calls`` calls, after some that bring the pages to where such calls find them."""
         if calls > 1:
-            self.run(1 + calls // 8)
+            self.run(1 + calls // 2)  # a last-level cache takes several rounds to settle
         started = time.perf_counter()
         self.run(calls)
         return (time.perf_counter() - started) / calls * 1e6
