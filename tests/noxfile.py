@@ -175,6 +175,6 @@ def alone(session: nox.Session) -> None:
 def host(session: nox.Session, version: str) -> None:
     """Everything, on one version of EasyDeL."""
     install(session, "bench,demo,test", f"easydel=={version}", TORCH)
-    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `alone` has them. Its lowering
-    # is tested with each host's JAX, and the operations that run it with each host.
+    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `alone` has them. Its
+    # lowering is tested with each host's JAX, and the operations that run it with each host.
     pytest(session, "--ignore=test_pallas_gpu.py")
