@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("host") is not None:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector passes over what is in memory by now: a host and thousands of tests, which stay.
+
+    Tracing makes many objects, and with a million others to look through a quarter of its time went there.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture
+def quick_to_compile() -> Iterator[None]:
+    """XLA optimizes little: for large programs that run once and whose code is not what is tested.
+
+    Such are Pallas' interpreter and the host's kernels, and never the kernels of this package.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -31,10 +31,30 @@ KERNELS = [
 VERSIONS = ("v2", "v3")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+# In plain JAX, v2 and v3 share everything but the layout's strides and the update, which v3 has in addition: with the
+# JAX of each host v3 runs every case and v2 these.
+V2_CASES = {"mixed", "all-options", "head-dim-64", "head-dim-80", "mqa", "table-127-pages", "bfloat16", "float8-e5m2"}
+
+
+def marks(case: Case, version: str, kernel: str) -> list[pytest.MarkDecorator]:
+    shared = kernel == PORTABLE and version == "v2" and "v3" in case.versions and case.name not in V2_CASES
+    return [pytest.mark.once] if shared else []
+
+
 @pytest.mark.parametrize(
-    ("case", "version"),
-    [pytest.param(case, version, id=f"{case.name}-{version}") for case in CASES for version in case.versions],
+    ("case", "version", "kernel"),
+    [
+        pytest.param(
+            case,
+            version,
+            *kernel.values,
+            id=f"{case.name}-{version}-{kernel.values[0]}",
+            marks=[*kernel.marks, *marks(case, version, *kernel.values)],
+        )
+        for case in CASES
+        for version in case.versions
+        for kernel in KERNELS
+    ],
 )
 def test_case_matches_oracle(case: Case, version: str, kernel: str) -> None:
     batch = build_batch(case, version)

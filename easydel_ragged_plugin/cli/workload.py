@@ -7,6 +7,7 @@ memory would like, and answers are checked in samples, against the float64 oracl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -64,6 +65,11 @@ class Problem:
     tables: tuple[jax.Array, ...]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jax.random.normal(key, shape).astype(dtype)
+
+
 def build(case: Case, version: Version, *, copies: int | None = None, platform: str | None = None) -> Problem:
     """Arrays for ``case``: random keys and values everywhere, so that reading a wrong slot shows.
 
@@ -83,20 +89,19 @@ def build(case: Case, version: Version, *, copies: int | None = None, platform: 
         tables.append(jnp.asarray(table))
     starts = np.concatenate([[0], np.cumsum([row.new for row in case.rows])]).astype(np.int32)
     shape = page_shape(version, num_pages, case.page_size, case.kv_heads, case.head_dim, case.np_cache_dtype)
-    normal = jax.jit(lambda key, shape, dtype: jax.random.normal(key, shape).astype(dtype), static_argnums=(1, 2))
     seeds = jax.random.split(jax.random.key(0), 5)
     new_shape = (case.num_tokens, case.kv_heads, case.head_dim)
     is_v3 = version == "v3"
     operands = Operands(
-        queries=normal(seeds[0], (case.num_tokens, case.q_heads, case.head_dim), case.np_dtype),
-        keys=normal(seeds[1], new_shape, case.np_dtype) if is_v3 else None,
-        values=normal(seeds[2], new_shape, case.np_dtype) if is_v3 else None,
-        pages=normal(seeds[3], shape, case.np_cache_dtype),
+        queries=_normal(seeds[0], (case.num_tokens, case.q_heads, case.head_dim), case.np_dtype),
+        keys=_normal(seeds[1], new_shape, case.np_dtype) if is_v3 else None,
+        values=_normal(seeds[2], new_shape, case.np_dtype) if is_v3 else None,
+        pages=_normal(seeds[3], shape, case.np_cache_dtype),
         context_lens=jnp.array([row.context for row in case.rows], jnp.int32),
         block_tables=tables[0],
         query_start_loc=jnp.asarray(starts),
         distribution=jnp.array([sum(row.new == 1 for row in case.rows), *[len(case.rows)] * 2], jnp.int32),
-        sinks=normal(seeds[4], (case.q_heads,), np.dtype(np.float32)) if case.sinks else None,
+        sinks=_normal(seeds[4], (case.q_heads,), np.dtype(np.float32)) if case.sinks else None,
     )
     request = api.explain(*public_call(version, operands), **case.options, platform=platform).request
     return Problem(case, version, request, operands, tuple(tables))
