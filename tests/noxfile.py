@@ -8,6 +8,7 @@ of README and docs are tests like any other. Pass
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import shutil
@@ -142,35 +143,45 @@ def native(session: nox.Session) -> None:
             return None
         flags = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", f"-DCMAKE_CXX_COMPILER={compiler}", *options)
         session.run("cmake", "-S", str(ROOT / "native"), "-B", str(builds / name), *flags, silent=True)
-        session.run("cmake", "--build", str(builds / name), "--parallel", "2", "--target", target, silent=True)
+        session.run("cmake", "--build", str(builds / name), "--target", target, silent=True)
         return str(builds / name / target)
 
     tests = "-DRAGGED_TESTS=ON"
     # Every instruction set is built where its loads and stores are what is looked at; elsewhere one or two will do.
     one = "-DRAGGED_LEVELS=avx2"
-    harness = build("asan", "g++", tests, "-DRAGGED_SANITIZE=address,undefined")
-    if harness:
-        session.run(harness, "300", env={"UBSAN_OPTIONS": "halt_on_error=1"})
-    harness = build("tsan", "g++", tests, one, "-DRAGGED_SANITIZE=thread")
-    if harness:
-        session.run(harness, "100")
-    instrumented = ("-DRAGGED_FUZZ=ON", "-DRAGGED_SANITIZE=address,fuzzer-no-link", "-DRAGGED_LEVELS=avx2;amx_bf16")
-    fuzzer = build("fuzz", "clang++", *instrumented, target="ragged_fuzz")
-    if fuzzer:
-        session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1")
-    plain = build("plain", "g++", tests, one)
-    if plain and shutil.which("valgrind"):
-        session.run("valgrind", "--quiet", "--error-exitcode=1", plain, "6", "0", "avx2", external=True)
-    cross = build(
-        "aarch64",
-        "aarch64-linux-gnu-g++",
-        tests,
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static",
-    )
-    if cross and shutil.which("qemu-aarch64"):
-        session.run("qemu-aarch64", cross, "30", external=True)
+
+    def addresses() -> None:
+        harness = build("asan", "g++", tests, "-DRAGGED_SANITIZE=address,undefined")
+        if harness:
+            session.run(harness, "300", env={"UBSAN_OPTIONS": "halt_on_error=1"})
+
+    def races() -> None:
+        harness = build("tsan", "g++", tests, one, "-DRAGGED_SANITIZE=thread")
+        if harness:
+            session.run(harness, "100")
+
+    def fuzzed() -> None:
+        instrumented = ("-DRAGGED_FUZZ=ON", "-DRAGGED_SANITIZE=address,fuzzer-no-link", "-DRAGGED_LEVELS=avx2;amx_bf16")
+        fuzzer = build("fuzz", "clang++", *instrumented, target="ragged_fuzz")
+        if fuzzer:
+            session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1")
+
+    def uninitialized() -> None:
+        plain = build("plain", "g++", tests, one)
+        if plain and shutil.which("valgrind"):
+            session.run("valgrind", "--quiet", "--error-exitcode=1", plain, "6", "0", "avx2", external=True)
+
+    def aarch64() -> None:
+        system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static")
+        cross = build("aarch64", "aarch64-linux-gnu-g++", tests, *system)
+        if cross and shutil.which("qemu-aarch64"):
+            session.run("qemu-aarch64", cross, "30", external=True)
+
+    # Two at a time, as two workers run the tests: one compiles while the other runs. The longest begin.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64)]
+        for each in started:
+            each.result()
 
 
 @nox.session(python=newest_python())
