@@ -4,12 +4,17 @@ Numbers inside arrays are not trusted. A row is malformed when its queries run b
 its context is shorter than its queries or longer than its part of the block table, or when a page that it needs is
 not in the cache. Such a row gives zeros, and nothing of it is written.
 
+A wrong number in ``query_start_loc`` spoils the rows on both sides of it, and what is left of them may reach into the
+tokens of good rows. Each row is taken at its word: a token that two rows claim is written for both, so the good ones
+keep all of theirs. Its output is that of either.
+
 The functions of single rows take scalars as well as arrays, so they serve inside of a GPU kernel, too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +24,17 @@ from .types import AttentionRequest, Operands
 
 __all__ = [
     "Rows",
+    "before",
     "first_position",
     "live_rows",
     "needed_entries",
     "plausible_rows",
+    "spread",
     "to_cache_dtype",
+    "write_tokens",
 ]
+
+State = TypeVar("State")
 
 
 class Rows(NamedTuple):
@@ -70,6 +80,55 @@ def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
     outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
     bad = jnp.any(needed & outside, axis=1)
     return rows._replace(num_queries=jnp.where(bad, 0, rows.num_queries))
+
+
+def before(counts: jax.Array) -> jax.Array:
+    """Sum of the counts of earlier rows, for each row."""
+    row = jnp.arange(counts.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(row[None, :] < row[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def spread(
+    counts: jax.Array, num_parts: int, first_part: int | jax.Array = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(row, index within the row, whether there is such a part) of ``num_parts`` parts, ``counts[r]`` of row r.
+
+    Comparing all pairs takes the place of ``cumsum`` and ``searchsorted``, which become a dozen small GPU kernels each;
+    these become one each.
+    """
+    start = before(counts)
+    part = first_part + jnp.arange(num_parts, dtype=jnp.int32)
+    row = jnp.sum((start + counts)[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
+    live = row < counts.shape[0]
+    row = jnp.where(live, row, 0)
+    return row, jnp.where(live, part - start[row], 0), live
+
+
+def write_tokens(
+    request: AttentionRequest,
+    rows: Rows,
+    operands: Operands,
+    write: Callable[[jax.Array, jax.Array, State], State],
+    state: State,
+) -> State:
+    """``state`` after ``write(token, slot, state)`` for every new token of every live row.
+
+    ``token`` and ``slot`` are ``[tokens]``: a token of the batch, and its slot in the cache seen as
+    ``[pages * page_size]``; where there is none, the slot is one past the end, for ``mode="drop"``. Rows that make
+    sense share no token, and one step takes all. Rows that overlap have more, and take more steps.
+    """
+    page_size = jnp.int32(request.page_size)
+
+    def step(trip: jax.Array, state: State) -> State:
+        row, index, live = spread(rows.num_queries, request.num_tokens, trip * request.num_tokens)
+        position = jnp.where(live, rows.context[row] - rows.num_queries[row] + index, 0)
+        page = operands.block_tables[row, lax.div(position, page_size)]
+        slot = page * page_size + lax.rem(position, page_size)
+        slot = jnp.where(live, slot, request.num_pages * request.page_size)
+        return write(jnp.where(live, rows.query_start[row] + index, 0), slot, state)
+
+    total = jnp.sum(rows.num_queries, dtype=jnp.int32)
+    return lax.fori_loop(0, -(-total // request.num_tokens), step, state)
 
 
 def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
-from easydel_ragged_plugin.testing.batches import Batch
+from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 
 
 @functools.cache
@@ -58,3 +60,23 @@ def run_batch(batch: Batch, kernel: str, *, quick: bool = False) -> tuple[np.nda
 def bits(array: np.ndarray) -> np.ndarray:
     """The array's bytes: to compare exactly, NaN and the sign of zeros included."""
     return np.ascontiguousarray(array).view(np.uint8)
+
+
+def overlapping_rows(wrong: int, start: int) -> tuple[Batch, np.ndarray]:
+    """A batch of five rows with one wrong start, and which tokens no two rows claim.
+
+    The starts are 0, 1, 2, 8, 16 and 21. The row on one side of the wrong one goes backwards; that on the other side
+    claims tokens of good rows, and has context enough to be believed. Those rows must not lose what they write.
+    """
+    rows = (Row(9, 1), Row(30, 1), Row(17, 6), Row(8, 8), Row(25, 5))
+    batch = build_batch(Case("overlapping-rows", rows, num_tokens=21, decode_first=False), "v3")
+    starts = batch.query_start_loc.copy()
+    starts[wrong] = start
+    claims = np.zeros(21, int)
+    for begin, end in itertools.pairwise(starts):
+        claims[begin:end] += 1
+    assert (claims > 1).any()
+    return dataclasses.replace(batch, query_start_loc=starts), claims < 2
+
+
+WRONG_STARTS = [(2, 14), (2, 21), (4, 3), (4, 0)]

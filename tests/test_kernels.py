@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_calls import bits, compiled, run_batch
+from kernel_calls import WRONG_STARTS, bits, compiled, overlapping_rows, run_batch
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
@@ -76,6 +76,16 @@ def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any, version: str, 
     np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))
     assert not output[~batch.live_tokens].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int, kernel: str) -> None:
+    batch, claimed_once = overlapping_rows(wrong, start)
+    expected, expected_pages = batch.expected()
+    output, pages = run_batch(batch, kernel)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    np.testing.assert_allclose(output[claimed_once], expected[claimed_once], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_calls import WRONG_STARTS, overlapping_rows
 
 from easydel_ragged_plugin import RaggedPageConfig, Unsupported, explain, page_shape, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
@@ -118,15 +119,16 @@ def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any, version: Any) 
     check(spoil_row(build_batch(case_named("mixed"), version), fault))
 
 
-def test_malformed_row_in_the_middle_leaves_the_others_alone() -> None:
-    """Rows after it are found, although a search over its starts would be led astray."""
-    batch = build_batch(case_named("mixed"), "v3")
-    starts, lens = batch.query_start_loc.copy(), batch.context_lens.copy()
-    starts[3] = 10**6  # rows 2 and 3 make no sense; row 4, a prefill, does
-    lens[1] = -5
-    live = batch.live_tokens.copy()
-    live[1:16] = False
-    check(dataclasses.replace(batch, query_start_loc=starts, context_lens=lens, live_tokens=live))
+@pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(
+    wrong: int, start: int, interpreted: Callable[[PallasGPU], None]
+) -> None:
+    interpreted(PallasGPU(interpret=True, tiles=dataclasses.replace(SMALL, update_tokens=1)))
+    batch, claimed_once = overlapping_rows(wrong, start)
+    expected, expected_pages = batch.expected()
+    output, pages = run(batch)
+    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    np.testing.assert_allclose(output[claimed_once], expected[claimed_once], rtol=2e-5, atol=2e-5)
 
 
 SPLIT = [

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import Rows, first_position, live_rows, to_cache_dtype
+from easydel_ragged_plugin.rows import Rows, first_position, live_rows, to_cache_dtype, write_tokens
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 __all__ = ["KERNEL", "XlaKernel"]
@@ -56,26 +56,18 @@ def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> j
 
     The padding of a written slot (lanes past head_dim, heads past kv_heads) becomes zero, as in the TPU kernel.
     """
-    layout, pages = request.layout, operands.pages
-    token = jnp.arange(request.num_tokens, dtype=jnp.int32)
-    row = jnp.clip(jnp.searchsorted(operands.query_start_loc, token, side="right") - 1, 0, request.num_rows - 1)
-    row = row.astype(jnp.int32)
-    offset = token - rows.query_start[row]
-    live = (offset >= 0) & (offset < rows.num_queries[row])
-    position = rows.context[row] - rows.num_queries[row] + offset
-    page_index = jnp.where(live, position // layout.page_size, 0)
-    page = operands.block_tables[row, page_index]
-    slot = page * layout.page_size + position % layout.page_size
-    slot = jnp.where(live, slot, request.num_pages * layout.page_size)  # one past the end: dropped
-
     new = merge_heads(request, operands.keys, operands.values)
     if request.platform == "cpu":
-        return select_slots(pages, new, slot)
-    flat = pages.reshape(-1, layout.token_stride)
-    return flat.at[slot].set(new, mode="drop").reshape(pages.shape)
+        return select_slots(request, rows, operands, new)
+
+    def scatter(token: jax.Array, slot: jax.Array, flat: jax.Array) -> jax.Array:
+        return flat.at[slot].set(new[token], mode="drop")
+
+    flat = operands.pages.reshape(-1, request.layout.token_stride)
+    return write_tokens(request, rows, operands, scatter, flat).reshape(operands.pages.shape)
 
 
-def select_slots(pages: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+def select_slots(request: AttentionRequest, rows: Rows, operands: Operands, new: jax.Array) -> jax.Array:
     """One in-place elementwise pass that takes either the old or the new bits of each slot.
 
     XLA's CPU backend turns a scatter into a loop of updates, in float32 over the whole cache for the short float types,
@@ -83,9 +75,13 @@ def select_slots(pages: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array
     so it fuses into one loop over slots in place; for a slot that keeps its bits the loop's body is a copy onto itself,
     which memmove skips.
     """
-    num_tokens, slots = new.shape[0], pages.shape[:2]
-    source = jnp.full(slots[0] * slots[1], num_tokens, jnp.int32)
-    source = source.at[slot].set(jnp.arange(num_tokens, dtype=jnp.int32), mode="drop").reshape(slots)
+    pages, num_tokens = operands.pages, request.num_tokens
+
+    def note(token: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
+        return source.at[slot].set(token, mode="drop")
+
+    source = jnp.full(request.num_pages * request.page_size, num_tokens, jnp.int32)
+    source = write_tokens(request, rows, operands, note, source).reshape(pages.shape[:2])
     bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
     new = lax.bitcast_convert_type(new, bits).reshape(num_tokens, *pages.shape[2:])
     written = jnp.expand_dims(source < num_tokens, tuple(range(2, pages.ndim)))
@@ -366,13 +362,12 @@ class XlaKernel:
     platforms = frozenset({"cpu", "gpu", "tpu", "tt"})
     technologies = frozenset({"xla"})
 
+
     def refuses(self, request: AttentionRequest) -> str | None:
         """This kernel takes every valid request."""
         return None
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
         blocks = Blocks.choose(request, config)
         with jax.named_scope("ragged_page_attention_xla"):

@@ -317,12 +317,15 @@ Fault = Literal[
     "context shorter than its new tokens",
     "negative context",
     "backwards row",
+    "start past the tokens",
 ]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
 def spoil_row(batch: Batch, fault: Fault) -> Batch:
     """The batch with its last live row made invalid: it must give zeros and write nothing.
+
+    A wrong start spoils the row before it as well; then both are in the middle, and the rows after them are good.
 
     The batch's ``updated_pages`` and ``written_slots`` follow, as far as v3 goes (the v2 host writes pages itself).
     """
@@ -339,8 +342,14 @@ def spoil_row(batch: Batch, fault: Fault) -> Batch:
         lens[row] = case.rows[row].new - 1
     elif fault == "negative context":
         lens[row] = -2
+    elif fault == "start past the tokens":
+        row = len(case.rows) // 2
+        starts[row] = 10**6
     else:
         starts[row + 1 :] = max(0, starts[row] - 1)
     live = batch.live_tokens.copy()
-    live[batch.query_start_loc[row] :] = False
+    if fault == "start past the tokens":
+        live[batch.query_start_loc[row - 1] : batch.query_start_loc[row + 1]] = False
+    else:
+        live[batch.query_start_loc[row] :] = False
     return dataclasses.replace(batch, block_tables=tables, context_lens=lens, query_start_loc=starts, live_tokens=live)

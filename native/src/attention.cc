@@ -74,13 +74,11 @@ int64_t first_position(const Problem& p, int64_t position) {
   return p.sliding_window > 0 ? std::max<int64_t>(position - p.sliding_window + 1, 0) : 0;
 }
 
-// The rows that can be served. A row is malformed when its queries run backwards or outside the batch or belong to an
-// earlier row, when its context is shorter than its queries or longer than its part of the block table, or when a page
-// that it needs is not in the cache.
+// The rows that can be served. A row is malformed when its queries run backwards or outside the batch, when its context
+// is shorter than its queries or longer than its part of the block table, or when a page that it needs is not in the
+// cache.
 std::vector<Row> live_rows(const Problem& p) {
   std::vector<Row> rows;
-  std::vector<bool> taken;  // filled only when query_start_loc is not monotone
-  int64_t furthest = 0;
   const int64_t total = std::min(p.live_rows, p.num_rows);
   for (int64_t r = 0; r < total; ++r) {
     const int64_t start = p.query_start_loc[r], end = p.query_start_loc[r + 1], context = p.context_lens[r];
@@ -91,34 +89,26 @@ std::vector<Row> live_rows(const Problem& p) {
     const int64_t first = first_position(p, context - count) / p.page_size, last = (context - 1) / p.page_size;
     if (std::any_of(table + first, table + last + 1, [&](int32_t page) { return page < 0 || page >= p.num_pages; }))
       continue;
-    if (start < furthest) {
-      if (taken.empty()) {
-        taken.resize(p.num_tokens);
-        for (const Row& row : rows) std::fill_n(taken.begin() + row.token, row.count, true);
-      }
-      if (std::find(taken.begin() + start, taken.begin() + end, true) != taken.begin() + end) continue;
-    }
-    if (!taken.empty()) std::fill_n(taken.begin() + start, count, true);
-    furthest = std::max(furthest, end);
     rows.push_back({r, start, count, context - count});
   }
   return rows;
 }
 
-void clear_dead_tokens(const Problem& p, const std::vector<Row>& rows) {
+// Whether each row's tokens come after those of the row before it. Otherwise two rows may claim a token.
+bool are_ordered(const std::vector<Row>& rows) {
+  for (size_t r = 1; r < rows.size(); ++r)
+    if (rows[r].token < rows[r - 1].token + rows[r - 1].count) return false;
+  return true;
+}
+
+void clear_dead_tokens(const Problem& p, const std::vector<Row>& rows, bool ordered) {
   const size_t bytes = size_t(p.num_q_heads * p.head_dim) * element_size(p.query_dtype);
   char* output = static_cast<char*>(p.output);
-  bool ordered = true;
-  int64_t token = 0;
-  for (const Row& row : rows) {
-    ordered &= row.token >= token;
-    token = row.token + row.count;
-  }
   if (!ordered) {  // the rows overwrite their tokens later
     std::memset(output, 0, bytes * p.num_tokens);
     return;
   }
-  token = 0;
+  int64_t token = 0;
   for (const Row& row : rows) {
     std::memset(output + token * bytes, 0, size_t(row.token - token) * bytes);
     token = row.token + row.count;
@@ -210,10 +200,12 @@ void run(const Problem& p, const Executor& executor) {
   if (p.num_tokens == 0) return;
   const Routines& isa = routines();
   const std::vector<Row> rows = live_rows(p);
-  clear_dead_tokens(p, rows);
+  const bool ordered = are_ordered(rows);
+  clear_dead_tokens(p, rows, ordered);
   if (rows.empty()) return;
 
-  const int threads = std::max(1, executor.threads);
+  // A token that two rows claim is written for both. Its output is the last one's, so nobody may run beside another.
+  const int threads = ordered ? std::max(1, executor.threads) : 1;
   const double token_bytes = double(2 * p.num_kv_heads * p.head_dim) * element_size(p.cache_dtype);
 
   // Phase 0: writes. A few are not worth a phase of their own.
@@ -280,7 +272,9 @@ void run(const Problem& p, const Executor& executor) {
       num_partials[r] = partials - first_partial[r];
     }
   }
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  std::stable_sort(items.begin(), items.end(), [ordered](const Item& a, const Item& b) {
+    return ordered ? a.cost > b.cost : a.row < b.row;
+  });
 
   const int64_t stride = partial_stride(p);
   const int64_t partial_floats = p.num_q_heads * (stride + 2);

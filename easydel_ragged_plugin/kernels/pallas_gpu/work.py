@@ -6,8 +6,7 @@ row wastes less than one; programs past its end find no row and do nothing. The 
 neither the width of the block table nor dead rows add work.
 
 This is plain JAX on ``[rows]`` and ``[parts]`` vectors, outside of the kernels. The layers of a model share their
-metadata, so XLA computes a list once for all of them. Comparing all pairs takes the place of ``cumsum`` and
-``searchsorted``, which become a dozen small GPU kernels each; these become one each.
+metadata, so XLA computes a list once for all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from easydel_ragged_plugin.rows import Rows, first_position
+from easydel_ragged_plugin.rows import Rows, before, first_position, spread
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tiles
@@ -50,22 +49,6 @@ def _cdiv(value: jax.Array, by: int | jax.Array) -> jax.Array:
     return lax.div(value + (by - 1), jnp.broadcast_to(jnp.asarray(by, jnp.int32), value.shape))
 
 
-def _before(counts: jax.Array) -> jax.Array:
-    """Sum of the counts of earlier rows, for each row."""
-    row = jnp.arange(counts.shape[0], dtype=jnp.int32)
-    return jnp.sum(jnp.where(row[None, :] < row[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
-
-
-def _spread(counts: jax.Array, num_parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(row, index within the row, whether there is such a part) of each of ``num_parts`` parts."""
-    before = _before(counts)
-    part = jnp.arange(num_parts, dtype=jnp.int32)
-    row = jnp.sum((before + counts)[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
-    live = row < counts.shape[0]
-    row = jnp.where(live, row, 0)
-    return row, jnp.where(live, part - before[row], 0), live
-
-
 def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) -> jax.Array:
     found = {
         "ROW": row,
@@ -79,10 +62,14 @@ def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) ->
 
 
 def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:
-    """Tiles of ``tokens`` query tokens of all rows with ``more_than`` of them, or more."""
+    """Tiles of ``tokens`` query tokens of all rows with ``more_than`` of them, or more.
+
+    There is room for twice the tokens that there are: one wrong start lets a row claim all of them, and the good rows
+    after it must still find their place.
+    """
     counts = jnp.where(rows.num_queries > more_than, _cdiv(rows.num_queries, tokens), 0)
-    num_parts = request.num_tokens // tokens + min(request.num_rows, request.num_tokens)
-    row, index, live = _spread(counts, num_parts)
+    num_parts = 2 * (request.num_tokens // tokens) + min(request.num_rows, request.num_tokens)
+    row, index, live = spread(counts, num_parts)
     return _table(rows, row, live, FIRST=index * tokens)
 
 
@@ -118,17 +105,17 @@ def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_querie
     )
     share = jnp.maximum(tiles.least_blocks, _cdiv(jnp.sum(blocks, dtype=jnp.int32), wanted))
     counts = _cdiv(blocks, share)
-    row, index, live = _spread(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
+    row, index, live = spread(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
     each = _cdiv(blocks, jnp.maximum(counts, 1))  # the row's own share: its parts are even
     begin = first[row] + index * each[row]
     end = jnp.minimum(begin + each[row], first[row] + blocks[row])
 
     several = counts > 1
-    slots = _before(jnp.where(several, counts, 0))
+    slots = before(jnp.where(several, counts, 0))
     # A row of several parts has more than half of a share in each of them on average.
     num_slots = min(2 * wanted, request.num_rows * most_parts)
     parts = _table(rows, row, live, FIRST=begin, END=end, SLOT=slots[row] + index, PARTS=counts[row])
     if most_parts == 1:
         return DecodeWork(parts, None, num_slots)
-    row, _, live = _spread(several.astype(jnp.int32), min(request.num_rows, wanted))
+    row, _, live = spread(several.astype(jnp.int32), min(request.num_rows, wanted))
     return DecodeWork(parts, _table(rows, row, live, SLOT=slots[row], PARTS=counts[row]), num_slots)
