@@ -31,6 +31,7 @@ from .config import RaggedPageConfig, as_config
 from .layout import PageLayout, Version
 from .select import Selection, select
 from .sharding import Shards
+from .turboquant import TurboQuantPages
 from .types import AttentionRequest, Kernel, Operands
 
 __all__ = ["CHECK_VARIABLE", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
@@ -49,7 +50,7 @@ Sinks = Float[Array, "q_heads"] | Float[Array, "kv_heads sinks"] | None
 
 def ragged_page_attention_v2(
     queries: Float[Array, "tokens q_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size kv_heads_x2 head_dim"],
+    kv_pages: Float[Array, "pages page_size kv_heads_x2 head_dim"] | TurboQuantPages,
     context_lens: Int[Array, rows],  # noqa: F821
     block_tables: Int[Array, "rows pages_per_row"],
     query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
@@ -77,7 +78,7 @@ def ragged_page_attention_v2(
     Args:
         queries: queries of all rows; float32, bfloat16, float16 or float64. Tokens of no live row give zeros.
         kv_pages: keys at even heads, values at odd ones. Any float dtype, 8-bit ones included, or int8 with
-            ``k_scale`` and ``v_scale``.
+            ``k_scale`` and ``v_scale``. Or a TurboQuant cache, which is read in float32 at least.
         context_lens: int32 tokens of each row, its new ones included.
         block_tables: int32 page ids of each row. Entries past a row's context, or left of its window, are not used.
         query_start_loc: int32 first token of each row.
@@ -125,7 +126,7 @@ def ragged_page_attention_v3(
     queries: Float[Array, "tokens q_heads head_dim"],
     keys: Float[Array, "tokens kv_heads head_dim"],
     values: Float[Array, "tokens kv_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size groups pack padded_head_dim"],
+    kv_pages: Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages,
     context_lens: Int[Array, rows],  # noqa: F821
     block_tables: Int[Array, "rows pages_per_row"] | Int[Array, rows_x_pages_per_row],  # noqa: F821
     query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
@@ -147,7 +148,10 @@ def ragged_page_attention_v3(
     platform: str | None = None,
     mesh: Mesh | None = None,
     in_specs: tuple[PartitionSpec | None, ...] | None = None,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "pages page_size groups pack padded_head_dim"]]:
+) -> tuple[
+    Float[Array, "tokens q_heads head_dim"],
+    Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages,
+]:
     """Write the new keys and values of each live token into its page, then attend.
 
     Inside ``jax.jit`` with the pages donated, the update is in place and the pages are not copied. Slots of other
@@ -158,7 +162,8 @@ def ragged_page_attention_v3(
     Args:
         queries, softmax_aux, context_lens, query_start_loc: as for :func:`ragged_page_attention_v2`.
         keys, values: keys and values of the new tokens.
-        kv_pages: the cache, in the shape that :func:`~easydel_ragged_plugin.layout.page_shape` gives for ``"v3"``.
+        kv_pages: the cache, in the shape that :func:`~easydel_ragged_plugin.layout.page_shape` gives for ``"v3"``; or
+            a :class:`~easydel_ragged_plugin.turboquant.TurboQuantPages`, whose constants come back as they are.
         block_tables: int32 page ids, ``[rows, pages_per_row]`` or flat.
         distribution: int32 ``[decode_end, prefill_end, total]``; see ``types.Distribution``.
         softmax_scale ... in_specs: as for :func:`ragged_page_attention_v2`.
@@ -210,7 +215,7 @@ class _Call:
     shards: Shards
     operands: Operands
 
-    def run(self) -> tuple[jax.Array, jax.Array]:
+    def run(self) -> tuple[jax.Array, Any]:
         """Output and pages."""
         found = _recorder.get()
         if found is not None:  # explain asks: nothing need be traced further, and these have the right shapes
@@ -223,7 +228,7 @@ class _Call:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=False)
 def _run(
     kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     return sharding.run(lambda local: kernel.forward(request, config, local), operands, shards)
 
 
@@ -269,7 +274,8 @@ def _prepare(
             f"block_tables: a context of {int(known_lens.max())} tokens was given, wanted at most {capacity}: "
             f"{pages_per_row} pages of {pages.shape[1]}. Widen the block table."
         )
-    cache_dtype = np.dtype(pages.dtype)
+    coded = isinstance(pages, TurboQuantPages)
+    cache_dtype = np.dtype(np.uint8 if coded else pages.dtype)
     request = AttentionRequest(
         version=version,
         platform=PLATFORMS.get(platform or "", platform) or jax.default_backend(),
@@ -283,20 +289,23 @@ def _prepare(
         query_dtype=np.dtype(queries.dtype),
         cache_dtype=cache_dtype,
         compute_dtype=validation.float_dtype("compute_dtype", compute_dtype, queries.dtype),
-        layout=PageLayout.of(version, pages.shape, num_kv_heads, head_dim, cache_dtype),
+        layout=PageLayout.of_codes(pages.shape[1], num_kv_heads, head_dim)
+        if coded
+        else PageLayout.of(version, pages.shape, num_kv_heads, head_dim, cache_dtype),
         softmax_scale=head_dim**-0.5 if softmax_scale is None else validation.number("softmax_scale", softmax_scale),
         sliding_window=validation.window_tokens(sliding_window),
         logits_soft_cap=None if logits_soft_cap is None else validation.positive("logits_soft_cap", logits_soft_cap),
         has_sinks=softmax_aux is not None,
+        turboquant=coded,
         **validation.check_options(options),
     )
     validation.check_mask_value(mask_value)
-    validation.check_integer_cache(cache_dtype, options)
+    validation.check_scales(pages, options)
     operands = Operands(
         jnp.asarray(queries),
         None if keys is None else jnp.asarray(keys),
         None if values is None else jnp.asarray(values),
-        jnp.asarray(pages),
+        jax.tree.map(jnp.asarray, pages),
         context_lens,
         block_tables,
         query_start_loc,

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from . import api, host, startup
+from . import api, host, turboquant
 from .config import as_config
 from .errors import Unsupported
+from .turboquant import TurboQuantConstants, TurboQuantPages
 
 _host = host.load()
 _EMPTY, _HEAD, _PREFILL = _host.axes.EMPTY, _host.axes.HEAD, _host.axes.MODE_PREFILL
@@ -152,18 +153,11 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             "v_scale": v_scale,
         }
         self._check_host_arguments(host_arguments)
-        turboquant = _host.TurboQuantRaggedPagesCacheView
-        if turboquant is not None and isinstance(cache_view, turboquant):
-            arrays = {"query": query, "key": key, "value": value, "softmax_aux": softmax_aux}
-            previous = self._previous_class()(self.metadata)
-            for name in ("q_scale", "k_scale", "v_scale"):
-                if options.pop(name) is not None:
-                    raise Unsupported(
-                        f"{self.get_impl_name()}: {name} with a TurboQuant cache, which has its own scales."
-                    )
-            return previous.forward_native(cache_view=cache_view, cache_metadata=cache_metadata, **arrays, **options)
         pages = self._pages_of(cache_view)
-        config = as_config(self.metadata.get_operation_config(self.get_impl_name()))
+        name = self.get_impl_name()
+        config = as_config(self.metadata.get_operation_config(name))
+        if isinstance(pages, TurboQuantPages):  # the host keeps a config of its own for them
+            config = as_config(self.metadata.get_operation_config(f"{name}_turboquant")) or config
         options |= {
             "config": kernel or config,
             **self._partitioning(query, pages, cache_view),
@@ -181,6 +175,10 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         output, pages = api.ragged_page_attention_v3(
             query, key, value, pages, *rows, cache_metadata.request_distribution, softmax_aux, **options
         )
+        if isinstance(pages, TurboQuantPages):
+            for field, array in zip(turboquant.ARRAYS, pages.arrays, strict=True):
+                setattr(cache_view, f"{field}_pages", array)
+            return _host.AttentionOutput(attention_weights=None, attention_outputs=output, cache_view=cache_view)
         cache_view.kv_pages = pages
         would_be_cast = _host.casts_returned_pages and pages.dtype != jnp.dtype(self.metadata.runtime_dtype)
         return _host.AttentionOutput(
@@ -202,17 +200,13 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         if arguments.get("dropout_prob") and arguments.get("deterministic") is False:
             raise Unsupported(f"{self.get_impl_name()}: dropout. Serving is deterministic; pass deterministic=True.")
 
-    def _previous_class(self) -> type:
-        """The class that held this operation's name before; it serves the cache views that this package does not."""
-        previous = startup.original(self.get_impl_name())
-        if previous is None:
-            raise Unsupported(
-                f"{self.get_impl_name()}: TurboQuant cache views are served by the host's own class, and none was "
-                "registered before this one. Import easydel.operations before calling."
-            )
-        return previous
-
-    def _pages_of(self, cache_view: Any) -> jax.Array:
+    def _pages_of(self, cache_view: Any) -> jax.Array | TurboQuantPages:
+        view_class = _host.TurboQuantRaggedPagesCacheView
+        if view_class is not None and isinstance(cache_view, view_class):
+            given = cache_view.constants
+            constants = (given.rotation_matrix, given.qjl_projection, given.key_codebook, given.value_codebook)
+            arrays = {field: getattr(cache_view, f"{field}_pages") for field in turboquant.ARRAYS}
+            return TurboQuantPages(**arrays, constants=TurboQuantConstants(*constants))
         pages = getattr(cache_view, "kv_pages", None)
         if pages is None:
             raise ValueError(
@@ -232,7 +226,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             )
         return pages
 
-    def _partitioning(self, query: jax.Array, pages: jax.Array, cache_view: Any) -> dict[str, Any]:
+    def _partitioning(self, query: jax.Array, pages: jax.Array | TurboQuantPages, cache_view: Any) -> dict[str, Any]:
         """Mesh and partition specs from the host's partition manager; nothing on a single device."""
         mesh = self.metadata.mesh
         if mesh is None or mesh.size == 1:
@@ -246,8 +240,10 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         # 0.2.0.2 has no kv_head_shards and always splits the heads of its pages; 0.3.0 says whether it did.
         head_shards = getattr(cache, "kv_head_shards", None)
         head_axis = _EMPTY if head_shards == 1 else _HEAD
+        if isinstance(pages, TurboQuantPages):  # always split, and the view says nothing of it
+            head_axis = _host.axes.KV_HEAD
         query_spec = resolve([_EMPTY, _HEAD, _EMPTY], query.shape)
-        page_spec = resolve([page_axis, _EMPTY, head_axis, *[_EMPTY] * (pages.ndim - 3)], pages.shape)
+        page_spec = resolve([page_axis, _EMPTY, head_axis, *[_EMPTY] * (len(pages.shape) - 3)], pages.shape)
         if self.version == "v2":
             return {"mesh": mesh, "in_specs": (query_spec, page_spec, None, None, None, None)}
         return {"mesh": mesh, "in_specs": (query_spec, None, None, page_spec, None, None, None, None)}

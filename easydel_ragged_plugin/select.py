@@ -146,6 +146,9 @@ def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig)
     """Why ``kernel`` can't run ``request`` under ``config``, or None when it can."""
     if request.platform not in kernel.platforms:
         return f"runs on {', '.join(sorted(kernel.platforms))}, not on {request.platform}"
+    # A kernel of a hook need not know that such caches exist.
+    if request.turboquant and not getattr(kernel, "takes_turboquant", False):
+        return "takes no TurboQuant cache"
     if config.platform != "auto" and config.platform not in kernel.technologies:
         return f"is {', '.join(sorted(kernel.technologies))}; the config asks for platform {config.platform!r}"
     return kernel.refuses(request)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .layout import PageLayout
 from .select import warn_once
+from .turboquant import TurboQuantPages
 from .types import AttentionRequest, Distribution, Operands
 
 __all__ = ["Shards", "local_request", "plan", "run"]
@@ -131,26 +132,39 @@ def local_request(request: AttentionRequest, pages_shape: tuple[int, ...], shard
     over_heads, over_pages = shards.size(shards.head_axes), shards.size(shards.page_axes)
     num_kv_heads = request.num_kv_heads // over_heads
     shape = (pages_shape[0] // over_pages, pages_shape[1], pages_shape[2] // over_heads, *pages_shape[3:])
+    layout = (
+        PageLayout.of_codes(request.page_size, num_kv_heads, request.head_dim)
+        if request.turboquant
+        else PageLayout.of(request.version, shape, num_kv_heads, request.head_dim, request.cache_dtype)
+    )
     return dataclasses.replace(
         request,
         num_q_heads=request.num_q_heads // (over_heads * shards.size(shards.query_only_axes)),
         num_kv_heads=num_kv_heads,
         num_rows=request.num_rows // over_pages,
         num_pages=shape[0],
-        layout=PageLayout.of(request.version, shape, num_kv_heads, request.head_dim, request.cache_dtype),
+        layout=layout,
     )
 
 
 def run(
-    forward: Callable[[Operands], tuple[jax.Array, jax.Array]], operands: Operands, shards: Shards
-) -> tuple[jax.Array, jax.Array]:
+    forward: Callable[[Operands], tuple[jax.Array, Any]], operands: Operands, shards: Shards
+) -> tuple[jax.Array, Any]:
     """``forward`` on each shard of ``operands``; output and pages come back as they went in."""
     if shards.is_single:
         return forward(operands)
     q_heads = (shards.head_axes + shards.query_only_axes) or None
     kv_heads, page_axes = shards.head_axes or None, shards.page_axes or None
     queries, keys = PartitionSpec(None, q_heads, None), PartitionSpec(None, kv_heads, None)
-    pages = PartitionSpec(page_axes, None, kv_heads, *[None] * (operands.pages.ndim - 3))
+
+    def page_spec(array: jax.Array) -> PartitionSpec:
+        return PartitionSpec(page_axes, None, kv_heads, *[None] * (array.ndim - 3))
+
+    pages: Any = (
+        jax.tree.map(lambda _: PartitionSpec(), operands.pages).with_arrays(map(page_spec, operands.pages.arrays))
+        if isinstance(operands.pages, TurboQuantPages)
+        else page_spec(operands.pages)
+    )
     specs: Any = {
         "queries": queries,
         "keys": keys if operands.keys is not None else None,
@@ -164,7 +178,7 @@ def run(
     }
     specs = Operands(**specs)
 
-    def body(local: Operands) -> tuple[jax.Array, jax.Array]:
+    def body(local: Operands) -> tuple[jax.Array, Any]:
         if not shards.page_axes:
             return forward(local)
         local = local_rows(local, shards)

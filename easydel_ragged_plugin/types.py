@@ -7,7 +7,7 @@ caches and travel through ``jax.jit`` as a static value. :class:`Operands` holds
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,6 +60,8 @@ class AttentionRequest:
         q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
         vmem_limit_bytes: ceiling on a TPU kernel's scoped VMEM. Kernels that use none meet any ceiling.
         optimized: a hint of the host's v2 call for its TPU kernel. Never changes results.
+        turboquant: whether the cache is a :class:`~easydel_ragged_plugin.turboquant.TurboQuantPages`. Then
+            ``cache_dtype`` is uint8, and ``layout`` counts the coordinates that the codes stand for.
     """
 
     version: Version
@@ -84,6 +86,7 @@ class AttentionRequest:
     v_scale: float | None = None
     vmem_limit_bytes: int | None = None
     optimized: bool = False
+    turboquant: bool = False
 
     @property
     def page_size(self) -> int:
@@ -109,7 +112,7 @@ class AttentionRequest:
                 f"{self.version} on {self.platform}: {self.num_tokens} tokens,",
                 f"{self.num_q_heads}/{self.num_kv_heads} heads, head_dim {self.head_dim},",
                 f"{self.num_rows} rows x {self.pages_per_row} pages of {self.page_size},",
-                f"{self.query_dtype.name} queries, {self.cache_dtype.name} cache",
+                f"{self.query_dtype.name} queries, {'TurboQuant' if self.turboquant else self.cache_dtype.name} cache",
                 *options,
             ]
         )
@@ -121,7 +124,7 @@ class Operands(NamedTuple):
     Attributes:
         queries: ``[tokens, q_heads, head_dim]``.
         keys, values: ``[tokens, kv_heads, head_dim]`` new rows for v3; None for v2.
-        pages: the page array, in the shape of ``request.version``.
+        pages: the page array, in the shape of ``request.version``; TurboQuantPages where ``request.turboquant``.
         context_lens: ``[rows]`` tokens of each request, the new ones included.
         block_tables: ``[rows, pages_per_row]`` page ids. Entries past a context are never used.
         query_start_loc: ``[rows + 1]`` first token of each row; row r owns ``[qsl[r], qsl[r + 1])``.
@@ -132,7 +135,7 @@ class Operands(NamedTuple):
     queries: jax.Array
     keys: jax.Array | None
     values: jax.Array | None
-    pages: jax.Array
+    pages: Any
     context_lens: jax.Array
     block_tables: jax.Array
     query_start_loc: jax.Array
@@ -152,6 +155,7 @@ class Kernel(Protocol):
         platforms: platforms that it runs on, for example ``frozenset({"cpu"})``.
         technologies: the host's words for what it is (``"xla"``, ``"triton"``, ``"pallas"``, ...): a host
             config whose ``platform`` is one of them keeps to kernels that list it.
+        takes_turboquant: whether it reads TurboQuant caches. May be left out: then it is not asked to.
     """
 
     name: str
@@ -162,9 +166,7 @@ class Kernel(Protocol):
         """Why this kernel can't do ``request``, or None when it can."""
         ...
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, Any]:
         """Attend, for v3 after writing the new rows.
 
         Returns:

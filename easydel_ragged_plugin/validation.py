@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from .errors import Unsupported
 from .layout import Version
+from .turboquant import TurboQuantPages
 
 __all__ = [
     "check_index_arrays",
-    "check_integer_cache",
     "check_mask_value",
     "check_options",
+    "check_scales",
     "check_shapes",
     "float_dtype",
     "number",
@@ -36,6 +38,7 @@ LARGEST_MASK_VALUE = -1e9
 
 def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: Any) -> int:
     """Check queries, keys, values and pages against one another; the number of kv heads."""
+    coded = isinstance(pages, TurboQuantPages)
     for name, array, form in (
         ("queries", queries, "[tokens, q_heads, head_dim]"),
         ("keys", keys, "[tokens, kv_heads, head_dim]"),
@@ -45,11 +48,40 @@ def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: 
             continue
         if len(array.shape) != 3:
             raise ValueError(f"{name}: got shape {tuple(array.shape)}, wanted {form}. Reshape a batch axis away.")
-        if not (is_wide_float(array.dtype) or (name != "queries" and array.dtype == pages.dtype)):
+        stored = name != "queries" and not coded and array.dtype == pages.dtype
+        if not (is_wide_float(array.dtype) or stored):
             raise ValueError(
                 f"{name}: got dtype {array.dtype}, wanted a float dtype of at least 16 bits. "
                 "Cast with .astype(jnp.bfloat16)."
             )
+    num_tokens, num_q_heads, head_dim = queries.shape
+    if not num_tokens or not num_q_heads or not head_dim:
+        raise ValueError(f"queries: got shape {tuple(queries.shape)}, wanted at least one token, head and element.")
+    if coded:
+        pages.check(head_dim)
+    else:
+        check_page_array(version, pages)
+    if keys is None:
+        num_kv_heads = pages.shape[2] if coded else pages.shape[2] // 2
+    else:
+        if tuple(keys.shape) != tuple(values.shape):
+            raise ValueError(f"values: got shape {tuple(values.shape)}, wanted the keys' {tuple(keys.shape)}.")
+        if (keys.shape[0], keys.shape[2]) != (num_tokens, head_dim):
+            raise ValueError(
+                f"keys: got shape {tuple(keys.shape)}, wanted [{num_tokens}, kv_heads, {head_dim}] as the queries have."
+            )
+        num_kv_heads = keys.shape[1]
+        if coded and num_kv_heads != pages.shape[2]:
+            raise ValueError(f"keys: got {num_kv_heads} kv heads, wanted the {pages.shape[2]} of the TurboQuant cache.")
+    if not num_kv_heads or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"queries: got {num_q_heads} heads over {num_kv_heads} kv heads, wanted a multiple. "
+            "Every kv head serves the same number of query heads."
+        )
+    return num_kv_heads
+
+
+def check_page_array(version: Version, pages: Any) -> None:
     rank = 4 if version == "v2" else 5
     if len(pages.shape) != rank:
         raise ValueError(
@@ -60,25 +92,6 @@ def check_shapes(version: Version, queries: Any, keys: Any, values: Any, pages: 
         raise ValueError(f"kv_pages: got dtype {pages.dtype}, wanted a float dtype or int8.")
     if 0 in pages.shape:
         raise ValueError(f"kv_pages: got shape {tuple(pages.shape)}, wanted at least one page of one token.")
-    num_tokens, num_q_heads, head_dim = queries.shape
-    if not num_tokens or not num_q_heads or not head_dim:
-        raise ValueError(f"queries: got shape {tuple(queries.shape)}, wanted at least one token, head and element.")
-    if keys is None:
-        num_kv_heads = pages.shape[2] // 2
-    else:
-        if tuple(keys.shape) != tuple(values.shape):
-            raise ValueError(f"values: got shape {tuple(values.shape)}, wanted the keys' {tuple(keys.shape)}.")
-        if (keys.shape[0], keys.shape[2]) != (num_tokens, head_dim):
-            raise ValueError(
-                f"keys: got shape {tuple(keys.shape)}, wanted [{num_tokens}, kv_heads, {head_dim}] as the queries have."
-            )
-        num_kv_heads = keys.shape[1]
-    if not num_kv_heads or num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"queries: got {num_q_heads} heads over {num_kv_heads} kv heads, wanted a multiple. "
-            "Every kv head serves the same number of query heads."
-        )
-    return num_kv_heads
 
 
 def check_index_arrays(
@@ -179,12 +192,18 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_integer_cache(cache_dtype: np.dtype, options: dict[str, Any]) -> None:
-    """An integer says nothing without the factor that makes it a key or a value."""
+def check_scales(pages: Any, options: dict[str, Any]) -> None:
+    """Refuse scales that the cache can't have, and ask for those that it must have."""
+    given = [name for name in ("q_scale", "k_scale", "v_scale") if options[name] is not None]
+    if isinstance(pages, TurboQuantPages):
+        if given:
+            raise Unsupported(f"{' and '.join(given)} with a TurboQuant cache, which keeps norms of its own.")
+        return
+    # An integer says nothing without the factor that makes it a key or a value.
     missing = [name for name in ("k_scale", "v_scale") if options[name] is None]
-    if np.issubdtype(cache_dtype, np.integer) and missing:
+    if jnp.issubdtype(pages.dtype, jnp.integer) and missing:
         raise ValueError(
-            f"{' and '.join(missing)}: got None, wanted the size of one step of the {cache_dtype.name} cache. Keys and "
+            f"{' and '.join(missing)}: got None, wanted the size of one step of the {pages.dtype} cache. Keys and "
             "values are stored divided by them."
         )
 

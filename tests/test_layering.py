@@ -15,7 +15,7 @@ import easydel_ragged_plugin
 PACKAGE = "easydel_ragged_plugin"
 ROOT = Path(easydel_ragged_plugin.__file__).parent
 
-LOW = {"errors", "layout", "types"}
+LOW = {"errors", "layout", "turboquant", "types"}
 KERNEL_TOOLS = LOW | {"config", "rows"}
 API = KERNEL_TOOLS | {"hooks", "kernels", "select", "sharding", "api"}
 
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "host": set(),
     "layout": {"errors"},
+    "turboquant": set(),
     "types": {"errors", "layout", "config"},  # config: for annotations alone, see TYPE_ONLY
     "config": {"errors", "types", "layout"},
     "hooks": {"errors", "types", "config"},
@@ -151,14 +152,15 @@ def test_imports_point_one_way(path: str) -> None:
     [
         ("errors.py", "from .types import Kernel"),
         ("config.py", "from . import api"),
-        ("kernels/xla.py", "from ..select import choose"),
-        ("kernels/xla.py", "from .ejkernel import forward"),
-        ("kernels/xla.py", "from . import ejkernel"),
+        ("kernels/cpu_native.py", "from ..select import choose"),
+        ("kernels/cpu_native.py", "from .ejkernel import forward"),
+        ("kernels/cpu_native.py", "from . import ejkernel"),
         ("kernels/pallas_gpu/work.py", "from ..xla import KERNEL"),
-        ("kernels/xla.py", "from .pallas_gpu.work import Column"),
-        ("kernels/xla.py", "def late():\n    from easydel_ragged_plugin.kernels.cpu_native import forward"),
-        ("kernels/xla.py", "import ejkernel"),
-        ("kernels/xla.py", "import easydel"),
+        ("kernels/pallas_gpu/work.py", "from easydel_ragged_plugin.kernels.xla.turboquant import forward"),
+        ("kernels/cpu_native.py", "from .pallas_gpu.work import Column"),
+        ("kernels/ejkernel.py", "def late():\n    from easydel_ragged_plugin.kernels.cpu_native import forward"),
+        ("kernels/cpu_native.py", "import ejkernel"),
+        ("kernels/cpu_native.py", "import easydel"),
         ("api.py", "from .operations import RaggedPageAttnV3"),
         ("api.py", "import importlib\nimportlib.import_module('easydel.operations')"),
         ("select.py", "try:\n    from .api import explain\nexcept ImportError:\n    pass"),

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from easydel_ragged_plugin import Unsupported, host, startup
@@ -183,53 +182,6 @@ def test_forced_native_runtime_takes_the_portable_kernel(driver: Driver, monkeyp
         hooks.unregister(watch)
     assert seen[-1].kernel == "xla"
     assert seen[-1].config.kernel == "xla"
-
-
-def test_turboquant_view_goes_to_the_class_before_ours(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    view_class = host.load().TurboQuantRaggedPagesCacheView
-    if view_class is None:
-        pytest.skip("EasyDeL 0.2.0.2 has no TurboQuant cache")
-    from easydel.caching.turboquant_ragged_page import TurboQuantRaggedPagesCacheConfig
-    from easydel.layers.quantization._turboquant import TurboQuantConfig
-
-    startup.activate()
-    batch = build_batch(case_named("decode"), driver.version)
-    case = batch.case
-    operation = driver.instance()
-    with driver.mesh:
-        config = TurboQuantRaggedPagesCacheConfig.create(
-            mesh=operation.metadata.mesh,
-            partition_manager=operation.metadata.partition_manager,
-            turboquant_config=TurboQuantConfig(),
-            num_hidden_layers=1,
-            num_kv_heads=case.kv_heads,
-            kv_head_dim_size=case.head_dim,
-            max_model_length=case.pages_per_row * case.page_size,
-            page_size=case.page_size,
-            hbm_utilization=0.1,
-        ).replace(num_pages=case.num_pages)
-
-        def view() -> Any:
-            return view_class.init(
-                config, 0, mesh=operation.metadata.mesh, partition_manager=operation.metadata.partition_manager
-            )
-
-        previous = startup.original(driver.name)
-        assert previous is not None
-        outputs = []
-        for each in (operation, previous(operation.metadata)):
-            given = view()
-            output = each(
-                query=jnp.array(batch.queries[None]),
-                key=jnp.array(batch.keys[None]),
-                value=jnp.array(batch.values[None]),
-                cache_view=given,
-                cache_metadata=driver.metadata(batch),
-                **driver.arguments(case, batch.queries.shape[0], None),
-            )
-            outputs.append((np.asarray(output.attention_outputs), np.asarray(given.key_norms_pages)))
-    np.testing.assert_array_equal(outputs[0][0], outputs[1][0])
-    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
 
 
 def test_pages_of_another_dtype_survive_the_hosts_cast() -> None:

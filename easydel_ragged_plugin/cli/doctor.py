@@ -172,6 +172,7 @@ def _self_check(version: Any) -> str:
     index: Any = [jnp.asarray(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
     queries, keys, values = (jnp.asarray(a) for a in (batch.queries, batch.keys, batch.values))
     options: dict[str, Any] = dict(case.options)
+    pages: Any
     if version == "v2":
         pages = jnp.asarray(batch.updated_pages)
         arguments: Any = (queries, pages, *index, jnp.asarray(batch.num_seqs))

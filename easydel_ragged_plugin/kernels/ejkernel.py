@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.layout import packing
+from easydel_ragged_plugin.turboquant import TurboQuantPages
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 __all__ = ["KERNEL", "EjkernelKernel"]
@@ -34,11 +35,16 @@ class EjkernelKernel:
     name = "ejkernel"
     platforms = frozenset({"cpu", "gpu", "tpu"})
     technologies = frozenset({"pallas", "triton", "cuda", "cute", "xla"})
+    takes_turboquant = True
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """What the host's calls can't take; whether their results are right is not asked here."""
         if importlib.util.find_spec("ejkernel") is None:
             return "ejkernel is not installed (it comes with EasyDeL)"
+        if request.turboquant:
+            if importlib.util.find_spec("ejkernel.kernels._xla.ragged_page_attention_v3_turboquant") is None:
+                return "this ejkernel reads no TurboQuant cache; that of EasyDeL 0.3.0 does"
+            return None
         if request.cache_dtype.name == "int8":
             return "an int8 cache; takes float dtypes"
         if request.version == "v2":
@@ -52,10 +58,10 @@ class EjkernelKernel:
             return "v3 runs head_dim 64 on TPU alone"
         return None
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, Any]:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        if request.turboquant:
+            return turboquant_forward(request, config, operands)
         from ejkernel.modules import ragged_page_attention_v2, ragged_page_attention_v3
 
         # Entries past a context may be anything, other shards' pages included, and these kernels read ahead.
@@ -101,6 +107,46 @@ class EjkernelKernel:
         )
 
 
+def turboquant_forward(
+    request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+) -> tuple[jax.Array, TurboQuantPages]:
+    """The host's calls for TurboQuant caches. There is one implementation, so its platform is named."""
+    from ejkernel.modules.operations.ragged_page_attention_v2_turboquant import ragged_page_attention_v2_turboquant
+    from ejkernel.modules.operations.ragged_page_attention_v3_turboquant import ragged_page_attention_v3_turboquant
+
+    pages: TurboQuantPages = operands.pages
+    constants = pages.constants
+    block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
+    options: dict[str, Any] = {
+        "softmax_scale": request.softmax_scale,
+        "logits_soft_cap": request.logits_soft_cap,
+        "sliding_window": request.sliding_window,
+        "bits": (constants.value_codebook.shape[0] - 1).bit_length(),
+        "qjl_dim": constants.projection.shape[0],
+        "cfg": host_config(request, config),
+        "platform": "xla",
+    }
+    index = (operands.context_lens, block_tables, operands.query_start_loc)
+    if request.version == "v2":
+        output = ragged_page_attention_v2_turboquant(
+            operands.queries, *pages.arrays, *index, operands.distribution[2:], *constants, operands.sinks, **options
+        )
+        return output, pages
+    index = (operands.context_lens, block_tables.reshape(-1), operands.query_start_loc)
+    output, *arrays = ragged_page_attention_v3_turboquant(
+        operands.queries,
+        operands.keys,
+        operands.values,
+        *pages.arrays,
+        *index,
+        operands.distribution,
+        *constants,
+        operands.sinks,
+        **options,
+    )
+    return output, pages.with_arrays(arrays)
+
+
 def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
     """The host's platform rule, unless the config names one."""
     if config.platform != "auto":
@@ -116,7 +162,11 @@ def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
     """The config as ejkernel's class, or None where nothing was set, so that ejkernel chooses."""
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
 
-    host_class = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config
+    host_class: Any = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config
+    if request.turboquant:
+        from ejkernel.modules.operations import configs
+
+        host_class = getattr(configs, f"RaggedPageAttention{request.version}TurboQuantConfig")
     wanted = {field.name for field in dataclasses.fields(host_class)} - {"platform", "backend"}
     named = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
     if request.platform == "tpu" and request.version == "v3" and request.head_dim >= WIDE_HEAD_DIM:

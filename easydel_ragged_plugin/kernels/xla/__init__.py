@@ -11,6 +11,8 @@ live blocks, so neither the table's width nor one long row makes the others pay.
 between the first position that its window reaches and its last causal one, with the online softmax of
 FlashAttention (Dao et al., 2022, arXiv 2205.14135).
 
+TurboQuant caches are read by ``turboquant.py``.
+
 Both parts are always compiled and take zero trips when no row needs them. Pages are read through
 :class:`~easydel_ragged_plugin.layout.PageLayout`, so one program serves every cache shape.
 """
@@ -18,7 +20,7 @@ Both parts are always compiled and take zero trips when no row needs them. Pages
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,9 @@ from jax import lax
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, first_position, live_rows, to_cache_dtype, write_tokens
 from easydel_ragged_plugin.types import AttentionRequest, Operands
+
+from . import turboquant
+from .slots import select_slots, sources_of_slots
 
 __all__ = ["KERNEL", "XlaKernel"]
 
@@ -58,35 +63,13 @@ def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> j
     """
     new = merge_heads(request, operands.keys, operands.values)
     if request.platform == "cpu":
-        return select_slots(request, rows, operands, new)
+        return select_slots(operands.pages, new, sources_of_slots(request, rows, operands))
 
     def scatter(token: jax.Array, slot: jax.Array, flat: jax.Array) -> jax.Array:
         return flat.at[slot].set(new[token], mode="drop")
 
     flat = operands.pages.reshape(-1, request.layout.token_stride)
     return write_tokens(request, rows, operands, scatter, flat).reshape(operands.pages.shape)
-
-
-def select_slots(request: AttentionRequest, rows: Rows, operands: Operands, new: jax.Array) -> jax.Array:
-    """One in-place elementwise pass that takes either the old or the new bits of each slot.
-
-    XLA's CPU backend turns a scatter into a loop of updates, in float32 over the whole cache for the short float types,
-    and copies the cache when another loop reads the result. This select is over integers and in the cache's own shape,
-    so it fuses into one loop over slots in place; for a slot that keeps its bits the loop's body is a copy onto itself,
-    which memmove skips.
-    """
-    pages, num_tokens = operands.pages, request.num_tokens
-
-    def note(token: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
-        return source.at[slot].set(token, mode="drop")
-
-    source = jnp.full(request.num_pages * request.page_size, num_tokens, jnp.int32)
-    source = write_tokens(request, rows, operands, note, source).reshape(pages.shape[:2])
-    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
-    new = lax.bitcast_convert_type(new, bits).reshape(num_tokens, *pages.shape[2:])
-    written = jnp.expand_dims(source < num_tokens, tuple(range(2, pages.ndim)))
-    merged = jnp.where(written, new[jnp.minimum(source, num_tokens - 1)], lax.bitcast_convert_type(pages, bits))
-    return lax.bitcast_convert_type(merged, pages.dtype)
 
 
 def merge_heads(request: AttentionRequest, keys: jax.Array | None, values: jax.Array | None) -> jax.Array:
@@ -362,13 +345,17 @@ class XlaKernel:
     platforms = frozenset({"cpu", "gpu", "tpu", "tt"})
     technologies = frozenset({"xla"})
 
+    takes_turboquant = True
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """This kernel takes every valid request."""
         return None
 
-    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, Any]:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        if request.turboquant:
+            with jax.named_scope("ragged_page_attention_turboquant"):
+                return turboquant.forward(request, config, operands)
         blocks = Blocks.choose(request, config)
         with jax.named_scope("ragged_page_attention_xla"):
             rows = live_rows(request, operands)

@@ -1,0 +1,101 @@
+"""The arrays of a TurboQuant cache, as EasyDeL 0.3.0 keeps them for one layer.
+
+TurboQuant (Zandieh et al., 2025, arXiv 2504.19874) stores a key as the indices of its rotated coordinates in a codebook
+(4 bits each), the signs of a projection of what that leaves (1 bit each), and two norms; a value as indices and a norm.
+With ``R`` the rotation, ``S`` the projection, ``m`` its number of signs and ``c`` a codebook::
+
+    query . key  ~  |key| * (R query) . c[indices]  +  sqrt(pi / 2) / m * |rest| * (S query) . signs
+    value        ~  |value| * R^T c[indices]
+
+The formulas are EasyDeL's, so caches that it has filled are read as it reads them. The public functions take
+:class:`TurboQuantPages` in place of a page array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["ARRAYS", "TurboQuantConstants", "TurboQuantPages"]
+
+ARRAYS = ("key_indices", "key_signs", "key_norms", "value_indices", "value_norms")
+"""The arrays of a layer's cache, in EasyDeL's order."""
+
+INDEX_LEVELS = 16
+"""Entries that 4 bits can name."""
+
+
+class TurboQuantConstants(NamedTuple):
+    """What all tokens of a layer share; float32."""
+
+    rotation: jax.Array
+    """``[head_dim, head_dim]``, orthogonal."""
+    projection: jax.Array
+    """``[signs, head_dim]``."""
+    key_codebook: jax.Array
+    value_codebook: jax.Array
+
+
+class TurboQuantPages(NamedTuple):
+    """The cache of a layer. The five arrays begin with ``[pages, page_size, kv_heads]``."""
+
+    key_indices: jax.Array
+    """``[..., head_dim / 2]`` uint8: two indices in a byte, the first in its low half."""
+    key_signs: jax.Array
+    """``[..., signs / 8]`` uint8: the first sign in the lowest bit, 1 for a number that is not negative."""
+    key_norms: jax.Array
+    """``[..., 2]``: of the key, and of what the codebook leaves of its rotated direction."""
+    value_indices: jax.Array
+    """``[..., head_dim / 2]`` uint8."""
+    value_norms: jax.Array
+    """``[...]``."""
+    constants: TurboQuantConstants
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(pages, page_size, kv_heads)``, which all five arrays share."""
+        return tuple(self.key_indices.shape[:3])
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The five arrays, in the order of :data:`ARRAYS`."""
+        return tuple(getattr(self, name) for name in ARRAYS)
+
+    def with_arrays(self, arrays: Iterable[Any]) -> TurboQuantPages:
+        """Five other arrays beside the same constants."""
+        return self._replace(**dict(zip(ARRAYS, arrays, strict=True)))
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError where the arrays do not belong together, or are not for this ``head_dim``."""
+        rotation, projection, *codebooks = self.constants
+        for name, codebook in zip(("key", "value"), codebooks, strict=True):
+            if len(codebook.shape) != 1 or not 1 <= codebook.shape[0] <= INDEX_LEVELS:
+                raise ValueError(
+                    f"{name} codebook: got shape {tuple(codebook.shape)}, wanted up to {INDEX_LEVELS} entries: an "
+                    "index is stored in 4 bits. Choose a TurboQuantConfig with bits of 2 to 4."
+                )
+        if tuple(rotation.shape) != (head_dim, head_dim) or len(projection.shape) != 2:
+            raise ValueError(
+                f"TurboQuant constants: got a rotation of shape {tuple(rotation.shape)} and a projection of shape "
+                f"{tuple(projection.shape)}, wanted [{head_dim}, {head_dim}] and [signs, {head_dim}] for queries of "
+                f"head_dim {head_dim}."
+            )
+        signs = projection.shape[0]
+        if head_dim % 2 or not signs or signs % 8 or projection.shape[1] != head_dim:
+            raise ValueError(
+                f"TurboQuant cache: got head_dim {head_dim} and a projection of shape {tuple(projection.shape)}, "
+                "wanted an even head_dim, and a multiple of 8 signs for it: both are stored in whole bytes."
+            )
+        wanted = ((head_dim // 2,), (signs // 8,), (2,), (head_dim // 2,), ())
+        for name, array, rest in zip(ARRAYS, self.arrays, wanted, strict=True):
+            if len(self.shape) != 3 or 0 in array.shape or tuple(array.shape) != (*self.shape, *rest):
+                raise ValueError(
+                    f"{name}: got shape {tuple(array.shape)}, wanted {(*self.shape, *rest)}: as many pages, slots and "
+                    f"heads as the key indices, and what head_dim {head_dim} with {signs} signs takes."
+                )
+            is_code = "norms" not in name
+            if (array.dtype == "uint8") != is_code or (not is_code and not jnp.issubdtype(array.dtype, jnp.floating)):
+                raise ValueError(f"{name}: got dtype {array.dtype}, wanted {'uint8' if is_code else 'a float dtype'}.")

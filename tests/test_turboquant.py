@@ -1,0 +1,263 @@
+"""TurboQuant caches in the functions: numbers, slots, refusals. No host is needed; test_turboquant_host.py has one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_calls import WRONG_STARTS, overlapping_rows
+from turboquant_oracle import check_written, constants, expected_output, random_pages
+
+from easydel_ragged_plugin import Unsupported, explain, override_config, ragged_page_attention_v2, select
+from easydel_ragged_plugin import ragged_page_attention_v3 as v3
+from easydel_ragged_plugin.testing.cases import FAULTS, Batch, Case, Row, build_batch, spoil_row
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
+from easydel_ragged_plugin.turboquant import TurboQuantPages
+
+# Decode, chunked prefill, prefill, one token, an idle row, padding. One shape for all cases: they share programs.
+CASE = Case("turboquant", (Row(9, 1), Row(21, 6), Row(12, 12), Row(1, 1), Row(0, 0)), num_tokens=24, num_rows=6)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all-options": {"sliding_window": 7, "logits_soft_cap": 2.0, "sinks": "heads", "softmax_scale": 0.3},
+    "sinks-of-kv-heads": {"sinks": "groups"},
+    "head-dim-64-mqa": {"head_dim": 64, "kv_heads": 1},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@functools.cache
+def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+        if version == "v2":
+            return ragged_page_attention_v2(queries, pages, *index, last, sinks, **dict(options)), pages
+        return v3(queries, keys, values, pages, *index, last, sinks, **dict(options))
+
+    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+
+
+def run(batch: Batch, pages: TurboQuantPages, version: str = "v3", **options: Any) -> tuple[np.ndarray, Any]:
+    call = compiled(version, tuple(sorted({**batch.case.options, **options}.items())))
+    output, pages = call(
+        pages,
+        *(jnp.asarray(each) for each in (batch.queries, batch.keys, batch.values)),
+        [jnp.asarray(each) for each in (batch.context_lens, batch.block_tables, batch.query_start_loc)],
+        jnp.asarray(batch.num_seqs if version == "v2" else batch.distribution),
+        None if batch.sinks is None else jnp.asarray(batch.sinks),
+    )
+    return np.asarray(output), pages
+
+
+def poisoned(pages: TurboQuantPages, batch: Batch) -> TurboQuantPages:
+    """NaN in the norms of every slot that no live row owns."""
+    owned = np.zeros(pages.shape[:2], bool)
+    for row, each in enumerate(batch.case.rows):
+        position = np.arange(each.context)
+        owned[batch.block_tables[row, position // batch.case.page_size], position % batch.case.page_size] = True
+    arrays = {}
+    for name in ("key_norms", "value_norms"):
+        array = np.array(getattr(pages, name))
+        array[~owned] = np.nan
+        arrays[name] = jnp.asarray(array)
+    return pages._replace(**arrays)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_results_are_the_oracles(options: dict[str, Any]) -> None:
+    """Over the codes that are stored, so compression is no excuse: the tolerance is that of any other cache."""
+    batch = build_batch(dataclasses.replace(CASE, **options), "v3")
+    before = poisoned(random_pages(batch.case, len(batch.pages)), batch)
+    output, after = run(batch, before)
+    check_written(batch, before, after)
+    tolerance = tolerance_for(batch.case)
+    np.testing.assert_allclose(
+        output.astype(np.float64), expected_output(batch, after), rtol=tolerance.rtol, atol=tolerance.atol
+    )
+    assert output.dtype == batch.queries.dtype
+
+
+def test_float64_is_computed_in_float64() -> None:
+    with jax.enable_x64(True):
+        batch = build_batch(CASE, "v3")
+        wide = dataclasses.replace(batch, queries=batch.queries.astype(np.float64))
+        pages = random_pages(batch.case, len(batch.pages))
+        output, _ = run(wide, pages, "v2")
+        assert output.dtype == np.float64
+        np.testing.assert_allclose(output, expected_output(wide, pages), rtol=1e-12, atol=1e-12)
+
+
+def test_short_compute_dtypes_lose_nothing() -> None:
+    """Documented: codes are read in float32 at least."""
+    batch = build_batch(CASE, "v3")
+    pages = random_pages(batch.case, len(batch.pages))
+    output, _ = run(batch, pages, "v2", compute_dtype=jnp.bfloat16)
+    np.testing.assert_allclose(output, expected_output(batch, pages), rtol=2e-5, atol=2e-5)
+
+
+def test_signs_need_not_be_as_many_as_coordinates() -> None:
+    batch = build_batch(CASE, "v3")
+    before = random_pages(batch.case, len(batch.pages), signs=8)
+    output, after = run(batch, before)
+    check_written(batch, before, after)
+    np.testing.assert_allclose(output, expected_output(batch, after), rtol=2e-5, atol=2e-5)
+
+
+def test_zero_vectors_are_stored_without_nan() -> None:
+    batch = build_batch(CASE, "v3")
+    batch = dataclasses.replace(batch, keys=batch.keys * 0, values=batch.values * 0)
+    output, after = run(batch, random_pages(batch.case, len(batch.pages)))
+    assert np.isfinite(output).all()
+    assert not np.asarray(after.value_norms)[batch.written_slots].any()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any) -> None:
+    batch = build_batch(CASE, "v3")
+    pages = random_pages(batch.case, len(batch.pages))
+    whole, _ = run(batch, pages)
+    # The last row is idle: the one before it is spoilt.
+    rows = dataclasses.replace(batch.case, rows=batch.case.rows[:3])
+    spoilt = spoil_row(dataclasses.replace(batch, case=rows, num_seqs=np.array([3], np.int32)), fault)
+    spoilt = dataclasses.replace(spoilt, distribution=np.array([0, 3, 3], np.int32))
+    output, after = run(spoilt, pages)
+    first_dead = batch.query_start_loc[3]
+    live = spoilt.live_tokens & (np.arange(len(output)) < first_dead)
+    np.testing.assert_allclose(output[live], whole[live], rtol=2e-5, atol=2e-5)
+    assert not output[~live].any()
+    changed = np.zeros(pages.shape[:2], bool)
+    for name in ("key_indices", "key_signs", "key_norms", "value_indices"):
+        changed |= (np.asarray(getattr(after, name)) != np.asarray(getattr(pages, name))).any(axis=(2, 3))
+    assert changed.sum() == live.sum()
+
+
+@pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int) -> None:
+    batch, claimed_once = overlapping_rows(wrong, start)
+    before = random_pages(batch.case, len(batch.pages))
+    output, after = run(batch, before)
+    starts, lens, size = batch.query_start_loc, batch.context_lens, batch.case.page_size
+    expected = np.zeros(output.shape)
+    for row in range(5):
+        first, end = int(starts[row]), int(starts[row + 1])
+        if not 0 <= first < end <= 21 or lens[row] < end - first:
+            continue
+        # The row on its own: its slots, and the output of the tokens that no other row claims.
+        mine = dataclasses.replace(
+            batch,
+            block_tables=batch.block_tables[[row]],
+            context_lens=lens[[row]],
+            query_start_loc=np.array([first, end], np.int32),
+            num_seqs=np.array([1], np.int32),
+            written_slots=np.zeros_like(batch.written_slots),
+        )
+        position = np.arange(lens[row] - (end - first), lens[row])
+        mine.written_slots[mine.block_tables[0, position // size], position % size] = True
+        pairs = zip(before.arrays, after.arrays, strict=True)
+        only = (jnp.where(expand(mine.written_slots, new), new, old) for old, new in pairs)
+        check_written(mine, before, before.with_arrays(only))
+        expected[first:end] = expected_output(mine, after)[first:end]
+    np.testing.assert_allclose(output[claimed_once], expected[claimed_once], rtol=2e-5, atol=2e-5)
+
+
+def expand(mask: np.ndarray, array: Any) -> np.ndarray:
+    return mask.reshape(*mask.shape, *[1] * (array.ndim - 2))
+
+
+@pytest.mark.parametrize("block", [{"num_kv_pages_per_block": 1}, {"num_queries_per_block": 5}])
+def test_block_sizes_do_not_change_results(block: dict[str, int]) -> None:
+    batch = build_batch(dataclasses.replace(CASE, sliding_window=6), "v3")
+    pages = random_pages(batch.case, len(batch.pages))
+    compiled.cache_clear()
+    with override_config(**block):
+        output, _ = run(batch, pages, "v2")
+    compiled.cache_clear()
+    np.testing.assert_allclose(output, expected_output(batch, pages), rtol=2e-5, atol=2e-5)
+
+
+def arguments_of(pages: Any, tokens: int = 4, rows: int = 4, heads: int = 4) -> tuple[Any, ...]:
+    head_dim = pages.constants.rotation.shape[0]
+    queries, new = jnp.zeros((tokens, heads, head_dim)), jnp.zeros((tokens, pages.shape[2], head_dim))
+    index = (jnp.ones(rows, jnp.int32), jnp.zeros((rows, 4), jnp.int32), jnp.arange(rows + 1, dtype=jnp.int32))
+    return (queries, new, new, pages, *index, jnp.array([rows] * 3, jnp.int32))
+
+
+def test_which_code_runs_is_explained() -> None:
+    pages = random_pages(CASE, 8)
+    selection = explain(v3, *arguments_of(pages))
+    assert selection.kernel == "xla"
+    assert "TurboQuant cache" in str(selection)
+    reasons = {refusal.kernel: refusal.reason for refusal in selection.refusals}
+    assert reasons["cpu_native"] == "takes no TurboQuant cache"
+    assert selection.request.describe().endswith("TurboQuant cache")
+    for name in ("cpu_native", "pallas_gpu"):
+        with pytest.raises(Unsupported, match=f"{name}: (takes no TurboQuant cache|runs on gpu)"):
+            explain(v3, *arguments_of(pages), config=name)
+
+
+def test_kernels_of_hooks_are_not_asked_to_read_codes() -> None:
+    """They have no ``takes_turboquant``: they were written before there was such a cache."""
+    from easydel_ragged_plugin.kernels.xla import XlaKernel
+
+    class Older(XlaKernel):
+        name = "older"
+        takes_turboquant = False
+
+    request = explain(v3, *arguments_of(random_pages(CASE, 8))).request
+    assert select.why_not(Older(), request, select.resolve_config(request)) == "takes no TurboQuant cache"
+
+
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+def test_scales_are_refused(name: str) -> None:
+    with pytest.raises(Unsupported, match=f"{name} with a TurboQuant cache"):
+        explain(v3, *arguments_of(random_pages(CASE, 8)), **{name: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"constants": constants(32, levels=(16, 32))}, "value codebook: got shape .32,., wanted up to 16 entries"),
+        ({"constants": constants(64)}, "wanted .32, 32. and .signs, 32. for queries of head_dim 32"),
+        ({"constants": constants(32, 12)}, "wanted an even head_dim, and a multiple of 8 signs"),
+        ({"key_signs": jnp.zeros((8, 4, 2, 3), jnp.uint8)}, "key_signs: got shape .8, 4, 2, 3., wanted .8, 4, 2, 4."),
+        ({"value_norms": jnp.zeros((8, 4, 2), jnp.uint8)}, "value_norms: got dtype uint8, wanted a float dtype"),
+        ({"value_indices": jnp.zeros((8, 4, 2, 16), jnp.int8)}, "value_indices: got dtype int8, wanted uint8"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    pages = random_pages(CASE, 8)
+    queries, *rest = arguments_of(pages)
+    rest[2] = pages._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        explain(v3, queries, *rest)
+
+
+def test_other_kv_heads_than_the_caches_are_refused() -> None:
+    queries, keys, values, *rest = arguments_of(random_pages(CASE, 8))
+    with pytest.raises(ValueError, match="keys: got 1 kv heads, wanted the 2 of the TurboQuant cache"):
+        explain(v3, queries, keys[:, :1], values[:, :1], *rest)
+
+
+@pytest.mark.parametrize("norms", [jnp.bfloat16, jnp.float32])
+def test_donated_cache_is_not_copied(norms: Any) -> None:
+    def memory(num_pages: int) -> tuple[int, int]:
+        pages = random_pages(CASE, 1)
+        shapes = (jax.ShapeDtypeStruct((num_pages, *a.shape[1:]), a.dtype) for a in pages.arrays)
+        shapes = [jax.ShapeDtypeStruct(a.shape, norms) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in shapes]
+
+        def step(arrays: Any, queries: Any, keys: Any, values: Any, *index: Any) -> Any:
+            output, after = v3(queries, keys, values, pages.with_arrays(arrays), *index)
+            return output, after.arrays
+
+        queries, keys, values, _, *index = arguments_of(pages)
+        compiled = jax.jit(step, donate_argnums=0).lower(shapes, queries, keys, values, *index).compile()
+        analysis = compiled.memory_analysis()
+        assert analysis.alias_size_in_bytes >= sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in shapes)
+        return analysis.temp_size_in_bytes, num_pages * CASE.page_size
+
+    (small, _), (large, slots) = memory(64), memory(8192)
+    # On a CPU a map of one int32 for each slot grows with the cache; its smallest array is as large here.
+    assert large - small < 1.2 * 4 * slots
