@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from turboquant_oracle import check_written, expected_output, random_pages
 
 from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
@@ -169,6 +171,43 @@ def gathered_pages_are_seen() -> None:
     print("ok a gather of pages is seen")
 
 
+TURBOQUANT = (Geometry(8, 4, 32, tp=2, sinks="heads"), Geometry(4, 2, 32, tp=1, dp=2), Geometry(8, 2, 32, tp=2, dp=2))
+
+
+def turboquant() -> None:
+    """The five arrays of a TurboQuant cache are split as pages are; the constants are on every device."""
+    for geometry in TURBOQUANT:
+        names = ("q_heads", "kv_heads", "head_dim", "sinks")
+        case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+        batch = local_pages(build_batch(case, "v3"), geometry.dp)
+        pages = random_pages(case, len(batch.pages))
+        sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
+        index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+        devices = np.array(jax.devices()[: geometry.tp * geometry.dp]).reshape(geometry.dp, geometry.tp)
+        mesh = Mesh(devices, ("dp", "tp"))
+        specs = (P(None, "tp", None), None, None, P("dp", None, "tp", None), *[None] * 4)
+
+        def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any, options: Any, sinks: Any) -> Any:
+            return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, config="xla", **options)
+
+        arguments = (batch.queries, batch.keys, batch.values, *index)
+        one, after = jax.jit(functools.partial(program, options={}, sinks=sinks))(pages, *arguments)
+        np.testing.assert_allclose(one, expected_output(batch, after), rtol=2e-5, atol=2e-5)
+        check_written(batch, pages, after)
+        split = pages.with_arrays(
+            jax.device_put(a, NamedSharding(mesh, P("dp", None, "tp", *[None] * (a.ndim - 3)))) for a in pages.arrays
+        )
+        split = split._replace(constants=jax.device_put(pages.constants, NamedSharding(mesh, P())))
+        options = {"mesh": mesh, "in_specs": specs}
+        jitted = jax.jit(functools.partial(program, options=options, sinks=sinks), donate_argnums=0)
+        compiled = jitted.lower(split, *arguments).compile()
+        many, new = compiled(split, *arguments)
+        np.testing.assert_allclose(many, one, rtol=2e-5, atol=2e-5)
+        for array, wanted in zip(new.arrays, after.arrays, strict=True):
+            assert np.asarray(array).tobytes() == np.asarray(wanted).tobytes()
+        print(f"ok TurboQuant {geometry}: {check_collectives(compiled, geometry, batch)}")
+
+
 # What the host's caches are like on a mesh: heads that divide, heads that the host cuts, pages per shard.
 OPERATION_CASES = (
     ("mixed", {"tp": 2}),
@@ -216,6 +255,7 @@ def main(what: str) -> None:
     assert len(jax.devices()) == 8, jax.devices()
     if what == "functions":
         functions()
+        turboquant()
         gathered_pages_are_seen()
     else:
         operations()
