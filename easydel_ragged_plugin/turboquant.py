@@ -7,8 +7,9 @@ With ``R`` the rotation, ``S`` the projection, ``m`` its number of signs and ``c
     query . key  ~  |key| * (R query) . c[indices]  +  sqrt(pi / 2) / m * |rest| * (S query) . signs
     value        ~  |value| * R^T c[indices]
 
-The formulas are EasyDeL's, so caches that it has filled are read as it reads them. The public functions take
-:class:`TurboQuantPages` in place of a page array.
+The formulas are EasyDeL's, so caches that it has filled are read as it reads them. They differ from the paper's in the
+second term of a logit, which should have the key's norm, the rotated query and a larger projection: as it is, it adds
+next to nothing. The public functions take :class:`TurboQuantPages` in place of a page array.
 """
 
 from __future__ import annotations
