@@ -54,6 +54,8 @@ class RaggedPageConfig:
         platform: the host's word for a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``);
             keeps the choice to kernels of that technology. ``"auto"`` for any.
         backend: kept for the host's config classes; ``"any"`` or a platform's name.
+        from_host: made from one of the host's config classes. The kernel ``ejkernel`` is given such a class, too, even
+            where nothing is set: it tunes block sizes only when it is given none.
     """
 
     kernel: str = "auto"
@@ -64,6 +66,7 @@ class RaggedPageConfig:
     num_stages: int | None = None
     platform: str = "auto"
     backend: str = "any"
+    from_host: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kernel", "platform", "backend"):
@@ -80,6 +83,9 @@ class RaggedPageConfig:
 
 def as_config(value: Any) -> RaggedPageConfig | None:
     """A config from what callers give: None, a kernel's name, a RaggedPageConfig, or one of ejkernel's config objects.
+
+    ejkernel's classes always hold a number of warps and of stages (4 and 1). Where these are the class's defaults,
+    nobody has chosen them: they are left to the kernel, and mean what they say to ``ejkernel`` alone.
 
     Raises:
         ValueError: ``value`` is none of these.
@@ -101,9 +107,11 @@ def as_config(value: Any) -> RaggedPageConfig | None:
             "RaggedPageAttentionv2Config / RaggedPageAttentionv3Config."
         )
     known = {name: getattr(value, name) for name in names & {*_BLOCK_FIELDS, "platform", "backend"}}
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    known |= {name: None for name in names & {"num_warps", "num_stages"} if known[name] == defaults[name]}
     known["platform"] = known["platform"] or "auto"
     known["backend"] = str(known["backend"] or "any")
-    return RaggedPageConfig(**known)
+    return RaggedPageConfig(**known, from_host=True)
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> RaggedPageConfig | None:

@@ -210,13 +210,40 @@ def test_host_config_classes_are_accepted() -> None:
         RaggedPageAttentionv3Config,
     )
 
-    v3 = RaggedPageAttentionv3Config(chunk_prefill_size=64, num_kv_pages_per_block=2, platform="xla")
+    v3 = RaggedPageAttentionv3Config(chunk_prefill_size=64, num_kv_pages_per_block=2, num_warps=8, platform="xla")
     assert as_config(v3) == RaggedPageConfig(
-        chunk_prefill_size=64, num_kv_pages_per_block=2, num_warps=4, num_stages=1, platform="xla"
+        chunk_prefill_size=64, num_kv_pages_per_block=2, num_warps=8, platform="xla", from_host=True
     )
     assert as_config(RaggedPageAttentionv2Config()).platform == "auto"
     with pytest.raises(ValueError, match="config: got FlashAttentionConfig"):
         as_config(FlashAttentionConfig())
+
+
+@pytest.mark.host
+def test_defaults_of_a_host_config_are_nobodys_choice() -> None:
+    """Its classes always hold 4 warps and 1 stage, which would switch off the pipelining of another kernel."""
+    from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
+
+    for host_class in (RaggedPageAttentionv2Config, RaggedPageAttentionv3Config):
+        config = as_config(host_class(num_queries_per_block=16))
+        assert (config.num_queries_per_block, config.num_warps, config.num_stages) == (16, None, None)
+        config = as_config(host_class(num_warps=2, num_stages=3))
+        assert (config.num_warps, config.num_stages) == (2, 3)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_ejkernel_is_given_the_host_config_that_was_given(version: str) -> None:
+    """An empty one, too: it means that block sizes are not tuned on the first call."""
+    from ejkernel.modules.operations import configs
+
+    from easydel_ragged_plugin.kernels.ejkernel import host_config
+
+    host_class = getattr(configs, f"RaggedPageAttention{version}Config")
+    request = dataclasses.replace(REQUEST, version=version)
+    for given in (host_class(), host_class(num_warps=4, num_stages=1), host_class(num_stages=3)):
+        assert host_config(request, as_config(given)) == given
+    assert host_config(request, RaggedPageConfig()) is None
 
 
 @pytest.mark.host

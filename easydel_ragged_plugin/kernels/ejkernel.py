@@ -159,7 +159,7 @@ def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
 
 
 def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
-    """The config as ejkernel's class, or None where nothing was set, so that ejkernel chooses."""
+    """The config as ejkernel's class, or None where none was given and nothing set, so that ejkernel chooses."""
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
 
     host_class: Any = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config
@@ -171,7 +171,7 @@ def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
     named = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
     if request.platform == "tpu" and request.version == "v3" and request.head_dim >= WIDE_HEAD_DIM:
         named["num_kv_pages_per_block"] = min(named.get("num_kv_pages_per_block", WIDE_HEAD_PAGES), WIDE_HEAD_PAGES)
-    if not named and config.backend == "any":
+    if not named and config.backend == "any" and not config.from_host:
         return None
     return host_class(**named, platform=host_platform(request, config), backend=config.backend)
 
