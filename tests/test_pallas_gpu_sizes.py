@@ -1,0 +1,313 @@
+"""What the GPU kernel makes of a request before it runs: work lists, tile sizes, refusals. Nothing is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from gpu_requests import SMALL, decode_rows, request_for
+
+from easydel_ragged_plugin import RaggedPageConfig, Unsupported, explain, select
+from easydel_ragged_plugin import ragged_page_attention_v2 as v2
+from easydel_ragged_plugin.config import CACHE_VARIABLE
+from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles, work
+from easydel_ragged_plugin.kernels.pallas_gpu.tiles import CARDS, Card, Tile
+from easydel_ragged_plugin.rows import Rows
+from easydel_ragged_plugin.testing.cases import build_batch, case_named
+
+NAME = "pallas_gpu"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever this machine's own cache directory holds."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    tiles.read_tuned.cache_clear()
+    yield
+    tiles.read_tuned.cache_clear()
+
+
+H100 = CARDS["H100"]
+HOPPER = tiles.default_tiles(request_for(), "NVIDIA H100 80GB HBM3", H100)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "most", "wanted"),
+    [
+        # (parts of the longest row at most, programs of 8 kv heads at least)
+        ((2048,) * 64, 1, 512),
+        ((131072,), 67, 500),
+        ((8192,), 32, 256),
+        ((65536, *(1024,) * 31), 50, 500),
+        ((100,) * 4, 1, 32),
+    ],
+    ids=["64x2k", "1x128k", "1x8k", "skewed", "short"],
+)
+def test_splits_fill_the_chip_and_no_more(contexts: tuple[int, ...], most: int, wanted: int) -> None:
+    request = request_for(rows=len(contexts), width=1024, tokens=len(contexts))
+    found = work.decode_work(request, HOPPER, decode_rows(*contexts), 4)
+    parts = np.asarray(found.parts)
+    live = parts[parts[:, work.Column.QUERIES] > 0]
+    assert 8 * len(live) >= wanted
+    assert live[:, work.Column.PARTS].max() <= most
+    blocks = live[:, work.Column.END] - live[:, work.Column.FIRST]
+    assert blocks.sum() == sum(-(-context // HOPPER.decode.keys) for context in contexts)
+    # No program has much more to do than the average one, unless the contexts are too short to split.
+    if live[:, work.Column.PARTS].max() > 1:
+        assert blocks.max() <= 2 * max(blocks.mean(), HOPPER.least_blocks)
+
+
+def check_parts(found: work.DecodeWork, contexts: list[int], windows_begin: list[int], keys: int) -> None:
+    """Each live row's blocks are covered once, partial results have a place each, and merges list these places."""
+    parts = np.asarray(found.parts)
+    slots: list[int] = []
+    merged = {}
+    for row, context in enumerate(contexts):
+        mine = parts[(parts[:, work.Column.ROW] == row) & (parts[:, work.Column.QUERIES] > 0)]
+        covered = [b for part in mine for b in range(part[work.Column.FIRST], part[work.Column.END])]
+        assert covered == list(range(windows_begin[row] // keys, -(-context // keys)))
+        assert set(mine[:, work.Column.PARTS]) <= {len(mine)}
+        if len(mine) > 1:
+            merged[row] = mine[0, work.Column.SLOT]
+            assert mine[:, work.Column.SLOT].tolist() == list(range(merged[row], merged[row] + len(mine)))
+            slots += mine[:, work.Column.SLOT].tolist()
+    assert len(slots) == len(set(slots))
+    assert max(slots, default=0) < found.num_slots
+    merges = [] if found.merges is None else np.asarray(found.merges)
+    listed = {each[work.Column.ROW]: each[work.Column.SLOT] for each in merges if each[work.Column.QUERIES]}
+    assert listed == merged
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("window", [None, 300])
+def test_parts_cover_every_context_once(window: int | None, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    contexts = [int(2 ** random.uniform(0, 13)) for _ in range(random.integers(1, 40))]
+    sizes = dataclasses.replace(SMALL, programs=int(random.integers(1, 300)), split_tokens=int(random.integers(1, 999)))
+    request = request_for(rows=len(contexts), width=128, tokens=len(contexts), sliding_window=window)
+    found = work.decode_work(request, sizes, decode_rows(*contexts), 4)
+    begin = [max(0, context - window) if window else 0 for context in contexts]
+    check_parts(found, contexts, begin, sizes.decode.keys)
+
+
+def test_a_wider_table_is_no_more_work() -> None:
+    contexts = (5000, 300, 2000, 1)
+    narrow, wide = (
+        work.decode_work(request_for(rows=4, width=width, tokens=4), HOPPER, decode_rows(*contexts), 4)
+        for width in (64, 512)
+    )
+    size = len(narrow.parts)
+    np.testing.assert_array_equal(np.asarray(wide.parts)[:size], narrow.parts)
+    assert not np.asarray(wide.parts)[size:].any()
+    wanted = HOPPER.programs // 8 + 1
+    assert len(wide.parts) <= len(contexts) + wanted
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_query_tiles_cover_every_token_once(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    queries = random.integers(0, 70, size=random.integers(1, 20))
+    size, more_than = int(random.integers(1, 40)), int(random.integers(0, 9))
+    starts = np.concatenate([[0], np.cumsum(queries)])
+    request = request_for(rows=len(queries), tokens=max(1, int(starts[-1])))
+    rows = Rows(*(jnp.array(each, jnp.int32) for each in (starts[:-1], queries, queries + 5)))
+    found = np.asarray(work.query_work(request, rows, size, more_than))
+    covered = [
+        each[work.Column.START] + each[work.Column.FIRST] + offset
+        for each in found
+        for offset in range(min(size, each[work.Column.QUERIES] - each[work.Column.FIRST]))
+    ]
+    wanted = [
+        start + offset
+        for start, count in zip(starts, queries, strict=False)
+        if count > more_than
+        for offset in range(count)
+    ]
+    assert covered == wanted
+
+
+# Tile sizes.
+
+GEOMETRIES = [
+    (q_heads, kv_heads, head_dim, dtype, cache)
+    for q_heads, kv_heads in ((32, 8), (32, 32), (8, 1), (9, 3), (128, 1))
+    for head_dim in (32, 64, 80, 96, 128, 192, 256)
+    for dtype, cache in (
+        (jnp.bfloat16, None),
+        (jnp.float16, None),
+        (jnp.float32, None),
+        (jnp.bfloat16, jnp.float8_e4m3fn),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.float8_e5m2),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "card"), [*CARDS.items(), ("RTX 4090", tiles.ANY_CARD)])
+def test_tiles_fit_every_card(name: str, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "card", lambda: (name, card))
+    for q_heads, kv_heads, head_dim, dtype, cache in GEOMETRIES:
+        request = request_for(q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, cache=cache)
+        reason = tiles.too_large(request)
+        if reason is not None:
+            # 128 query heads for a kv head are 128 rows at least, and nothing else may be too much.
+            assert request.group_size == 128, reason
+            assert head_dim > 64, reason
+            assert name not in ("H100", "H200"), reason
+            continue
+        sizes = tiles.choose(request, RaggedPageConfig())
+        for tile in (sizes.decode, sizes.prefill):
+            about = f"{tile} for {request.describe()}"
+            assert tile.shared_bytes(request) <= card.shared_bytes, about
+            assert tile.rows >= request.group_size, about
+            assert tile.registers(request) <= tiles.MOST_REGISTERS, about
+
+
+def test_shared_memory_of_one_tile() -> None:
+    # By hand: 2 stages of keys and values, 64 tokens of 128 lanes in 2 bytes; queries and weights of 16 rows.
+    assert Tile(16, 64, 4, 2).shared_bytes(request_for()) == 2 * 2 * 64 * 128 * 2 + 16 * 128 * 2 + 16 * 64 * 2
+    # A float8 cache: 1 byte in flight, and one step in bfloat16.
+    request = request_for(cache=jnp.float8_e4m3fn)
+    wanted = 2 * 2 * 64 * 128 + 2 * 64 * 128 * 2 + 16 * 128 * 2 + 16 * 64 * 2
+    assert Tile(16, 64, 4, 2).shared_bytes(request) == wanted
+
+
+def test_config_fields_set_tiles() -> None:
+    request = request_for(page_size=16)
+    config = RaggedPageConfig(num_kv_pages_per_block=3, num_queries_per_block=5, num_warps=3, num_stages=1)
+    sizes = tiles.choose(request, config)
+    assert (sizes.decode.keys, sizes.decode.warps, sizes.decode.stages) == (64, 4, 1)
+    assert (sizes.prefill.keys, sizes.prefill.rows) == (64, 32)  # 5 tokens of 4 heads
+
+
+def test_config_that_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match=r"pallas_gpu: decode tiles .* 9 stages take \d+ KiB of shared memory, this"):
+        tiles.choose(request_for(), RaggedPageConfig(num_stages=9))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"rows": 8}, {"rows": 24}, {"keys": 0}, {"warps": 3}, {"stages": 0}, {"keys": True}, {"keys": 32.0}]
+)
+def test_impossible_tiles_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        Tile(**{"rows": 16, "keys": 16, "warps": 4, "stages": 1, **bad})
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"head_dim": 320}, "head_dim 320, more than 256"),
+        ({"q_heads": 256, "kv_heads": 1}, "256 query heads for a kv head, more than 128"),
+        ({"dtype": np.float64}, "queries: float64; takes float32, bfloat16, float16"),
+        ({"compute_dtype": np.dtype(np.float64)}, "compute_dtype: float64; takes float32, bfloat16, float16"),
+        ({"cache": ml_dtypes.float8_e4m3b11fnuz}, "cache: float8_e4m3b11fnuz; takes float32, bfloat16, float16, fl"),
+        # 2**31 + 2**18 and 2**32 elements; 2**31 is fine, and so is more than 2**32.
+        ({"cache": jnp.float8_e4m3fn, "pages": 2**13 + 1}, "an 8-bit cache of 2.00 GiB: between 2 and 4 GiB"),
+        ({"cache": jnp.float8_e5m2, "pages": 2**14}, "an 8-bit cache of 4.00 GiB: between 2 and 4 GiB"),
+    ],
+)
+def test_refuses_by_name(fields: dict[str, Any], reason: str) -> None:
+    assert str(PallasGPU().refuses(request_for(**fields))).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"cache": jnp.float8_e4m3fn, "pages": 2**13},
+        {"cache": jnp.float8_e4m3fn, "pages": 2**14 + 1},
+        {"pages": 2**14},
+        {"head_dim": 80, "q_heads": 5, "kv_heads": 5, "dtype": np.float32},
+    ],
+)
+def test_takes(fields: dict[str, Any]) -> None:
+    assert PallasGPU().refuses(request_for(**fields)) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "cache", "refused"),
+    [
+        ((7, 5), jnp.bfloat16, "a bfloat16 cache on compute capability 7.5, less than 8.0"),
+        ((8, 0), jnp.bfloat16, None),
+        ((8, 0), jnp.float8_e5m2, None),
+        ((8, 6), jnp.float8_e4m3fn, "a float8_e4m3fn cache on compute capability 8.6, less than 8.9"),
+        ((9, 0), jnp.float8_e4m3fn, None),
+    ],
+)
+def test_old_cards_are_refused_by_name(
+    capability: tuple[int, int], cache: Any, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dataclasses.replace(tiles.ANY_CARD, capability=capability)
+    monkeypatch.setattr("easydel_ragged_plugin.kernels.pallas_gpu.card", lambda: ("a card", found))
+    assert PallasGPU().refuses(request_for(cache=cache)) == refused
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda", "rocm"])
+@pytest.mark.parametrize("config", [None, RaggedPageConfig(platform="triton"), RaggedPageConfig(platform="pallas")])
+def test_is_the_first_choice_on_a_gpu(platform: str, config: RaggedPageConfig | None) -> None:
+    batch = build_batch(case_named("mixed"), "v2")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+    selection = explain(v2, batch.queries, batch.updated_pages, *index, platform=platform, config=config)
+    assert selection.kernel == NAME
+    on_cpu = explain(v2, batch.queries, batch.updated_pages, *index, platform="cpu")
+    assert select.Refusal(NAME, "runs on gpu, not on cpu") in on_cpu.refusals
+
+
+# Tuned tiles.
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Writes the file of tuned tiles, as seen by a process on an H100."""
+    monkeypatch.setattr(tiles, "card", lambda: ("NVIDIA H100 80GB HBM3", H100))
+
+    def write(content: Any) -> None:
+        tiles.tuned_file().write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        tiles.read_tuned.cache_clear()
+
+    return write
+
+
+def test_tuned_tiles_are_between_config_and_table(tuned: Callable[[Any], None]) -> None:
+    request = request_for()
+    assert tiles.choose(request, RaggedPageConfig()) == HOPPER
+    key = tiles.tuned_key("NVIDIA H100 80GB HBM3", request)
+    tuned({"format": tiles.FORMAT, "entries": {key: {"tiles": dataclasses.asdict(SMALL)}}})
+    assert tiles.choose(request, RaggedPageConfig()) == SMALL
+    assert tiles.choose(request, RaggedPageConfig(num_warps=8)).decode == dataclasses.replace(SMALL.decode, warps=8)
+    # Another head_dim was not tuned.
+    other = request_for(head_dim=64)
+    assert tiles.choose(other, RaggedPageConfig()) == tiles.default_tiles(other, "NVIDIA H100 80GB HBM3", H100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        {"format": 0, "entries": {}},
+        {"format": 1},
+        {"format": 1, "entries": {"a": {"tiles": {"decode": {}}}}},
+        {"format": 1, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "programs": 0}}}},
+        {"format": 1, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "speed": 1}}}},
+    ],
+)
+def test_unusable_tuned_file_is_named_and_ignored(
+    content: Any, tuned: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned(content)
+    with caplog.at_level(logging.WARNING, logger="easydel_ragged_plugin"):
+        assert tiles.choose(request_for(), RaggedPageConfig()) == HOPPER
+    assert "easydel-ragged tune" in caplog.text
+    assert str(tiles.tuned_file()) in caplog.text
