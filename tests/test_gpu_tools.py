@@ -195,11 +195,11 @@ def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.Monkey
         tiles.read_tuned.cache_clear()
 
 
-# benchmarks/gpu.py
+# benchmarks/gpu
 
 
 def script(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "benchmarks" / "gpu.py"), *arguments]
+    command = [sys.executable, str(repository / "benchmarks" / "gpu"), *arguments]
     # As in `quick_to_compile`: a dry run interprets.
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)

@@ -1,6 +1,6 @@
 """Workloads on a GPU: their arrays, whether an answer is right, the least time they can take, and how long they take.
 
-Shared by ``tune`` and ``benchmarks/gpu.py``. Pages are made on the device, where a cache may be larger than the host's
+Shared by ``tune`` and ``benchmarks/gpu``. Pages are made on the device, where a cache may be larger than the host's
 memory would like, and answers are checked in samples, against the float64 oracle.
 """
 

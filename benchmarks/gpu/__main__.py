@@ -1,0 +1,104 @@
+"""Ragged page attention on a GPU: is the answer right, and what share of the card's limits is reached.
+
+    python benchmarks/gpu --json gpu.json --figure gpu.png
+
+Needs JAX for the GPU and this package; EasyDeL only for its own kernels, which are reported as missing without it.
+Every answer is compared with a float64 oracle, in samples, before it is timed. The limits are measured in the same
+run: copying 2 GiB, and a bfloat16 product of 8192 x 8192 matrices.
+
+Times are of many calls inside one compiled program (see ``easydel_ragged_plugin/cli/workload.py``): a call's output
+is the next call's query, and each call reads pages that the one before it has not touched. JAX gives no access to
+CUDA events; a program of 50 ms or more makes the cost of starting it small instead. Work that XLA can share between
+the calls of a program (the lists made from row lengths) is shared, as the layers of a model share it.
+
+``--dry-run`` walks the whole way on any machine, with short contexts in Pallas' interpreter. Its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from measure import limits, run_entry
+from report import draw, machine, ratio_to, show
+from rivals import OURS
+from table import TABLE, shortened
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Ragged page attention on a GPU: answers, times, limits.")
+    parser.add_argument("--case", action="append", help="a workload by name; repeat it for several (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; the median counts")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--figure", type=Path, help="draw them into this file (needs matplotlib)")
+    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="short contexts in Pallas' interpreter, on any machine: no times"
+    )
+    options = parser.parse_args(arguments)
+    names = [entry.case.name for entry in TABLE]
+    if options.list:
+        print("\n".join(names))
+        return 0
+    unknown = sorted(set(options.case or ()) - set(names))
+    if unknown:
+        print(f"--case: got {', '.join(unknown)}, wanted some of {', '.join(names)}.", file=sys.stderr)
+        return 2
+    dry = options.dry_run
+    backend = jax.default_backend()
+    if backend != "gpu" and not dry:
+        print(
+            f"This benchmark needs a GPU, and JAX's default backend is {backend!r}. Install JAX for it "
+            "(pip install 'jax[cuda12]'), or see the way it goes with --dry-run.",
+            file=sys.stderr,
+        )
+        return 2
+    if options.figure:
+        from easydel_ragged_plugin.cli import figure
+
+        figure.require()
+
+    report: dict[str, Any] = {"dry_run": dry, "machine": machine()}
+    first = limits(dry)
+    facts = report["machine"]
+    about = f"{facts['device']}, driver {facts['driver'] or 'unknown'}, JAX {facts['versions']['jax']}, {facts['date']}"
+    print(about)
+    if dry:
+        print("DRY RUN: short contexts, interpreted. Answers are checked; no time or rate in here means anything.")
+    else:
+        rates = f"{first.copy_bytes_per_s / 1e9:.0f} GB/s copied, {first.matmul_flops_per_s / 1e12:.0f} TFLOP/s"
+        print(f"limits: {rates} (bfloat16, 8192^3)")
+    results = []
+    for entry in TABLE:
+        if options.case and entry.case.name not in options.case:
+            continue
+        chosen = dataclasses.replace(entry, case=shortened(entry.case)) if dry else entry
+        results.append(run_entry(chosen, first, options.repeats, dry))
+        show(results[-1], dry)
+    report["limits"] = [dataclasses.asdict(each) for each in (first, limits(dry))]  # before and after
+    report["ratios"] = {
+        f"{name} {version}": ratio_to(results, name, version)
+        for name, version in (("unified_attention", "v2"), ("ejkernel", "v2"), ("ejkernel", "v3"), ("xla", "v2"))
+    }
+    report["results"] = results
+    wrong = [each["case"] for each in results if not any(t["kernel"] == OURS for t in each["timings"])]
+    if not dry:
+        for name, value in report["ratios"].items():
+            print(f"{name}: {'no figure' if value is None else f'{value:.2f} times our time, median'}")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.figure:
+        draw(report, options.figure)
+    if wrong:
+        print(f"pallas_gpu has no right answer for: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What the card gives, and how near each contestant comes to it. No answer is timed before it is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rivals import CONTESTANTS, OURS, Contestant
+from table import WIDER, Entry
+
+from easydel_ragged_plugin.cli import workload as workloads
+from easydel_ragged_plugin.cli.workload import Floor, Problem, Step
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.kernels import xla
+from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
+from easydel_ragged_plugin.rows import plausible_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+
+
+def rate(function: Callable[[Any], Any], start: jax.Array, trips: int, amount: float) -> float:
+    """Amount per second of ``function`` applied ``trips`` times in one program; the best of five."""
+    program = jax.jit(lambda value: jax.lax.fori_loop(0, trips, lambda _, carry: function(carry), value))
+    jax.block_until_ready(program(start))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(program(start))
+        seconds.append(time.perf_counter() - started)
+    return trips * amount / min(seconds)
+
+
+def limits(dry: bool) -> Limits:
+    """What the card gives: bytes copied (read and written), and bfloat16 operations, in a second."""
+    size = 1 << (16 if dry else 30)
+    copied = rate(lambda array: -array, jnp.ones(size, jnp.bfloat16), 20, 2 * 2 * size)
+    side = 64 if dry else 8192
+    # Columns of norm 1, so that products neither grow nor vanish: their numbers decide what power a card draws.
+    matrix = (jax.random.normal(jax.random.key(0), (side, side)) * side**-0.5).astype(jnp.bfloat16)
+    start = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
+    product = rate(lambda array: jnp.dot(array, matrix).astype(jnp.bfloat16), start, 20, 2.0 * side**3)
+    return Limits(copied, product)
+
+
+def update_step(problem: Problem, dry: bool) -> Step:
+    kernel = PallasGPU(interpret=dry)
+    sizes = tiles.choose(problem.request, RaggedPageConfig())
+
+    def step(operands: Any) -> Any:
+        rows = plausible_rows(problem.request, operands)
+        return operands.queries, kernel.update(problem.request, sizes, rows, operands)
+
+    return step
+
+
+def floors(entry: Entry, found: Limits) -> tuple[Floor, float]:
+    """(what the workload needs, seconds of its kinds of rows one after the other)."""
+    case = entry.case
+    if entry.update_only:
+        moved = 2 * 2 * case.num_tokens * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+        needed = Floor(moved, 0.0)
+        return needed, needed.seconds(*dataclasses.astuple(found))
+    kinds = [tuple(row for row in case.rows if (row.new == 1) == short) for short in (True, False)]
+    apart = [workloads.floor(case, rows).seconds(*dataclasses.astuple(found)) for rows in kinds if rows]
+    return workloads.floor(case), sum(apart)
+
+
+def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, dry: bool) -> dict[str, Any] | str:
+    """Figures of one contestant, or why there are none."""
+    case, platform = entry.case, jax.default_backend()
+    needed, apart = floors(entry, found)
+    problem = workloads.build(case, contestant.version, copies=2 if dry else None, platform=platform)
+    # Whatever another kernel raises is what this script is to report.
+    try:
+        if entry.update_only:
+            adapted, step = problem, update_step(problem, dry)
+        else:
+            prepared = contestant.prepare(problem, dry)
+            if isinstance(prepared, str):
+                return prepared
+            adapted, step = prepared
+        output, pages = jax.block_until_ready(jax.jit(step)(adapted.operands))
+        error, right = None, True
+        if entry.update_only:  # its pages, as an attention of another kernel sees them
+            answer, _ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
+            error, right = workloads.check(problem, answer, pages)
+        else:
+            error, right = workloads.check(problem, output, pages if adapted is problem else problem.operands.pages)
+        del output, pages
+        expected = 1.0 if dry else max(needed.seconds(*dataclasses.astuple(found)), 2e-6)
+        seconds, samples = workloads.seconds_per_call(adapted, step, expected_s=expected, repeats=repeats)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    share = needed.seconds(*dataclasses.astuple(found)) / seconds
+    return {
+        "kernel": contestant.name,
+        "version": contestant.version,
+        "us": 1e6 * seconds,
+        "share": share,
+        "error": error,
+        "right": right,
+        "met": None if dry or contestant.name != OURS else entry.met(seconds, share, apart),
+        "samples_us": [1e6 * each for each in samples],
+    }
+
+
+def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str, Any]:
+    timings, notes = [], []
+    for contestant in CONTESTANTS:
+        if entry.update_only and (contestant.name, contestant.version) != (OURS, "v3"):
+            continue
+        result = measure(entry, contestant, found, repeats, dry)
+        label = f"{contestant.name} {contestant.version}"
+        if isinstance(result, str):
+            notes.append(f"{label}: {result}")
+        elif not result["right"]:
+            notes.append(f"{label}: WRONG, off by up to {result['error']:.3g}; {result['us']:.1f} us do not count")
+        else:
+            timings.append(result)
+    wider = None
+    ours = next((each for each in timings if each["kernel"] == OURS), None)
+    if ours is not None and not entry.update_only:
+        case = dataclasses.replace(entry.case, pages_per_row=WIDER * entry.case.pages_per_row)
+        again = measure(dataclasses.replace(entry, case=case), CONTESTANTS[0], found, repeats, dry)
+        if isinstance(again, str):
+            notes.append(f"a table {WIDER} times as wide: {again}")
+        else:
+            wider = again["us"] / ours["us"]
+    needed, apart = floors(entry, found)
+    case = entry.case
+    return {
+        "case": case.name,
+        "geometry": f"{case.q_heads}/{case.kv_heads}/{case.head_dim}, pages of {case.page_size}",
+        "dtype": case.dtype,
+        "version": "v2",
+        "bound": "read" if needed.read_bytes / found.copy_bytes_per_s >= needed.flops / found.matmul_flops_per_s
+        else "gemm",
+        "limit_us": 1e6 * needed.seconds(*dataclasses.astuple(found)),
+        "sum_of_floors_us": 1e6 * apart,
+        "target": entry.target(),
+        "wider_table": wider,
+        "timings": timings,
+        "notes": notes,
+    }  # fmt: skip

@@ -1,0 +1,73 @@
+"""The workloads, and what is wanted of this package's kernel on each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from easydel_ragged_plugin.cli.workload import workload
+from easydel_ragged_plugin.testing.cases import Case, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A workload and what is wanted of this package's kernel on it.
+
+    ``share``: of the limit that binds, at least. ``us``: microseconds, at most. ``floors``: multiples of the least
+    time of its row kinds one after the other, at most.
+    """
+
+    case: Case
+    share: float | None = None
+    us: float | None = None
+    floors: float | None = None
+    update_only: bool = False
+
+    def target(self) -> str:
+        if self.share is not None:
+            return f">= {100 * self.share:.0f} %"
+        return f"<= {self.us:.0f} us" if self.us is not None else f"<= {self.floors} floors"
+
+    def met(self, seconds: float, share: float, sum_of_floors: float) -> bool:
+        if self.share is not None:
+            return share >= self.share
+        return 1e6 * seconds <= self.us if self.us is not None else seconds <= (self.floors or 0) * sum_of_floors
+
+
+def decodes(count: int, context: int) -> tuple[Row, ...]:
+    return (Row(context, 1),) * count
+
+
+def heads(q_heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    return {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+
+
+K = 1024
+GQA = heads(32, 8, 128)
+OSS = {**heads(64, 8, 64), "sinks": "heads"}
+TABLE = (
+    Entry(workload("decode-64x2k", decodes(64, 2 * K), **GQA), share=0.80),
+    Entry(workload("decode-16x4k-mha", decodes(16, 4 * K), **heads(32, 32, 128)), share=0.80),
+    Entry(workload("decode-64x8k-mqa", decodes(64, 8 * K), **heads(8, 1, 128)), share=0.80),
+    Entry(workload("decode-32x4k-d256", decodes(32, 4 * K), **heads(8, 4, 256)), share=0.80),
+    Entry(workload("decode-1x128k", decodes(1, 128 * K), **GQA), share=0.70),
+    Entry(workload("decode-64k-and-31x1k", decodes(1, 64 * K) + decodes(31, K), **GQA), share=0.70),
+    Entry(workload("decode-1x8k", decodes(1, 8 * K), **GQA), us=20),
+    Entry(workload("decode-64x8k-sinks", decodes(64, 8 * K), **OSS), share=0.75),
+    Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), sliding_window=128, **OSS), us=15),
+    Entry(workload("prefill-8k", (Row(8 * K, 8 * K),), **GQA), share=0.36),
+    Entry(workload("chunk-2k-on-32k", (Row(34 * K, 2 * K),), **GQA), share=0.36),
+    Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K, K)), **GQA), floors=1.3),
+    Entry(workload("update-8k", (Row(8 * K, 8 * K),), **GQA), floors=2.0, update_only=True),
+)
+WIDER = 8
+MOST_WIDER = 1.05
+"""The same work with a block table ``WIDER`` times as wide may take this much longer."""
+
+
+def shortened(case: Case) -> Case:
+    """A workload of the same kind that an interpreter can do: tens of tokens, and a row or two of each kind."""
+    rows = [Row(max(2, row.context // 256), max(1, row.new // 256)) for row in case.rows]
+    rows = rows[:1] + (rows[-1:] if len(rows) > 1 else [])
+    lanes = {"head_dim": min(case.head_dim, 64), "q_heads": min(case.q_heads, 4), "kv_heads": min(case.kv_heads, 2)}
+    window = None if case.sliding_window is None else 20
+    return workload(case.name, tuple(rows), **lanes, page_size=16, sliding_window=window, sinks=case.sinks)
