@@ -73,7 +73,7 @@ def candidates(part: Part, problem: Problem, small: bool) -> Iterator[Any]:
     waves = (4,) if small or part == "prefill" else (2, 4, 8)
     for sizes in itertools.product(rows, keys, warps, stages, waves):
         tile = tiles.Tile(*sizes[:4])
-        if tile.shared_bytes(request) > card.shared_bytes or tile.registers(request) > tiles.MOST_REGISTERS:
+        if not tile.fits(request, card):
             continue
         changes: dict[str, Any] = {part: tile}
         if part == "decode":

@@ -343,7 +343,7 @@ def attend_prefill(
     call = launch(
         kernel,
         (request.num_kv_heads, work.shape[0]),
-        (tile.warps, tile.stages),
+        (tile.warps, tile.num_stages),
         interpret,
         shape,
         {len(operands) - 1: 0},
@@ -374,7 +374,7 @@ def attend_decode(
     call = launch(
         functools.partial(ragged_decode, request, tile),
         (request.num_kv_heads, work.parts.shape[0]),
-        (tile.warps, tile.stages),
+        (tile.warps, tile.num_stages),
         interpret,
         (shape, statistics, statistics, partial),
         {len(operands) - 1: 0},

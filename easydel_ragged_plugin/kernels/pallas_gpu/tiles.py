@@ -4,17 +4,26 @@ The tables below are derived, not measured: no figure in them has been tuned on 
 measures candidates on a machine's own card and keeps the winners in the user's cache directory. What they are
 derived from:
 
-* A program of the decode kernel reads ``keys`` tokens of one kv head in a step, and ``stages - 1`` steps are on their
-  way while one is computed. By Little's law a chip needs about bandwidth x latency in flight: 3.35 TB/s x 0.7 us
-  = 2.3 MB on an H100, 18 KB for each of its 132 multiprocessors. 64 tokens of head_dim 128 in bfloat16 are 32 KB of
-  keys and values, so two stages reach it with one program, and two or three programs fit beside one another.
+* A program of the decode kernel reads ``keys`` tokens of one kv head in a step, and copies of ``stages - 1`` steps
+  are on their way. Triton starts the copy that takes a buffer's place after the last product that reads the buffer:
+  with two stages a program waits for each step, with three it computes one while another comes. By Little's law a
+  chip needs about bandwidth x latency in flight: 3.35 TB/s x 0.7 us = 2.3 MB on an H100, 18 KB for each of its 132
+  multiprocessors. 64 tokens of head_dim 128 in bfloat16 are 32 KB of keys and values, so one step suffices, and three
+  programs of three stages fit beside one another. Other cards have less bandwidth for a multiprocessor, and less
+  shared memory: smaller steps.
 * Its products have few rows: the query heads of a group. 16 is the least that a tensor core multiplies.
 * A part of a split context is 256 tokens at least: its partial result is float32, and must be small beside the keys
   and values that it stands for.
 * The prefill kernel is bound by arithmetic. 128 rows are two warpgroups of 64, which is what Hopper's products
   want; the accumulator of 128 x 128 float32 over 8 warps takes 64 of the 255 registers of a thread, the logits of
-  128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the rows are halved.
-* float32 is multiplied without tensor cores, from registers: smaller tiles.
+  128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the rows are halved. One such program fills the
+  registers of a multiprocessor, so it needs three stages: no other one computes while it waits.
+* float32 is multiplied without tensor cores. A thread keeps whole rows of both operands for that: small tiles, and
+  many warps.
+
+``tests/test_gpu_compile.py`` compiles them for cards of each kind, where NVIDIA's compilers are installed, and holds
+them against what the compilers made of them: shared memory as :meth:`Tile.shared_bytes` says, and no register spilled
+to memory.
 """
 
 from __future__ import annotations
@@ -42,8 +51,15 @@ LEAST_ROWS = 16
 MOST_ROWS = 128
 MOST_KEYS = 256
 MOST_WARPS = 16
-MOST_REGISTERS = 160
-"""Of the 255 that a thread can have, for the accumulator and the logits: addresses and operands take the others."""
+LEAST_WARPGROUP_ROWS = 64
+"""Rows from which on Hopper and Blackwell multiply in groups of four warps, with operands in shared memory."""
+
+MOST_REGISTERS = {"shared": 160, "registers": 96, "float32": 16}
+"""Of the 255 that a thread can have, for the accumulator and the logits, by where the products take their operands
+from. Those and addresses take the others; for float32 a thread has whole rows of both operands."""
+
+SCRATCH_BYTES = 1 * KIB
+"""For reductions between warps, and barriers."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs of the decode kernel that a batch is split into at least: two fit at a time, and the second wave evens
@@ -62,11 +78,13 @@ class Card:
 CARDS = {
     "H100": Card(132, 227 * KIB, (9, 0)),
     "H200": Card(132, 227 * KIB, (9, 0)),
+    "B200": Card(148, 227 * KIB, (10, 0)),
     "A100": Card(108, 163 * KIB, (8, 0)),
+    "L4": Card(58, 99 * KIB, (8, 9)),
     "MI300": Card(304, 64 * KIB),
 }
-"""By a part of the device's name. NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability"; AMD: the 64 KiB of LDS of a compute unit."""
+"""By a part of the device's name, for what the device does not tell itself. NVIDIA: CUDA C++ Programming Guide,
+"Technical Specifications per Compute Capability"; AMD: the 64 KiB of LDS of a compute unit."""
 
 ANY_CARD = Card(108, 99 * KIB)
 """What every card of compute capability 8.0 and above has: consumer cards have the least shared memory."""
@@ -98,21 +116,42 @@ class Tile:
         if not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages: got {self.stages!r}, wanted an int of at least 1.")
 
-    def shared_bytes(self, request: AttentionRequest) -> int:
-        """Shared memory of one program, an upper bound.
+    @property
+    def num_stages(self) -> int:
+        """Triton's word for ``stages``. Keys and values are found through a page id, which is loaded, too, and Triton
+        shares its stages out among the loads of such a chain: each further step in flight takes two of them. (The
+        compiled kernels have ``stages - 1`` buffers for keys and values; at 2 and 4 they would have those of 3.)"""
+        return 2 * self.stages - 1
 
-        Keys and values of every step in flight; of one step again, where they are converted; the queries; and the
-        weights on their way from the first product's layout to the second's.
+    def operands_from(self, request: AttentionRequest, found: Card) -> str:
+        """Where the products take their operands from, a key of :data:`MOST_REGISTERS`."""
+        if request.compute_dtype.itemsize > 2:
+            return "float32"
+        groups = self.rows >= LEAST_WARPGROUP_ROWS and (found.capability is None or found.capability >= (9, 0))
+        return "shared" if groups else "registers"
+
+    def shared_bytes(self, request: AttentionRequest, found: Card) -> int:
+        """Shared memory of one program, an upper bound that the compiled kernels come close to.
+
+        Steps on their way, each with its page ids; the step that is computed, where it does not lie there already in
+        the form that the products take; the queries; and the weights on their way from the first product's layout to
+        the second's. When all is computed, the float32 result lies there for its way to the output.
         """
-        lanes = power_of_two(request.head_dim)
-        operand = request.compute_dtype.itemsize
-        converted = 2 * self.keys * lanes * operand if request.cache_dtype != request.compute_dtype else 0
-        in_flight = self.stages * 2 * self.keys * lanes * request.cache_dtype.itemsize
-        return in_flight + converted + self.rows * (lanes + self.keys) * operand
+        lanes, operand = power_of_two(request.head_dim), request.compute_dtype.itemsize
+        coming = (self.stages - 1) * self.keys * (2 * lanes * request.cache_dtype.itemsize + 4)
+        computed = 2 * self.keys * lanes * operand
+        apart = self.operands_from(request, found) == "shared" or is_converted_to_float32(request)
+        steps = coming + computed if apart else max(coming, computed)
+        return max(steps + self.rows * (lanes + self.keys) * operand, 4 * self.rows * lanes) + SCRATCH_BYTES
 
     def registers(self, request: AttentionRequest) -> int:
         """Registers of a thread that hold the accumulator and the logits, in float32."""
         return self.rows * (power_of_two(request.head_dim) + self.keys) // (32 * self.warps)
+
+    def fits(self, request: AttentionRequest, found: Card) -> bool:
+        """Whether a card has the shared memory and a thread the registers."""
+        most = MOST_REGISTERS[self.operands_from(request, found)]
+        return self.shared_bytes(request, found) <= found.shared_bytes and self.registers(request) <= most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,50 +185,55 @@ class Tiles:
         return max(1, self.split_tokens // self.decode.keys)
 
 
+def is_converted_to_float32(request: AttentionRequest) -> bool:
+    """Whether pages of a smaller dtype are converted before float32 products."""
+    return request.compute_dtype.itemsize > 2 and request.cache_dtype != request.compute_dtype
+
+
 def power_of_two(value: int) -> int:
     """The least power of two that is no less than ``value``, and at least 16."""
     return max(LEAST_ROWS, 1 << (value - 1).bit_length())
 
 
 # Keyed by the lanes of a head (head_dim rounded up to a power of two), then by whether operands are float32.
-_HOPPER = {
-    (64, False): (Tile(16, 128, 4, 3), Tile(128, 64, 4, 3)),
-    (128, False): (Tile(16, 64, 4, 3), Tile(128, 64, 8, 2)),
+_LARGE = {
+    (64, False): (Tile(16, 128, 4, 3), Tile(128, 64, 8, 3)),
+    (128, False): (Tile(16, 64, 4, 3), Tile(128, 64, 8, 3)),
     (256, False): (Tile(16, 32, 4, 3), Tile(64, 64, 8, 2)),
-    (64, True): (Tile(16, 64, 4, 2), Tile(32, 32, 4, 2)),
-    (128, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (256, True): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
+    (64, True): (Tile(16, 32, 4, 2), Tile(32, 32, 8, 2)),
+    (128, True): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    (256, True): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
-_ANY = {
+_OTHERS = {
+    **_LARGE,
     (64, False): (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3)),
-    (128, False): (Tile(16, 64, 4, 2), Tile(64, 32, 4, 3)),
+    (128, False): (Tile(16, 32, 4, 3), Tile(64, 32, 4, 3)),
     (256, False): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
-    (64, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (128, True): (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (256, True): (Tile(16, 16, 4, 2), Tile(32, 16, 8, 2)),
 }
-TABLES = {"H100": _HOPPER, "H200": _HOPPER}
-"""By the names of :data:`CARDS`; all other cards take ``_ANY``."""
+LARGE_BYTES = 227 * KIB
+"""Cards with this much shared memory take the first table: Hopper's, and Blackwell's for data centres."""
 
 
 @functools.cache
 def card() -> tuple[str, Card]:
     """(name, card) of this process's GPU; an empty name where JAX's default backend is none."""
-    if jax.default_backend() != "gpu":
-        return "", ANY_CARD
-    device = jax.local_devices()[0]
+    return card_of(jax.local_devices()[0]) if jax.default_backend() == "gpu" else ("", ANY_CARD)
+
+
+def card_of(device: Any) -> tuple[str, Card]:
+    """(name, card) of a JAX device: what it says of itself, then what is known by its name."""
     known = next((found for name, found in CARDS.items() if name in device.device_kind), ANY_CARD)
-    capability = getattr(device, "compute_capability", None)
-    major, _, minor = str(capability).partition(".")
+    major, _, minor = str(getattr(device, "compute_capability", None)).partition(".")
     # ROCm gives a name such as gfx942 there.
-    numbers = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
     multiprocessors = getattr(device, "core_count", None) or known.multiprocessors
-    return device.device_kind, dataclasses.replace(known, multiprocessors=multiprocessors, capability=numbers)
+    shared_bytes = getattr(device, "shared_memory_per_block_optin", None) or known.shared_bytes
+    return device.device_kind, Card(multiprocessors, shared_bytes, capability)
 
 
-def default_tiles(request: AttentionRequest, name: str, found: Card) -> Tiles:
+def default_tiles(request: AttentionRequest, found: Card) -> Tiles:
     """The table's tiles, made to fit: a group of heads in the rows, and everything in the card's shared memory."""
-    table = next((table for part, table in TABLES.items() if part in name), _ANY)
+    table = _LARGE if found.shared_bytes >= LARGE_BYTES else _OTHERS
     lanes = max(64, power_of_two(request.head_dim))
     decode, prefill = table[lanes, request.compute_dtype.itemsize > 2]
     group = power_of_two(request.group_size)
@@ -201,9 +245,15 @@ def default_tiles(request: AttentionRequest, name: str, found: Card) -> Tiles:
 def _fit(tile: Tile, request: AttentionRequest, found: Card) -> Tile:
     """The tile with more warps until a thread has the registers; with fewer stages, then keys, then rows until the
     card has the shared memory. The smallest one may still not fit: see :func:`too_large`."""
-    while tile.registers(request) > MOST_REGISTERS and tile.warps < MOST_WARPS:
+    if is_converted_to_float32(request):
+        # What is on its way would be converted in registers that the products need.
+        tile = dataclasses.replace(tile, stages=1)
+    elif request.cache_dtype.itemsize > request.compute_dtype.itemsize:
+        # As many bytes in a step as the table means.
+        tile = dataclasses.replace(tile, keys=max(LEAST_ROWS, tile.keys // 2))
+    while tile.registers(request) > MOST_REGISTERS[tile.operands_from(request, found)] and tile.warps < MOST_WARPS:
         tile = dataclasses.replace(tile, warps=2 * tile.warps)
-    while tile.shared_bytes(request) > found.shared_bytes:
+    while tile.shared_bytes(request, found) > found.shared_bytes:
         if tile.stages > 1:
             tile = dataclasses.replace(tile, stages=tile.stages - 1)
         elif tile.keys > LEAST_ROWS:
@@ -217,9 +267,9 @@ def _fit(tile: Tile, request: AttentionRequest, found: Card) -> Tile:
 
 def too_large(request: AttentionRequest) -> str | None:
     """Why even the smallest tiles do not fit this card, or None."""
-    name, found = card()
-    sizes = default_tiles(request, name, found)
-    needed = max(tile.shared_bytes(request) for tile in (sizes.decode, sizes.prefill))
+    _, found = card()
+    sizes = default_tiles(request, found)
+    needed = max(tile.shared_bytes(request, found) for tile in (sizes.decode, sizes.prefill))
     if needed <= found.shared_bytes:
         return None
     return (
@@ -236,7 +286,7 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
         Unsupported: sizes that the config asks for do not fit the card.
     """
     name, found = card()
-    tiles = (read_tuned().get(tuned_key(name, request)) if name else None) or default_tiles(request, name, found)
+    tiles = (read_tuned().get(tuned_key(name, request)) if name else None) or default_tiles(request, found)
     changes: dict[str, Any] = {}
     if config.num_kv_pages_per_block is not None:
         wanted = power_of_two(config.num_kv_pages_per_block * request.page_size)
@@ -250,7 +300,7 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
         wanted = power_of_two(config.num_queries_per_block * request.group_size)
         prefill = dataclasses.replace(prefill, rows=max(min(wanted, MOST_ROWS), power_of_two(request.group_size)))
     for kernel, tile in (("decode", decode), ("prefill", prefill)):
-        needed = tile.shared_bytes(request)
+        needed = tile.shared_bytes(request, found)
         if needed > found.shared_bytes:
             raise Unsupported(
                 f"pallas_gpu: {kernel} tiles of {tile.rows} rows, {tile.keys} keys and {tile.stages} stages take "
