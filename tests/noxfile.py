@@ -192,6 +192,15 @@ def alone(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """The GPU kernels through NVIDIA's compilers, for cards that are described: no GPU, no driver. 2.4 GB to download."""
+    install(session, "test", "jax[cuda12]")
+    session.chdir(TESTS)
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "", "EASYDEL_RAGGED_TEST_GPU_COMPILER": "require"}
+    session.run("pytest", "test_gpu_compile.py", *session.posargs, env=environment)
+
+
+@nox.session
 @nox.parametrize("version", HOSTS, ids=HOSTS)
 def host(session: nox.Session, version: str) -> None:
     """Everything, on one version of EasyDeL."""

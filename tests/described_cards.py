@@ -1,0 +1,188 @@
+"""Compiling for a GPU that is described and not there: what XLA, Triton and ptxas make of a call.
+
+JAX's CUDA plugin holds the whole compiler. Given a description of a card it compiles without one, without a driver
+even, up to the machine code. What a kernel takes is read where the compilers leave it: shared memory in XLA's file of
+compiled kernels, registers in what ptxas says of the same PTX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+# The plugin compares the versions of NVIDIA's libraries with those of the driver, which is not here.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+KIB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A card as XLA describes it (``GpuTargetConfigProto``). Rates only steer XLA's own fusions."""
+
+    kind: str
+    architecture: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    memory_bytes: int
+    bytes_per_s: int
+    l2_bytes: int
+
+    def text(self) -> str:
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+              shared_memory_per_block: {48 * KIB}  shared_memory_per_block_optin: {self.shared_bytes}
+              shared_memory_per_core: {self.shared_bytes + KIB}
+              core_count: {self.multiprocessors}  fpus_per_core: 128  clock_rate_ghz: 1.8
+              block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+              memory_bandwidth: {self.bytes_per_s}  l2_cache_size: {self.l2_bytes}
+              device_memory_size: {self.memory_bytes}
+              cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
+              registers_per_core_limit: 65536  registers_per_block_limit: 65536
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 7 }}
+            runtime_version {{ major: 12 minor: 9 patch: 0 }}
+            device_description_str: "{self.kind}"
+        """
+
+
+G = 10**9
+CARDS = {
+    "H100": Description("NVIDIA H100 80GB HBM3", "sm_90a", (9, 0), 132, 227 * KIB, 80 * G, 3352 * G, 52_428_800),
+    "A100": Description("NVIDIA A100-SXM4-80GB", "sm_80", (8, 0), 108, 163 * KIB, 80 * G, 2039 * G, 41_943_040),
+    "B200": Description("NVIDIA B200", "sm_100a", (10, 0), 148, 227 * KIB, 180 * G, 8000 * G, 132_644_864),
+    "L4": Description("NVIDIA L4", "sm_89", (8, 9), 58, 99 * KIB, 24 * G, 300 * G, 50_331_648),
+}
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not any(found for folder in folders for found in Path(folder).glob("xla_cuda*")):
+        return "JAX's CUDA plugin is not installed; nox -s gpu has it, or: pip install 'jax[cuda12]'"
+    if ptxas() is None:
+        return "there is no ptxas beside JAX's CUDA plugin"
+    return None
+
+
+@functools.cache
+def ptxas() -> Path | None:
+    """NVIDIA's assembler, from the package that the plugin brings with it."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((found for folder in folders for found in sorted(Path(folder).glob("*/bin/ptxas"))), None)
+
+
+@functools.cache
+def device(card: str) -> Any:
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="described", target_config=CARDS[card].text(), topology="1x1x1"
+    ).devices[0]
+
+
+def on(card: str) -> NamedSharding:
+    """Where arguments lie that a function is to be compiled for ``card`` with."""
+    return NamedSharding(jax.sharding.Mesh([device(card)], ("x",)), PartitionSpec())
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel of a compiled program. ``spilled_bytes`` of each thread, ``shared_bytes`` of each program."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    threads: int
+    ptx: str
+
+    @property
+    def tensor_core_products(self) -> int:
+        return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
+
+    @property
+    def asynchronous_copies(self) -> int:
+        return len(re.findall(r"\bcp\.async\.c[ag]\b", self.ptx))
+
+
+def compile_for(card: str, lowered: Any) -> tuple[Any, dict[str, Kernel]]:
+    """The compiled program, and those of its kernels that are this package's."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder, "kernels.pb")
+        compiled = lowered.compile(
+            {
+                "xla_dump_to": folder,
+                # Each kernel by itself, and noted in a file with the shared memory that it is started with.
+                "xla_gpu_enable_llvm_module_compilation_parallelism": True,
+                "xla_gpu_kernel_cache_file": str(cache),
+            }
+        )
+        shared = dict(_shared_bytes(cache.read_bytes()))
+        kernels = {}
+        for file in sorted(Path(folder).glob("*.ptx")):
+            bodies = dict(
+                re.findall(r"(?s)\.visible \.entry (ragged_\w+)\((.*?)(?=\.visible \.entry|\Z)", file.read_text())
+            )
+            taken = _assemble(file, CARDS[card].architecture) if bodies else {}
+            for name, body in bodies.items():
+                threads = re.search(r"\.reqntid (\d+)", body)
+                assert threads is not None
+                kernels[name] = Kernel(*taken[name], shared[name], int(threads[1]), body)
+    return compiled, kernels
+
+
+def _assemble(file: Path, architecture: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes spilled) of each kernel, as ptxas says."""
+    command = [str(ptxas()), "--verbose", f"--gpu-name={architecture}", "--output-file=/dev/null", str(file)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    pattern = r"(?s)entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    return {
+        name: (int(registers), max(int(stored), int(loaded)))
+        for name, stored, loaded, registers in re.findall(pattern, said.stderr)
+    }
+
+
+def _shared_bytes(content: bytes) -> Iterator[tuple[str, int]]:
+    """(kernel, bytes) of XLA's ``CompilationCacheProto``: a map of names to entries, whose field 4 is that number."""
+    for _, entry in _fields(content):
+        pair = dict(_fields(entry))
+        yield pair[1].decode(), dict(_fields(pair[2])).get(4, 0)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of a protocol buffer's fields; all of these are varints or byte strings."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        key = varint()
+        value: Any = varint()
+        if key & 7 == 2:
+            value, position = message[position : position + value], position + value
+        yield key >> 3, value
