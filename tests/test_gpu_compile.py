@@ -135,7 +135,9 @@ def build(
         output = function(*arrays, **options)
         return (output, arrays[1]) if version == "v2" else output
 
-    compiled, kernels = compile_for(card, jax.jit(call, donate_argnums=donated).trace(*arguments).lower())
+    with jax.set_mesh(on(card).mesh):  # where JAX looks, from 0.11 on, for the GPU that it lowers for
+        lowered = jax.jit(call, donate_argnums=donated).trace(*arguments).lower()
+    compiled, kernels = compile_for(card, lowered)
     sizes = tiles.choose(selection.request, selection.config)
     return Program(compiled, kernels, selection.request, found, sizes, int(np.prod(stored.shape)) * cache.itemsize)
 

@@ -6,19 +6,17 @@ So this finds what Pallas or Triton can't express; it does not find what a compi
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from described_cards import described_gpu
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
 
@@ -44,18 +42,6 @@ KERNELS = {
     "v2": ["ragged_decode", "ragged_merge", "ragged_prefill"],
     "v3": ["ragged_update", "ragged_decode", "ragged_merge", "ragged_prefill"],
 }
-
-
-@contextlib.contextmanager
-def described_gpu(kind: str = "NVIDIA H100 80GB HBM3") -> Iterator[None]:
-    """From JAX 0.11 on lowering asks which GPU it is for; before, it does not."""
-    from jax._src.mesh import AbstractDevice  # JAX has no public name for a device that is described, not there
-
-    fields: dict[str, Any] = {"device_kind": kind, "num_cores": 132, "platform": "gpu"}
-    known = {field.name for field in dataclasses.fields(AbstractDevice)}
-    device = AbstractDevice(**{name: value for name, value in fields.items() if name in known})
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        yield
 
 
 def lower(

@@ -33,9 +33,13 @@ class Contestant:
 
 def of_kernel(kernel: Any, config: RaggedPageConfig) -> Callable[[Problem, bool], tuple[Problem, Step] | str]:
     def prepare(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
-        chosen = PallasGPU(interpret=True) if dry and isinstance(kernel, PallasGPU) else kernel
+        chosen, how = kernel, config
+        if dry and isinstance(kernel, PallasGPU):
+            chosen = PallasGPU(interpret=True)
+        elif dry and config.platform == "triton":  # there is no interpreter for these: what the host has for a CPU
+            how = dataclasses.replace(config, platform="xla")
         refusal = chosen.refuses(problem.request)
-        return refusal or (problem, lambda operands: chosen.forward(problem.request, config, operands))
+        return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands))
 
     return prepare
 
