@@ -17,6 +17,18 @@ from table import MOST_WIDER, WIDER
 
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 
+KERNELS = {
+    "pallas_gpu v2": ("this package, v2", "#0f766e"),
+    "pallas_gpu v3": ("this package, v3", "#3aa99f"),
+    "xla v2": ("this package, XLA", "#b5ded9"),
+    "unified_attention v2": ("EasyDeL unified_attention", "#c9742b"),
+    "ejkernel v2": ("ejkernel, v2", "#e0a871"),
+    "ejkernel v3": ("ejkernel, v3", "#f0d2b4"),
+    "jax paged_attention v2": ("JAX paged_attention", "#4f5d95"),
+    "cudnn v2": ("cuDNN, dense", "#8c6bb1"),
+}
+"""Label and colour of each contestant in the picture."""
+
 VERSIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel")
 
 
@@ -85,7 +97,18 @@ def draw(report: dict[str, Any], file: Path) -> None:
     if report["dry_run"]:
         subtitle = "DRY RUN in an interpreter: these bars mean nothing\n" + versions
     results = [
-        {**each, "timings": [{**t, "kernel": f"{t['kernel']} {t['version']}"} for t in each["timings"]]}
+        {
+            **each,
+            "version": "v2 and v3",
+            "timings": [{**t, "kernel": f"{t['kernel']} {t['version']}"} for t in each["timings"]],
+        }
         for each in report["results"]
     ]
-    figure.draw({"results": results, "subtitle": subtitle, "limit_names": {"read": "copy", "gemm": "matmul"}}, file)
+    about = {
+        "results": results,
+        "subtitle": subtitle,
+        "limit_names": {"read": "copy", "gemm": "matmul"},
+        "kernels": KERNELS,
+        "dry_run": report["dry_run"],
+    }
+    figure.draw(about, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ LONGEST = 1.25
 """Longer bars are cut, with an arrow: a bfloat16 product can be several times as fast as the float32 one."""
 
 DPI = 160
-WIDTH = 10.0
-"""Inches."""
+WIDTH, FOOTER, BAR = 10.0, 0.6, 0.2
+"""Inches: of the picture, below the axes, of a bar."""
+GAP = 1.2
+"""Between workloads, in bars."""
 
 
 class MissingMatplotlib(Exception):
@@ -42,6 +45,16 @@ def require() -> None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _kernels(report: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """(label, colour) of each kernel that has a bar, in the order of the legend."""
+    names = dict.fromkeys(timing["kernel"] for each in results for timing in each["timings"])
+    if "kernels" in report:
+        return {name: known for name, known in report["kernels"].items() if name in names}
+    order = sorted(names, key=lambda name: (name == "ejkernel", list(LABELS).index(name) if name in LABELS else -1))
+    others = itertools.cycle(OTHER_COLOURS)
+    return {name: (LABELS.get(name, name), COLOURS.get(name) or next(others)) for name in order}
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
@@ -64,7 +77,8 @@ def _subtitle(report: Mapping[str, Any]) -> str:
 def draw(report: Mapping[str, Any], file: Path) -> None:
     """Write the picture of ``report`` (the content of ``bench --json``) to ``file``.
 
-    A report of other origin has a ``subtitle`` of its own, and ``limit_names``.
+    A report of other origin has a ``subtitle`` of its own, ``limit_names``, and ``kernels``: (label, colour) by name,
+    in the order of the legend. ``dry_run`` writes across the picture that its figures mean nothing.
 
     Raises:
         MissingMatplotlib: there is none.
@@ -78,31 +92,28 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     if not results:
         raise ValueError("figure: got no workload with a limit, wanted one at least; 'tiny' and 'engine' have none.")
     limit_names = report.get("limit_names", LIMITS)
-    kernels = list(dict.fromkeys(timing["kernel"] for each in results for timing in each["timings"]))
-    kernels.sort(key=lambda name: (name == "ejkernel", list(LABELS).index(name) if name in LABELS else -1))
-    bar = 0.8 / len(kernels)
-    height = 1.75 + len(results) * (0.2 + 0.19 * len(kernels))
+    kernels = _kernels(report, results)
+    starts, rows = [], 0.0  # the first bar of each workload, counted in bars
+    for each in results:
+        starts.append(rows)
+        rows += len(each["timings"]) + GAP
+    columns = min(4, len(kernels))
+    header = 1.15 + 0.2 * (-(-len(kernels) // columns) - 1)
+    height = header + BAR * rows + FOOTER
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.265, 0.6 / height, 0.70, (height - 1.75) / height))
-    others = iter(OTHER_COLOURS * len(kernels))
+    axes = figure.add_axes((0.265, FOOTER / height, 0.70, BAR * rows / height))
     top = 1.0
-    for place, kernel in enumerate(kernels):
+    for place, (kernel, (label, colour)) in enumerate(kernels.items()):
         shares, positions = [], []
-        for row, each in enumerate(results):
+        for start, each in zip(starts, results, strict=True):
+            order = sorted((timing["kernel"] for timing in each["timings"]), key=list(kernels).index)
             found = [timing["share"] for timing in each["timings"] if timing["kernel"] == kernel]
             if found:
                 shares.append(found[0])
-                positions.append(row + (place - (len(kernels) - 1) / 2) * bar)
-        colour = COLOURS.get(kernel) or next(others)
-        axes.barh(
-            positions,
-            [min(share, LONGEST) for share in shares],
-            0.9 * bar,
-            color=colour,
-            label=LABELS.get(kernel, kernel),
-            zorder=2,
-        )
+                positions.append(start + order.index(kernel))
+        bars = [min(share, LONGEST) for share in shares]
+        axes.barh(positions, bars, 0.86, color=colour, label=label, zorder=2)
         for share, position in zip(shares, positions, strict=True):
             cut = share > LONGEST
             axes.annotate(
@@ -119,12 +130,13 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
                 bbox={"facecolor": colour if cut else "white", "edgecolor": "none", "pad": 0.8},
                 zorder=3,
             )
-        top = max([top, *(min(share, LONGEST) for share in shares)])
+        top = max([top, *bars])
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlim(0, 1.09 * top)
-    axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_yticks(range(len(results)), [f"{name}\n" for name in _row_labels(results)])
-    for row, each in enumerate(results):
+    axes.set_ylim(rows - GAP / 2 - 0.5, -GAP / 2 - 0.5)
+    middles = [start + (len(each["timings"]) - 1) / 2 for start, each in zip(starts, results, strict=True)]
+    axes.set_yticks(middles, [f"{name}\n" for name in _row_labels(results)])
+    for row, each in zip(middles, results, strict=True):
         axes.annotate(
             f"limit: {limit_names[each['bound']]}",
             (0, row),
@@ -152,13 +164,18 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
         0.02, 1 - 0.32 / height, f"{title}: how close to the machine's limit", fontsize=14, weight="bold", color=INK
     )
     figure.text(0.02, 1 - 0.45 / height, _subtitle(report), fontsize=8.5, color=FAINT, va="top", linespacing=1.45)
+    if report.get("dry_run"):
+        axes.text(
+            0.5, 0.5, "dry run: these bars mean nothing", transform=axes.transAxes, rotation=30, fontsize=26,
+            ha="center", va="center", color="#b42318", alpha=0.22, weight="bold", zorder=4,
+        )  # fmt: skip
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="upper left",
         bbox_to_anchor=(0.012, 1 - 0.82 / height),
-        ncols=len(kernels),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         labelcolor=INK,
