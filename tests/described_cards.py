@@ -88,12 +88,12 @@ def missing() -> str | None:
     spec = importlib.util.find_spec("jax_plugins")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not any(found for folder in folders for found in Path(folder).glob("xla_cuda*")):
-        return "JAX's CUDA plugin is not installed; nox -s gpu has it, or: pip install 'jax[cuda12]'"
+        return "JAX's CUDA plugin is not installed; pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
     if not (0, 9) <= jax.__version_info__ < (0, 11):
         # 0.8 can't hold a program for a device that is not there; from 0.11 on the dump holds no PTX.
         return f"the compilers' findings are read as JAX 0.9 and 0.10 leave them, this is {jax.__version__}"
     if ptxas() is None:
-        return "there is no ptxas beside JAX's CUDA plugin"
+        return "there is no ptxas beside JAX's CUDA plugin; pip install nvidia-cuda-nvcc-cu12"
     return None
 
 

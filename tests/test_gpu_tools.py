@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -214,8 +215,11 @@ def test_benchmark_without_a_gpu_says_so(repository: Path) -> None:
 def test_dry_run_of_the_benchmark(repository: Path, tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     cases = [part for name in ("decode-1x8k", "update-8k") for part in ("--case", name)]
-    result = script(repository, "--dry-run", "--repeats", "1", "--json", str(file), *cases)
+    picture = tmp_path / "gpu.png"
+    figure = ["--figure", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    result = script(repository, "--dry-run", "--repeats", "1", "--json", str(file), *figure, *cases)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert picture.exists() == bool(figure)
     assert "no time or rate in here means anything" in result.stdout
     assert " us" not in result.stdout
     report = json.loads(file.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--case: got {', '.join(unknown)}, wanted some of {', '.join(names)}.", file=sys.stderr)
         return 2
     dry = options.dry_run
+    if dry:  # an interpreted kernel is a large program that runs once; JAX has not looked at this variable yet
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     backend = jax.default_backend()
     if backend != "gpu" and not dry:
         print(

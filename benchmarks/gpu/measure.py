@@ -127,7 +127,7 @@ def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str,
             timings.append(result)
     wider = None
     ours = next((each for each in timings if each["kernel"] == OURS), None)
-    if ours is not None and not entry.update_only:
+    if ours is not None and not entry.update_only and not dry:
         case = dataclasses.replace(entry.case, pages_per_row=WIDER * entry.case.pages_per_row)
         again = measure(dataclasses.replace(entry, case=case), CONTESTANTS[0], found, repeats, dry)
         if isinstance(again, str):
