@@ -164,7 +164,9 @@ def native(session: nox.Session) -> None:
         instrumented = ("-DRAGGED_FUZZ=ON", "-DRAGGED_SANITIZE=address,fuzzer-no-link", "-DRAGGED_LEVELS=avx2;amx_bf16")
         fuzzer = build("fuzz", "clang++", *instrumented, target="ragged_fuzz")
         if fuzzer:
-            session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1")
+            # What it finds, and what it finds slow, is kept beside the build and not in the sources.
+            found = f"-artifact_prefix={builds / 'fuzz'}/"
+            session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1", found)
 
     def uninitialized() -> None:
         plain = build("plain", "g++", tests, one)
