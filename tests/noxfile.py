@@ -97,13 +97,13 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.chdir(TESTS)
     # Processes share what they compile, and nothing that an earlier run or the machine's user has compiled. The host
     # sets a folder of its own, under the home folder, unless COMPILE_FUNC_DIR names one.
-    compiled = session.create_tmp()
-    shutil.rmtree(compiled)
+    compiled = ROOT / ".nox" / "compiled" / Path(session.virtualenv.location).name
+    shutil.rmtree(compiled, ignore_errors=True)
     environment = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": "",
-        "JAX_COMPILATION_CACHE_DIR": compiled,
-        "COMPILE_FUNC_DIR": compiled,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "COMPILE_FUNC_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
