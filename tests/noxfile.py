@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,15 @@ import nox
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 HOSTS = ("0.3.0", "0.2.0.2")
+# Between the hosts' and the newest, which `alone` has. Lowering for GPUs uses what JAX changes most often.
+OTHER_JAX = ("0.10.2", "0.11.2")
 # Both judge by rules that change from version to version.
 RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
 
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "uv"
 nox.options.envdir = ROOT / ".nox"
-nox.options.sessions = ["lint", "types", "native", "alone", "host"]
+nox.options.sessions = ["lint", "types", "native", "alone", "gpu", "lowering", "host"]
 nox.options.error_on_missing_interpreters = False
 
 
@@ -93,7 +96,7 @@ def install(session: nox.Session, extras: str, *others: str) -> None:
     )
 
 
-def pytest(session: nox.Session, *arguments: str) -> None:
+def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
     session.chdir(TESTS)
     # Processes share what they compile, and nothing that an earlier run or the machine's user has compiled. The host
     # sets a folder of its own, under the home folder, unless COMPILE_FUNC_DIR names one.
@@ -105,6 +108,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "COMPILE_FUNC_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        **variables,
     }
     # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
     # conftest.py says what comes first: pytest-xdist would begin with what has most tests and end with what is longest.
@@ -199,10 +203,20 @@ def gpu(session: nox.Session) -> None:
 
     They come in 200 MB of wheels; what jax[cuda12] brings beside them is for running.
     """
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
     install(session, "test", "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
-    session.chdir(TESTS)
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "", "EASYDEL_RAGGED_TEST_GPU_COMPILER": "require"}
-    session.run("pytest", "test_gpu_compile.py", *session.posargs, env=environment)
+    # What the compilers print is read: each program has to be compiled.
+    variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    pytest(session, "test_gpu_compile.py", **variables)
+
+
+@nox.session
+@nox.parametrize("version", OTHER_JAX, ids=OTHER_JAX)
+def lowering(session: nox.Session, version: str) -> None:
+    """What the GPU kernels are lowered to, with JAX versions that no other session has."""
+    install(session, "test", f"jax=={version}")
+    pytest(session, "test_gpu_lowering.py")
 
 
 @nox.session

@@ -7,9 +7,7 @@ So this finds what Pallas or Triton can't express; it does not find what a compi
 from __future__ import annotations
 
 import functools
-import itertools
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -115,21 +113,12 @@ def triton(lowered: Any, name: str) -> str:
         return str(ir.Module.parse(program))
 
 
-def triples(*axes: Iterable[Any]) -> list[Any]:
-    """All triples of three axes. Of a Latin square of them, where each pair of values meets, every JAX runs all."""
-    first, second, third = (list(axis) for axis in axes)
-    assert len(third) <= min(len(first), len(second)), "a pair would be missing"
-    return [
-        pytest.param(a, b, c, marks=() if (i + j) % len(third) == k else pytest.mark.once)
-        for (i, a), (j, b), (k, c) in itertools.product(enumerate(first), enumerate(second), enumerate(third))
-    ]
-
-
-@pytest.mark.parametrize(("head_dim", "dtypes", "options"), triples([64, 80, 96, 128, 192, 256], DTYPES, OPTIONS))
-def test_lowers_for_cuda(head_dim: int, dtypes: str, options: str) -> None:
-    dtype, cache = DTYPES[dtypes]
-    lowered = lower("v3", head_dim=head_dim, dtype=dtype, cache=cache, **OPTIONS[options])
-    assert names(lowered) == KERNELS["v3"]
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_lowers_for_cuda(head_dim: int, dtypes: tuple[Any, Any], options: dict[str, Any]) -> None:
+    dtype, cache = dtypes
+    assert names(lower("v3", head_dim=head_dim, dtype=dtype, cache=cache, **options)) == KERNELS["v3"]
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 100, 128, 256])
