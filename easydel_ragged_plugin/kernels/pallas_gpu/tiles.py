@@ -54,7 +54,7 @@ MOST_WARPS = 16
 LEAST_WARPGROUP_ROWS = 64
 """Rows from which on Hopper and Blackwell multiply in groups of four warps, with operands in shared memory."""
 
-MOST_REGISTERS = {"shared": 160, "registers": 96, "float32": 16}
+MOST_REGISTERS = {"shared": 160, "registers": 144, "float32": 16}
 """Of the 255 that a thread can have, for the accumulator and the logits, by where the products take their operands
 from. Those and addresses take the others; for float32 a thread has whole rows of both operands."""
 
