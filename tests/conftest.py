@@ -18,7 +18,17 @@ import pytest
 
 RunPython = Callable[..., str]
 
-LONGEST = ("test_demo.py", "test_kernels.py", "test_startup_host.py", "test_docs.py")
+LONGEST = (
+    "test_pallas_gpu.py",
+    "test_demo.py",
+    "test_kernels.py",
+    "test_gpu_lowering.py",
+    "test_processes.py",
+    "test_startup_host.py",
+    "test_engine.py",
+    "test_sharding.py",
+    "test_docs.py",
+)
 """A file goes to one worker: these begin first, so that none of them is left to one worker when the other is done."""
 
 

@@ -100,7 +100,7 @@ def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
     session.chdir(TESTS)
     # Processes share what they compile, and nothing that an earlier run or the machine's user has compiled. The host
     # sets a folder of its own, under the home folder, unless COMPILE_FUNC_DIR names one.
-    compiled = ROOT / ".nox" / "compiled" / Path(session.virtualenv.location).name
+    compiled = Path(session.virtualenv.location, "compiled")
     shutil.rmtree(compiled, ignore_errors=True)
     environment = {
         "JAX_PLATFORMS": "cpu",
@@ -211,7 +211,7 @@ def gpu(session: nox.Session) -> None:
     pytest(session, "test_gpu_compile.py", **variables)
 
 
-@nox.session
+@nox.session(python=newest_python())
 @nox.parametrize("version", OTHER_JAX, ids=OTHER_JAX)
 def lowering(session: nox.Session, version: str) -> None:
     """What the GPU kernels are lowered to, with JAX versions that no other session has."""
@@ -224,6 +224,6 @@ def lowering(session: nox.Session, version: str) -> None:
 def host(session: nox.Session, version: str) -> None:
     """Everything, on one version of EasyDeL."""
     install(session, "bench,demo,test", f"easydel=={version}", TORCH)
-    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `alone` has them. Its
-    # lowering is tested with each host's JAX, and the operations that run it with each host.
+    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `alone` has them, and all
+    # that is marked `once`. Its lowering is tested with each host's JAX, and so are the operations that run it.
     pytest(session, "--ignore-glob=test_pallas_gpu*.py", "-m", "not once")
