@@ -1,4 +1,7 @@
-"""``easydel-ragged bench``: what it writes, shows, draws and refuses; the machine's limits are not measured here."""
+"""``easydel-ragged bench``: what it writes, shows, draws and refuses; the machine's limits are not measured here.
+
+Some need seconds to compile and no host: one JAX runs them.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +91,7 @@ def test_bench_times_several_kernels_in_turns(
         assert "cpu_native does not run" in line["notes"][0]
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("quick_machine")
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_bench_gives_tiny_calls_no_share_of_a_limit(version: str, tmp_path: Path) -> None:
@@ -111,6 +115,7 @@ def test_bench_shows_times_in_a_fitting_unit(microseconds: float | None, shown: 
     assert bench_report.in_unit(microseconds) == shown
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("quick_machine")
 def test_bench_compares_with_the_case_of_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smoke = next(case for case in bench_cases.BENCH_CASES if case.name == "smoke")
@@ -143,6 +148,7 @@ def test_the_case_beyond_the_cache_is(dtype: str, monkeypatch: pytest.MonkeyPatc
     assert case.num_rows == case.num_tokens == len(case.rows)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("quick_machine")
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_calls_in_one_program_are_as_many_as_asked_for(version: str) -> None:

@@ -1,4 +1,7 @@
-"""What measures on a GPU, without one: workloads and their checks, ``tune``, and the benchmark's dry run."""
+"""What measures on a GPU, without one: workloads and their checks, ``tune``, and the benchmark's dry run.
+
+No host takes part but in the dry run, so what takes long is run with one JAX.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ def answer(request: AttentionRequest, operands: Operands) -> tuple[jax.Array, ja
     return xla.KERNEL.forward(request, RaggedPageConfig(), operands)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 20, "sinks": "heads"}, {"wider": 4}, {"dtype": "float32"}])
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> None:
@@ -51,6 +55,7 @@ def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> 
     assert error < 0.02
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_a_wrong_answer_is_found_wrong(version: Any) -> None:
     problem, output, pages = answered(version)
@@ -123,6 +128,7 @@ def test_tune_without_a_gpu_says_so(cache: Path) -> None:
     assert not cache.exists()
 
 
+@pytest.mark.once
 def test_tune_checks_times_and_writes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = tuning.candidates
     # One other candidate for each part will do here; its time is made to win.
@@ -147,6 +153,7 @@ def test_tune_checks_times_and_writes(cache: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in cache.iterdir()] == ["pallas_gpu.json"]
 
 
+@pytest.mark.once
 def test_tune_never_takes_a_wrong_candidate(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = tuning.candidates
     monkeypatch.setattr(tuning, "candidates", lambda *arguments: list(every(*arguments))[:2])
@@ -162,6 +169,7 @@ def test_tune_never_takes_a_wrong_candidate(cache: Path, monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.once
 def test_tune_stops_when_the_present_tiles_are_wrong(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "check", lambda *_: (0.5, False))
     result = CliRunner().invoke(app, ["tune", *TINY])
