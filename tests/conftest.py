@@ -65,7 +65,7 @@ def pytest_collection_finish() -> None:
 def quick_to_compile() -> Iterator[None]:
     """XLA optimizes little: for large programs that run once and whose code is not what is tested.
 
-    Such are Pallas' interpreter and the host's kernels, and never the kernels of this package.
+    Such is Pallas' interpreter. What users compile, the tests compile as they do.
     """
     import jax
 

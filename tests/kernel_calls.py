@@ -17,34 +17,27 @@ from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 
 
 @functools.cache
-def compiled(
-    version: str, kernel: str, options: tuple[tuple[str, Any], ...], quick: bool = False
-) -> Callable[..., Any]:
-    """One jitted function for all batches with these options, so that batches of equal shapes share a program.
-
-    With ``quick`` LLVM optimizes nothing, which takes half the time. XLA's own passes are before it and the same: of
-    the portable kernel they leave the same text to the letter.
-    """
-    compiler_options = {"xla_backend_optimization_level": 0} if quick else None
+def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
     if version == "v2":
 
         def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
             return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **dict(options)), pages
 
-        return jax.jit(call, compiler_options=compiler_options)
+        return jax.jit(call)
 
     def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
         return ragged_page_attention_v3(
             queries, keys, values, pages, *index, last, sinks, config=kernel, **dict(options)
         )
 
-    return jax.jit(call, donate_argnums=0, compiler_options=compiler_options)
+    return jax.jit(call, donate_argnums=0)
 
 
-def run_batch(batch: Batch, kernel: str, *, quick: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Output and pages of the public function on ``batch``, with this kernel; ``quick`` as above."""
+def run_batch(batch: Batch, kernel: str) -> tuple[np.ndarray, np.ndarray]:
+    """Output and pages of the public function on ``batch``, with this kernel."""
     is_v2 = batch.version == "v2"
-    call = compiled(batch.version, kernel, tuple(sorted(batch.case.options.items())), quick)
+    call = compiled(batch.version, kernel, tuple(sorted(batch.case.options.items())))
     output, pages = call(
         jnp.array(batch.updated_pages if is_v2 else batch.pages),
         jnp.array(batch.queries),

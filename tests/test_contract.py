@@ -91,7 +91,6 @@ _SUMS = "probabilities and sums are held in bfloat16"
 _WINDOW = "the window is measured from the row's last query, so every other query of a prefill sees the wrong keys"
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 class TestBuiltInV2(RaggedPageAttentionContract):
     """The host's own v2 on XLA."""
 
@@ -124,7 +123,6 @@ class TestBuiltInV2(RaggedPageAttentionContract):
         return built_in("v2")
 
 
-@pytest.mark.usefixtures("quick_to_compile")
 class TestBuiltInV3(RaggedPageAttentionContract):
     """The host's own v3 on XLA."""
 

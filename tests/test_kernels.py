@@ -31,16 +31,6 @@ KERNELS = [
 VERSIONS = ("v2", "v3")
 
 
-# In plain JAX, v2 and v3 share everything but the layout's strides and the update, which v3 has in addition: with the
-# JAX of each host v3 runs every case and v2 these. These alone are compiled as for a user, the others quickly.
-TYPICAL = {"mixed", "all-options", "head-dim-64", "head-dim-80", "mqa", "table-127-pages", "bfloat16", "float8-e5m2"}
-
-
-def marks(case: Case, version: str, kernel: str) -> list[pytest.MarkDecorator]:
-    shared = kernel == PORTABLE and version == "v2" and "v3" in case.versions and case.name not in TYPICAL
-    return [pytest.mark.once] if shared else []
-
-
 @pytest.mark.parametrize(
     ("case", "version", "kernel"),
     [
@@ -49,7 +39,7 @@ def marks(case: Case, version: str, kernel: str) -> list[pytest.MarkDecorator]:
             version,
             *kernel.values,
             id=f"{case.name}-{version}-{kernel.values[0]}",
-            marks=[*kernel.marks, *marks(case, version, *kernel.values)],
+            marks=kernel.marks,
         )
         for case in CASES
         for version in case.versions
@@ -59,7 +49,7 @@ def marks(case: Case, version: str, kernel: str) -> list[pytest.MarkDecorator]:
 def test_case_matches_oracle(case: Case, version: str, kernel: str) -> None:
     batch = build_batch(case, version)
     expected, expected_pages = batch.expected()
-    output, pages = run_batch(batch, kernel, quick=kernel == PORTABLE and case.name not in TYPICAL)
+    output, pages = run_batch(batch, kernel)
     tolerance = tolerance_for(case)
     np.testing.assert_allclose(output.astype(np.float64), expected, rtol=tolerance.rtol, atol=tolerance.atol)
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))

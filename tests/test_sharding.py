@@ -24,8 +24,7 @@ from easydel_ragged_plugin.types import Operands
 
 def run_program(what: str, devices: int = 8) -> str:
     """What ``sharded_calls.py`` prints; simulated devices must be asked for before JAX starts."""
-    # LLVM optimizes nothing in these many programs that run once. What XLA parts and gathers is decided before it.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(Path(__file__).with_name("sharded_calls.py")), what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)

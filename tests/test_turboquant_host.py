@@ -100,7 +100,7 @@ class Served:
 
         arrays = (jnp.asarray(each[None]) for each in (batch.queries, batch.keys, batch.values))
         sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
-        compiled = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+        compiled = jax.jit(step)
         pages = {f"{name}_pages": getattr(self.view, f"{name}_pages") for name in ARRAYS}
         output, pages = compiled(pages, driver.metadata(batch), *arrays, sinks)
         self.view = self.view.replace(**pages)
