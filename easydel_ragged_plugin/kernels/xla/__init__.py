@@ -20,7 +20,7 @@ Both parts are always compiled and take zero trips when no row needs them. Pages
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 from . import turboquant
 from .slots import select_slots, sources_of_slots
+from .softmax import Softmax, initial_softmax, logits_of, pin, rescale, weights_of
 
 __all__ = ["KERNEL", "XlaKernel"]
 
@@ -46,14 +47,6 @@ PREFILL_BLOCK_TOKENS = 256
 
 PREFILL_TILE_ROWS = 512
 """Rows of one prefill product: query tokens of a tile times the query heads of a group."""
-
-
-class Softmax(NamedTuple):
-    """Running state of an online softmax; ``maximum`` and ``total`` lack the last axis of ``weighted``."""
-
-    maximum: jax.Array
-    total: jax.Array
-    weighted: jax.Array
 
 
 def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
@@ -127,14 +120,6 @@ def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
     return jnp.promote_types(request.query_dtype, jnp.float32)
 
 
-def pin(pages: jax.Array, trip: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same values, tied to the trip of a loop.
-
-    Without it XLA moves the conversion of the cache's dtype out of the loop and converts the whole cache.
-    """
-    return lax.optimization_barrier((pages, trip))
-
-
 def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of whole pages: ``[..., pages * page_size, kv_heads, head_dim]`` for ids ``[..., pages]``."""
     layout = request.layout
@@ -146,38 +131,6 @@ def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> t
     keys = block[..., : request.head_dim]
     values = block[..., layout.value_offset : layout.value_offset + request.head_dim]
     return keys, values
-
-
-def logits_of(request: AttentionRequest, products: jax.Array) -> jax.Array:
-    """Scale and cap the products of queries and keys."""
-    scale = request.softmax_scale * (request.q_scale or 1.0) * (request.k_scale or 1.0)
-    logits = products * jnp.asarray(scale, products.dtype)
-    if request.logits_soft_cap is not None:
-        logits = request.logits_soft_cap * jnp.tanh(logits / request.logits_soft_cap)
-    return logits
-
-
-def weights_of(logits: jax.Array, visible: jax.Array, maximum: jax.Array) -> jax.Array:
-    """``exp(logits - maximum)`` where visible, else 0; ``maximum`` is -inf where nothing has been seen."""
-    reference = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    return jnp.where(visible, jnp.exp(logits - reference[..., None]), 0.0)
-
-
-def rescale(old: jax.Array, new: jax.Array) -> jax.Array:
-    """``exp(old - new)`` with the limit 0 where nothing had been seen."""
-    return jnp.where(jnp.isneginf(old), 0.0, jnp.exp(old - jnp.where(jnp.isneginf(new), 0.0, new)))
-
-
-def initial_softmax(request: AttentionRequest, sinks: jax.Array | None, leading: tuple[int, ...]) -> Softmax:
-    """State before any key, ``[*leading, kv_heads, group]``: a sink counts as one key without a value."""
-    dtype = statistics_dtype(request)
-    heads = (request.num_kv_heads, request.group_size)
-    if sinks is None:
-        maximum, total = jnp.full((*leading, *heads), -jnp.inf, dtype), jnp.zeros((*leading, *heads), dtype)
-    else:
-        maximum = jnp.broadcast_to(sinks.astype(dtype).reshape(heads), (*leading, *heads))
-        total = jnp.ones((*leading, *heads), dtype)
-    return Softmax(maximum, total, jnp.zeros((*leading, *heads, request.head_dim), dtype))
 
 
 def normalize(request: AttentionRequest, state: Softmax) -> jax.Array:
@@ -240,7 +193,7 @@ def attend_decode(
         return merge_parts(state, part, rank, taken)
 
     # The state has room for `lanes` ranks after the last row, so that a slice of it never clamps.
-    state = initial_softmax(request, operands.sinks, (num_rows + lanes,))
+    state = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
     state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, state)
     result = normalize(request, jax.tree.map(lambda leaf: leaf[:num_rows], state))
     token = jnp.where(is_decode, token, request.num_tokens)  # one past the end: dropped
@@ -324,7 +277,7 @@ def attend_tiles(
                 kept[..., None] * state.weighted + products.reshape(state.weighted.shape),
             )
 
-        state = initial_softmax(request, operands.sinks, ())
+        state = initial_softmax(request, operands.sinks, (), statistics_dtype(request))
         state = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
         )

@@ -24,6 +24,7 @@ from easydel_ragged_plugin.turboquant import ARRAYS, INDEX_LEVELS, TurboQuantCon
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
 from .slots import select_slots
+from .softmax import Softmax, initial_softmax, logits_of, pin, rescale, weights_of
 
 __all__ = ["forward"]
 
@@ -35,14 +36,6 @@ DECODE_TILE, PREFILL_TILE = 4, 64
 
 TINY_NORM = 1e-8
 """Least norm that a vector is divided by; EasyDeL's."""
-
-
-class Softmax(NamedTuple):
-    """Running state of an online softmax of one tile."""
-
-    maximum: jax.Array
-    total: jax.Array
-    weighted: jax.Array
 
 
 class Tables(NamedTuple):
@@ -193,24 +186,20 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
         first_page = begin // request.page_size
 
         def step(trip: jax.Array, state: Softmax) -> Softmax:
-            # Without it XLA moves the conversion of the norms out of the loop, and converts those of the whole cache.
-            cache, trip = lax.optimization_barrier((pages.arrays, trip))
+            cache, trip = pin(pages.arrays, trip)
             page = first_page + trip * step_pages
             entries = jnp.minimum(page + jnp.arange(step_pages, dtype=jnp.int32), request.pages_per_row - 1)
             keys, values = decode(cache, operands.block_tables[row][entries], tables)
             position = page * request.page_size + jnp.arange(step_tokens, dtype=jnp.int32)
             inside = (position >= begin) & (position < end)
             values = jnp.where(inside[:, None, None], values, 0)  # 0 * NaN of a dead slot is NaN
-            products = jnp.einsum("hmd,thd->hmt", tile_queries, keys) * request.softmax_scale
-            if request.logits_soft_cap is not None:
-                products = request.logits_soft_cap * jnp.tanh(products / request.logits_soft_cap)
+            logits = logits_of(request, jnp.einsum("hmd,thd->hmt", tile_queries, keys))
             visible = (position[None, :] <= position_of_query[:, None]) & inside[None, :]
             visible &= position[None, :] >= first_position(request, position_of_query)[:, None]
-            logits = jnp.where(visible, products.reshape(heads, group, tile, step_tokens), -jnp.inf)
+            logits = jnp.where(visible, logits.reshape(heads, group, tile, step_tokens), -jnp.inf)
             maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
-            bound = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-            weights = jnp.exp(logits - bound[..., None])
-            kept = jnp.exp(state.maximum - bound)
+            weights = weights_of(logits, visible, maximum)
+            kept = rescale(state.maximum, maximum)
             summed = jnp.einsum("hmt,thd->hmd", weights.reshape(heads, group * tile, step_tokens), values)
             return Softmax(
                 maximum,
@@ -218,12 +207,8 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
                 kept[..., None] * state.weighted + summed.reshape(state.weighted.shape),
             )
 
-        shape = (heads, group, tile)
-        maximum, total = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype)
-        if operands.sinks is not None:  # a sink counts as one key without a value
-            maximum = jnp.broadcast_to(operands.sinks.astype(dtype).reshape(heads, group, 1), shape)
-            total = jnp.ones(shape, dtype)
-        state = Softmax(maximum, total, jnp.zeros((*shape, head_dim), dtype))
+        state = initial_softmax(request, operands.sinks, (tile,), dtype)
+        state = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), state)
         num_pages = -(-end // request.page_size) - first_page
         state = lax.fori_loop(0, -(-num_pages // step_pages), step, state)
         result = state.weighted / jnp.where(state.total > 0, state.total, 1.0)[..., None]
