@@ -24,7 +24,7 @@ ROWS, WIDTH, PAGES, PAGE_SIZE, TOKENS = 4, 8, 32, 16, 16
 
 
 def device_mesh(kind: str) -> AbstractMesh:
-    from jax._src.mesh import AbstractDevice  # a TPU that is described, not there; JAX has no public name for it
+    from jax_private import AbstractDevice
 
     device = AbstractDevice(device_kind=kind, num_cores=TPUS[kind][0])
     return AbstractMesh((1,), ("x",), abstract_device=device)
