@@ -77,7 +77,7 @@ def test_requirements_equal_the_hosts() -> None:
         ("causal", False, "causal=False"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
+def test_what_cannot_be_honored_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         call(driver, **{argument: value})
 
