@@ -184,7 +184,6 @@ def types(session: nox.Session) -> None:
     """Static types of the package, the tests, the benchmarks and the build, without EasyDeL, which is untyped."""
     session.install(*PYPROJECT["project"]["dependencies"], *group("types"))
     session.chdir(ROOT)
-    session.log("mypy: about 1 minute")
     session.run("mypy")
 
 

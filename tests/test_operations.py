@@ -63,7 +63,7 @@ def test_registry_serves_ours_and_keeps_the_hosts() -> None:
 
 def test_requirements_equal_the_hosts() -> None:
     for version in VERSIONS:
-        previous = startup.original(f"ragged_page_attention_{version}")
+        previous: Any = startup.original(f"ragged_page_attention_{version}")
         assert previous is not None
         ours = operation_class(version)
         for mode in host.load().ExecutionMode:
