@@ -127,7 +127,7 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     p.values = a.values.empty() ? &none : a.values.data();
   }
   if (bytes.one_in(3)) {
-    a.sinks.assign(size_t(p.num_q_heads), 0.5f);
+    for (int64_t h = 0; h < p.num_q_heads; ++h) a.sinks.push_back(float(bytes.between(-8, 24)) / 4);
     p.sinks = a.sinks.data();
   }
   if (bytes.one_in(2)) {
