@@ -19,13 +19,14 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.types import AttentionRequest, Operands
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
 __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "set_isa"]
 
@@ -36,6 +37,7 @@ INTERFACE = 2
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
 TARGET = "easydel_ragged_attention"
+"""The library's function behind XLA's FFI, and the name of the custom call."""
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -153,13 +155,13 @@ def _register() -> None:
 
 
 def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
-    """What a call says beside its arrays: each of ``RAGGED_ATTRIBUTES`` in ``native/src/problem.h``."""
+    """The numbers of a call that are known when it is traced: ``RAGGED_ATTRIBUTES`` in ``native/src/problem.h``."""
     layout = request.layout
     return {
-        "softmax_scale": np.float32(request.softmax_scale * _factor(request.q_scale) * _factor(request.k_scale)),
-        "logits_soft_cap": np.float32(abs(request.logits_soft_cap or 0.0)),  # tanh is odd: its sign has no effect
-        "v_scale": np.float32(_factor(request.v_scale)),
-        "sliding_window": np.int64(request.sliding_window or 0),
+        "softmax_scale": np.float32(request.logits_scale),
+        "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
+        "v_scale": np.float32(request.v_scale),
+        "sliding_window": np.int64(request.options.window or 0),
         "num_kv_heads": np.int64(request.num_kv_heads),
         "page_size": np.int64(layout.page_size),
         "token_stride": np.int64(layout.token_stride),
@@ -169,12 +171,50 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
     }
 
 
-class CpuNativeKernel:
+class CpuNativeKernel(Kernel):
     """Ragged page attention v2 and v3 in C++ with SIMD, on all processors that XLA's thread pool has."""
 
     name = "cpu_native"
     platforms = frozenset({"cpu"})
     technologies = frozenset({"cpu", "native"})
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "q_scale",
+                "k_scale",
+                "v_scale",
+                "sinks",
+                "compute_dtype",
+                "vmem_limit_bytes",  # it uses none
+            }
+        ),
+        results=frozenset({"lse"}),
+    )
+    label = "native (this package)"
+    color = "#0f766e"
+
+    def facts(self) -> dict[str, Any]:
+        """The library, its instruction sets, and the threads that a call may take."""
+        reason = availability()
+        if reason is not None:
+            return {"available": False, "reason": reason}
+        return {
+            "available": True,
+            "reason": None,
+            "library": str(_library_path()),
+            "isa": isa(),
+            "isa_levels": list(isa_levels()),
+            # XLA's thread pool has one for each processor; the kernel takes no more than the process may use.
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+
+    def fingerprint(self) -> str:
+        """The instruction set, or why there is none: numbers differ between them in their last bits."""
+        reason = availability()
+        return isa() if reason is None else f"not available: {reason}"
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
@@ -191,34 +231,38 @@ class CpuNativeKernel:
             return f"head_dim {request.head_dim}, more than {MAX_HEAD_DIM}"
         return None
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
         with _registration:
             _register()
-        arrays = [operands.queries, operands.pages, operands.context_lens, operands.block_tables]
-        arrays += [operands.query_start_loc, operands.distribution]
-        arrays.append(jnp.zeros((0,), jnp.float32) if operands.sinks is None else operands.sinks.astype(jnp.float32))
-        results = [jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype)]
-        results.append(jax.ShapeDtypeStruct((0,), jnp.float32))  # no logsumexp
+        nothing = jnp.zeros((0,), jnp.float32)  # an array that is not there
+        arrays = [
+            operands.queries,
+            operands.pages,
+            operands.context_lens,
+            operands.block_tables,
+            operands.query_start_loc,
+            operands.distribution,
+            nothing if operands.sinks is None else operands.sinks.astype(jnp.float32),
+        ]
+        lse_shape = operands.queries.shape[:2] if request.return_lse else nothing.shape
+        results = [
+            jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ]
         aliases = {}
         keys, values = operands.keys, operands.values
         if keys is not None and values is not None:
             if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
                 keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-            arrays += [keys, values]
-            results.append(jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype))
             # Pages in and out are one buffer: where the caller donates them, nothing is copied.
             aliases = {1: 2}
+            arrays += [keys, values]
+            results.append(jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype))
         call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
         with jax.named_scope("ragged_page_attention_native"):
-            output, _, *updated = call(*arrays, **_attributes(request))
-        return output, updated[0] if updated else operands.pages
-
-
-def _factor(scale: float | None) -> float:
-    return 1.0 if scale is None else scale
+            output, lse, *updated = call(*arrays, **_attributes(request))
+        return Attended(output, updated[0] if updated else operands.pages, lse if request.return_lse else None)
 
 
 KERNEL = CpuNativeKernel()
