@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 from command_line import invoke
 
-from easydel_ragged_plugin.cli import bench, bench_cases, bench_engine, bench_report, engine, figure
-from easydel_ragged_plugin.cli.bench_calls import Candidate, build
-from easydel_ragged_plugin.cli.machine import Limits
+from easydel_ragged_plugin.bench import cases as bench_cases
+from easydel_ragged_plugin.bench import engine_case, figure
+from easydel_ragged_plugin.bench import report as bench_report
+from easydel_ragged_plugin.bench import run as bench
+from easydel_ragged_plugin.bench.calls import Candidate, build
+from easydel_ragged_plugin.bench.machine import Limits
+from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.testing.cases import Case
 
@@ -260,9 +264,9 @@ def test_bench_refuses_a_file_of_something_else(content: str, tmp_path: Path) ->
 
 
 def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[bench_engine.Plan] = []
+    seen: list[engine_case.Plan] = []
 
-    def measured(plan: bench_engine.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
+    def measured(plan: engine_case.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
         seen.append(plan)
         engines = {
             label: {"result": rate, "of_ceiling": rate / 50, "same_tokens": label != "ceiling"}
@@ -278,8 +282,8 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
             "workloads": [{"name": "4 requests", "unit": "tokens/s", "context": 9, "engines": engines}],
         }
 
-    monkeypatch.setattr(bench_engine, "run", measured)
-    monkeypatch.setattr(bench_engine, "check_environment", lambda: None)
+    monkeypatch.setattr(engine_case, "run", measured)
+    monkeypatch.setattr(engine_case, "check_environment", lambda: None)
     file = tmp_path / "results.json"
     options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
     result = invoke("bench", "--case", "engine", *options)
@@ -290,7 +294,7 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_engine_case_fits_its_requests() -> None:
-    plan = bench_engine.Plan()
+    plan = engine_case.Plan()
     settings = plan.decode_settings()
     longest = max(plan.contexts) + plan.answer_length(max(plan.contexts))
     assert settings.max_model_len >= longest + plan.requests

@@ -10,7 +10,7 @@ import pytest
 import typer
 from command_line import invoke, run_command
 
-from easydel_ragged_plugin.cli import demo
+from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.kernels import cpu_native
 
 HAS_HOST = importlib.util.find_spec("easydel") is not None

@@ -21,8 +21,9 @@ import pytest
 from typer.testing import CliRunner
 
 from easydel_ragged_plugin import RaggedPageConfig
-from easydel_ragged_plugin.cli import app, workload
-from easydel_ragged_plugin.cli import tune as tuning
+from easydel_ragged_plugin.bench import tune as tuning
+from easydel_ragged_plugin.bench import workload
+from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from rivals import CONTESTANTS, OURS, Contestant
 from table import WIDER, Entry
 
-from easydel_ragged_plugin.cli import workload as workloads
-from easydel_ragged_plugin.cli.workload import Floor, Problem, Step
+from easydel_ragged_plugin.bench import workload as workloads
+from easydel_ragged_plugin.bench.workload import Floor, Problem, Step
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles

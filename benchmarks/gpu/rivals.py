@@ -14,7 +14,7 @@ os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 import jax
 import jax.numpy as jnp
 
-from easydel_ragged_plugin.cli.workload import Problem, Step
+from easydel_ragged_plugin.bench.workload import Problem, Step
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import ejkernel, xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU

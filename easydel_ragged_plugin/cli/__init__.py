@@ -1,6 +1,7 @@
 """The ``easydel-ragged`` command.
 
-Each command lives in a module of its own that is imported when the command runs, so ``--help`` costs nothing.
+What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``) and is imported when it runs, so ``--help``
+costs nothing.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def demo_command(
 
     easydel-ragged demo --compare
     """
-    from .demo import run
+    from easydel_ragged_plugin.demo.run import run
 
     run(
         mechanism=mechanism.value,
@@ -223,8 +224,8 @@ def bench_command(
 
     easydel-ragged bench --case engine --engine-context 0 --engine-prompt 0
     """
-    from .bench import run
-    from .bench_engine import Plan
+    from easydel_ragged_plugin.bench.engine_case import Plan
+    from easydel_ragged_plugin.bench.run import run
 
     plan = Plan() if engine_context is None else Plan(contexts=tuple(engine_context))
     run(
@@ -275,7 +276,7 @@ def tune_command(
 
     easydel-ragged tune --interpret --q-heads 4 --kv-heads 2 --head-dim 32 --page-size 16
     """
-    from .tune import Geometry, run
+    from easydel_ragged_plugin.bench.tune import Geometry, run
 
     geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
     run(geometry, interpret=interpret)

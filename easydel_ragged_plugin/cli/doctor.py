@@ -15,9 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from easydel_ragged_plugin import host, startup
-
-from .machine import processors
-from .output import hushed
+from easydel_ragged_plugin.bench.machine import processors
+from easydel_ragged_plugin.terminal import hushed
 
 __all__ = ["Report", "examine", "run"]
 

@@ -22,16 +22,17 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.testing.batches import Case, Version
 
-from . import bench_engine, bench_report, figure
-from .bench_calls import Candidate, Problem, build
-from .bench_cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, tolerance, with_dtype, work
-from .bench_report import HOST, Result, Timing
+from . import engine_case, figure
+from . import report as reports
+from .calls import Candidate, Problem, build
+from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, tolerance, with_dtype, work
 from .machine import Limits, Machine, facts
+from .report import HOST, Result, Timing
 
 __all__ = ["ENGINE_CASE", "run"]
 
 ENGINE_CASE = "engine"
-"""The case that is no single call; see ``bench_engine.py``."""
+"""The case that is no single call; see ``engine_case.py``."""
 
 SLOW_US = 20e6
 """What a candidate may take in all, about; one that needs longer for a single call is not called again."""
@@ -205,7 +206,7 @@ def run(
     from_json: Path | None,
     with_host: bool,
     list_only: bool,
-    engine: bench_engine.Plan,
+    engine: engine_case.Plan,
 ) -> None:
     """See ``easydel-ragged bench --help``."""
     console = Console()
@@ -214,7 +215,7 @@ def run(
     if list_only:
         for case in BENCH_CASES:
             console.print(f"[bold]{case.name:28}[/bold] {case.about}", highlight=False)
-        console.print(f"[bold]{ENGINE_CASE:28}[/bold] {bench_engine.ABOUT}; not part of 'all'", highlight=False)
+        console.print(f"[bold]{ENGINE_CASE:28}[/bold] {engine_case.ABOUT}; not part of 'all'", highlight=False)
         return
     if figure_file is not None:
         try:
@@ -223,16 +224,16 @@ def run(
             Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
     if from_json is not None:
-        report = bench_report.read(from_json)
-        bench_report.show(console, report)
+        report = reports.read(from_json)
+        reports.show(console, report)
         if "engine" in report:
-            bench_engine.show(console, report["engine"])
+            engine_case.show(console, report["engine"])
         if figure_file is not None:
             _write_figure(console, report, figure_file)
         return
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if ENGINE_CASE in names:
-        bench_engine.check_environment()
+        engine_case.check_environment()
     # Left alone, ejkernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
@@ -256,10 +257,10 @@ def run(
             "limits": None if limits is None else dataclasses.asdict(limits),
             "results": [dataclasses.asdict(result) for result in results],
         }
-    bench_report.show(console, report)
+    reports.show(console, report)
     if ENGINE_CASE in names:
-        report["engine"] = bench_engine.run(engine, repeats=repeats, with_host=with_host)
-        bench_engine.show(console, report["engine"])
+        report["engine"] = engine_case.run(engine, repeats=repeats, with_host=with_host)
+        engine_case.show(console, report["engine"])
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"written to {json_file}", highlight=False)

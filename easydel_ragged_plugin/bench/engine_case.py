@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from easydel_ragged_plugin import host
-
-from . import demo
-from . import model as models
-from .engine import Engine, Settings, Workers, import_host, interleaved, median
-from .output import hushed, stage
+from easydel_ragged_plugin.demo import model as models
+from easydel_ragged_plugin.demo import run as demo
+from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host, interleaved, median
+from easydel_ragged_plugin.terminal import hushed, stage
 
 __all__ = ["ABOUT", "Plan", "check_environment", "run", "show"]
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from easydel_ragged_plugin import host, startup
+from easydel_ragged_plugin.terminal import count_compilations, hushed, stage
 
 from . import model as models
 from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
-from .output import count_compilations, hushed, stage
 
 __all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "start_engine"]
 
