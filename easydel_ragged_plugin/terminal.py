@@ -1,4 +1,4 @@
-"""What the commands show: stages with progress, and a place for the host's own log lines.
+"""What the commands show: stages with progress, errors, and a place for the host's own log lines.
 
 EasyDeL, XLA, tqdm and the tokenizer processes write to the terminal as they please, from Python, from C++ and
 from other processes. :func:`hushed` sends all of it to one file, while the command's own console keeps the
@@ -27,7 +27,20 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-__all__ = ["Update", "count_compilations", "hushed", "stage"]
+__all__ = ["CommandError", "Update", "count_compilations", "hushed", "stage"]
+
+
+class CommandError(Exception):
+    """A command can't do what was requested. The text says why, and what to do.
+
+    Attributes:
+        exit_code: of the process: 2 for a request that can't be met, 1 for a finding.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 Update = Callable[[int, int], None]
 """``update(done, total)``: turns a stage's spinner into a bar."""

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from command_line import invoke, run_command
 
 from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.terminal import CommandError
 
 HAS_HOST = importlib.util.find_spec("easydel") is not None
 
@@ -122,7 +122,7 @@ def test_demo_refuses_a_folder_without_a_model(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_demo_knows_what_the_host_cannot_run() -> None:
-    with pytest.raises(typer.Exit):
+    with pytest.raises(CommandError, match="EasyDeL's own v3 does not run with head_dim 64"):
         demo._variants("v3", True, False, 64)
     assert list(demo._variants("v3", True, False, 128).values()) == [
         {"mechanism": "ragged_page_attention_v3", "host_kernels": True}

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
 
 from . import engine_case, figure
@@ -74,10 +75,11 @@ def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_S
         return None
     if not error <= tolerance(problem.case):
         if kernel != HOST:
-            raise SystemExit(
+            raise CommandError(
                 f"{problem.case.name} {problem.version} {problem.case.dtype}: {candidate.kernel} is WRONG (largest "
                 f"error {error:.3g}, allowed {tolerance(problem.case):.3g}); not timed. "
-                "Please report this with the output of 'easydel-ragged doctor'."
+                "Please report this with the output of 'easydel-ragged doctor'.",
+                exit_code=1,
             )
         notes.append(f"EasyDeL's kernel is wrong here: largest error {error:.2g}")
     return _Series(candidate), error
@@ -157,7 +159,7 @@ def _chosen_cases(names: Sequence[str]) -> list[Case]:
     known = by_name()
     unknown = [name for name in names if name not in known and name != ENGINE_CASE]
     if unknown:
-        raise typer.BadParameter(
+        raise CommandError(
             f"--case: got {', '.join(unknown)}, wanted some of {', '.join([*known, ENGINE_CASE])}. "
             "'easydel-ragged bench --list' describes them."
         )
@@ -175,7 +177,7 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
     known = select.kernels()
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise typer.BadParameter(f"--kernel: got {', '.join(map(repr, unknown))}, wanted one of {', '.join(known)}.")
+        raise CommandError(f"--kernel: got {', '.join(map(repr, unknown))}, wanted one of {', '.join(known)}.")
     chosen: list[str | None] = [*names] or [None]
     if every:
         platform = jax.default_backend()
@@ -186,10 +188,7 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
 
 
 def _write_figure(console: Console, report: Mapping[str, Any], file: Path) -> None:
-    try:
-        figure.draw(report, file)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    figure.draw(report, file)
     console.print(f"figure written to {file}", highlight=False)
 
 
@@ -207,8 +206,8 @@ def run(
     with_host: bool,
     list_only: bool,
     engine: engine_case.Plan,
-) -> None:
-    """See ``easydel-ragged bench --help``."""
+) -> int:
+    """See ``easydel-ragged bench --help``. Returns the exit code: 1 where nothing ran, and notes tell why."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no width; the table does
@@ -216,13 +215,9 @@ def run(
         for case in BENCH_CASES:
             console.print(f"[bold]{case.name:28}[/bold] {case.about}", highlight=False)
         console.print(f"[bold]{ENGINE_CASE:28}[/bold] {engine_case.ABOUT}; not part of 'all'", highlight=False)
-        return
+        return 0
     if figure_file is not None:
-        try:
-            figure.require()
-        except figure.MissingMatplotlib as error:
-            Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from error
+        figure.require()
     if from_json is not None:
         report = reports.read(from_json)
         reports.show(console, report)
@@ -230,10 +225,10 @@ def run(
             engine_case.show(console, report["engine"])
         if figure_file is not None:
             _write_figure(console, report, figure_file)
-        return
+        return 0
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if ENGINE_CASE in names:
-        engine_case.check_environment()
+        check_environment()
     # Left alone, ejkernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
@@ -266,5 +261,4 @@ def run(
         console.print(f"written to {json_file}", highlight=False)
     if figure_file is not None:
         _write_figure(console, report, figure_file)
-    if cases and not any(result.timings for result in results):
-        raise typer.Exit(1)  # the notes tell why nothing ran
+    return 1 if cases and not any(result.timings for result in results) else 0

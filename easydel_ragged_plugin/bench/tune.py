@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.cases import Row
 
 from .workload import Problem, build, check, floor, seconds_per_call, workload
@@ -152,13 +152,12 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
     console = Console()
     backend = jax.default_backend()
     if backend != "gpu" and not interpret:
-        console.print(
-            f"[bold red]There is no GPU to tune for:[/bold red] JAX's default backend is {backend!r}. Tile sizes are "
-            "of the kernel pallas_gpu alone. On a machine with a GPU, install JAX for it (pip install 'jax\\[cuda12]') "
-            "and see what 'easydel-ragged doctor' finds.",
-            highlight=False,
+        raise CommandError(
+            f"There is no GPU to tune for: JAX's default backend is {backend!r}. Tile sizes are of the kernel "
+            "pallas_gpu alone. On a machine with a GPU, install JAX for it (pip install 'jax[cuda12]') and see what "
+            "'easydel-ragged doctor' finds.",
+            exit_code=1,
         )
-        raise typer.Exit(1)
     name, _ = tiles.card()
     name = name or "interpreter"
     best: dict[Part, Any] = {}
@@ -168,8 +167,7 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
         problem = geometry.problem(part, "cpu" if interpret and backend == "cpu" else "gpu", interpret)
         refusal = PallasGPU(interpret=interpret).refuses(problem.request)
         if refusal is not None:
-            console.print(f"[bold red]pallas_gpu does not take this:[/bold red] {refusal}", highlight=False)
-            raise typer.Exit(1)
+            raise CommandError(f"pallas_gpu does not take this: {refusal}", exit_code=1)
         key = tiles.tuned_key(name, problem.request)
         sizes = list(candidates(part, problem, interpret))
         results = []
@@ -182,10 +180,7 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
         _show(console, part, results)
         first = results[0]
         if first.us is None:
-            console.print(
-                f"[bold red]the present tiles fail:[/bold red] {first.problem}. Nothing is written.", highlight=False
-            )
-            raise typer.Exit(1)
+            raise CommandError(f"the present tiles fail: {first.problem}. Nothing is written.", exit_code=1)
         best[part] = min(results, key=lambda each: math.inf if each.us is None else each.us)
         if best[part].us > LEAST_GAIN * first.us:
             best[part] = first
