@@ -14,7 +14,8 @@ os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 import jax
 import jax.numpy as jnp
 
-from easydel_ragged_plugin.bench.workload import Problem, Step
+from easydel_ragged_plugin.bench.problem import Problem
+from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import ejkernel, xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU

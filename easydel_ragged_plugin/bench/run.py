@@ -22,13 +22,16 @@ from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
 from . import engine_case, figure
 from . import report as reports
-from .calls import Candidate, Problem, build
-from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, tolerance, with_dtype, work
+from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, with_dtype
 from .machine import Limits, Machine, facts
+from .problem import Problem, build
 from .report import HOST, Result, Timing
+from .timing import Candidate
+from .work import work
 
 __all__ = ["ENGINE_CASE", "run"]
 
@@ -68,16 +71,17 @@ def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_S
     label = "EasyDeL's kernel" if kernel == HOST else kernel or "this package"
     try:
         candidate = Candidate(problem, kernel)
-        error = candidate.check()
+        error, right = candidate.check()
     except (Unsupported, ValueError, TypeError, NotImplementedError, ModuleNotFoundError) as failure:
         # Whatever keeps a kernel from running is a finding, not a failure of this benchmark.
         notes.append(f"{label} does not run: {str(failure).splitlines()[0][:160]}")
         return None
-    if not error <= tolerance(problem.case):
+    if not right:
         if kernel != HOST:
+            bound = tolerance_for(problem.case)
             raise CommandError(
                 f"{problem.case.name} {problem.version} {problem.case.dtype}: {candidate.kernel} is WRONG (largest "
-                f"error {error:.3g}, allowed {tolerance(problem.case):.3g}); not timed. "
+                f"error {error:.3g}, allowed {bound.atol:.2g} + {bound.rtol:.2g} of the answer); not timed. "
                 "Please report this with the output of 'easydel-ragged doctor'.",
                 exit_code=1,
             )
@@ -113,7 +117,8 @@ def _run_case(
             prepared = None if kernel == HOST else _prepare(other, kernel, notes)
             if prepared is not None:
                 same_work[kernel] = prepared[0]
-    data, flops = work(case)
+    needed = work(case)
+    data, flops = needed.cache_bytes, needed.flops
     bound = "read" if data / machine.limits.read_bytes_per_s >= flops / machine.limits.gemm_flops_per_s else "gemm"
     if case.name in CALL_BOUND:
         bound = "call"

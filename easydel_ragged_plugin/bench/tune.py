@@ -24,7 +24,10 @@ from rich.table import Table
 from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.cases import Row
 
-from .workload import Problem, build, check, floor, seconds_per_call, workload
+from .cases import workload
+from .problem import Problem, build, check, few_rows
+from .timing import copies_beyond_cache, seconds_per_call
+from .work import work
 
 __all__ = ["Geometry", "run"]
 
@@ -53,7 +56,7 @@ class Geometry:
         else:
             rows = (Row(24, 20),) if small else (Row(4096, 4096),)
         case = workload(f"tune-{part}", rows, **dataclasses.asdict(self))
-        return build(case, "v2", copies=1 if small else None, platform=platform)
+        return build(case, "v2", copies=1 if small else copies_beyond_cache(case), platform=platform)
 
 
 def candidates(part: Part, problem: Problem, small: bool) -> Iterator[Any]:
@@ -107,10 +110,10 @@ def measure(problem: Problem, sizes: Any, interpret: bool) -> Measured:
     # A compiler may refuse a candidate in ways of its own (registers, shared memory): that is one that has lost.
     try:
         output, pages = jax.block_until_ready(jax.jit(step)(problem.operands))
-        error, right = check(problem, output, pages)
+        error, right = check(problem, output, pages, few_rows(problem.case))
         if not right:
             return Measured(sizes, None, f"wrong answer, off by up to {error:.3g}")
-        expected = floor(problem.case).seconds(1e12, 1e14)
+        expected = work(problem.case).seconds(1e12, 1e14)
         seconds, _ = seconds_per_call(
             problem, step, expected_s=1.0 if interpret else max(expected, 1e-5), repeats=1 if interpret else 3
         )
