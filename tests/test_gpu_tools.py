@@ -30,6 +30,7 @@ from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
@@ -46,12 +47,13 @@ def answered(version: Any, **fields: Any) -> tuple[Problem, jax.Array, jax.Array
 # What is tested is who judges the answer, so it need not be fast.
 @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def answer(request: AttentionRequest, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    return xla.KERNEL.forward(request, RaggedPageConfig(), operands)
+    return xla.KERNEL.forward(request, RaggedPageConfig(), operands)[:2]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "fields", [{}, {"sliding_window": 20, "sinks": "heads"}, {"pages_per_row": 20}, {"dtype": "float32"}]
+    "fields",
+    [{}, {"options": Options(sliding_window=20), "sinks": "heads"}, {"pages_per_row": 20}, {"dtype": "float32"}],
 )
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> None:
@@ -90,7 +92,8 @@ def test_floor_by_hand() -> None:
     # Keys and values of 16 tokens, 2 heads, 64 elements of 2 bytes; queries and outputs of 4 tokens, 4 heads.
     assert found.moved_bytes == 2 * 16 * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert found.flops == 4 * (10 + 4 + 5 + 6) * 4 * 64
-    windowed = work(workload("w", (Row(10, 1), Row(6, 3)), sliding_window=4, **SMALL))
+    window = Options(sliding_window=4)
+    windowed = work(workload("w", (Row(10, 1), Row(6, 3)), options=window, **SMALL))
     # The last 4 of 10; of 6, the first of the 3 new ones sees from the second on... 5 of them.
     assert windowed.moved_bytes == 2 * (4 + 6) * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert windowed.flops == 4 * (4 + 4 + 4 + 4) * 4 * 64

@@ -218,9 +218,9 @@ def test_every_argument_of_the_attention_layer_is_known() -> None:
             if {"query", "cache_view", "cache_metadata"} <= names:
                 passed |= names
     assert passed, "the attention layer builds its arguments another way now: read it again"
-    from easydel_ragged_plugin.operations import RaggedPageAttnV3
+    from easydel_ragged_plugin.operations import OPTIONS, RaggedPageAttnV3
 
-    ours = set(inspect.signature(RaggedPageAttnV3._forward).parameters)
+    ours = OPTIONS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
     assert passed <= ours | host.PASSED_ARGUMENTS
 
 

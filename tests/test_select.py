@@ -20,7 +20,7 @@ from easydel_ragged_plugin.types import AttentionRequest
 
 F4 = np.dtype("float32")
 LAYOUT = PageLayout.of("v3", page_shape("v3", 8, 4, 2, 32, F4), 2, 32, F4)
-REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, F4, LAYOUT, 1.0)
+REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, LAYOUT)
 
 
 class Picky(XlaKernel):

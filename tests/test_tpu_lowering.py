@@ -162,7 +162,7 @@ def test_numbers_of_v2_in_interpret_mode(options: dict[str, Any], monkeypatch: p
     batch = build_batch(case, "v2", poison="finite")
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
     arrays = [jnp.asarray(each) for each in (batch.queries, batch.updated_pages, *index)]
-    output = np.asarray(ragged_page_attention_v2(*arrays, platform="tpu", **case.options))
+    output = np.asarray(ragged_page_attention_v2(*arrays, platform="tpu", **case.options.keywords()))
     assert calls
     live, bound = batch.live_tokens, tolerance_for(case)
     np.testing.assert_allclose(output[live], batch.expected()[0][live], rtol=bound.rtol, atol=bound.atol)

@@ -92,7 +92,7 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
         output, pages = jax.block_until_ready(jax.jit(step)(adapted.operands))
         error, right = None, True
         if entry.update_only:  # its pages, as an attention of another kernel sees them
-            answer, _ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
+            answer, *_ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
             error, right = check(problem, answer, pages, few_rows(case))
         else:
             unchanged = problem.operands.pages

@@ -87,7 +87,7 @@ def build(case: Case, version: Version, *, copies: int = 1, platform: str | None
         distribution=jnp.asarray(placement.distribution),
         sinks=_normal(seeds[4], (case.q_heads,), np.dtype(np.float32)) if case.sinks else None,
     )
-    request = api.explain(*public_call(version, operands), **case.options, platform=platform).request
+    request = api.explain(*public_call(version, operands), **case.options.keywords(), platform=platform).request
     return Problem(case, version, request, operands, tables)
 
 
@@ -172,7 +172,7 @@ def check(problem: Problem, output: Any, pages: Any, samples: Iterator[Sample]) 
             np.array([0, 1]),
             1,
             None if sinks is None else sinks[heads],
-            **case.options,
+            options=case.options,
         )
         difference = np.abs(answers[token : token + 1, heads].astype(np.float64) - answer)
         right &= bool((difference <= bound.atol + bound.rtol * np.abs(answer)).all())

@@ -38,7 +38,7 @@ class Candidate:
 
     def __init__(self, problem: Problem, config: str | None) -> None:
         self._problem = problem
-        version, options = problem.version, problem.case.options
+        version, options = problem.version, problem.case.options.keywords()
         self._pages = jnp.array(problem.operands.pages)  # a copy, because it is donated
         self._operands = problem.operands._replace(pages=jnp.zeros(0))  # the pages travel alone
 

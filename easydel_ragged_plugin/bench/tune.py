@@ -105,7 +105,7 @@ def measure(problem: Problem, sizes: Any, interpret: bool) -> Measured:
     kernel = PallasGPU(interpret=interpret, tiles=sizes)
 
     def step(operands: Any) -> Any:
-        return kernel.forward(problem.request, RaggedPageConfig(), operands)
+        return kernel.forward(problem.request, RaggedPageConfig(), operands)[:2]
 
     # A compiler may refuse a candidate in ways of its own (registers, shared memory): that is one that has lost.
     try:

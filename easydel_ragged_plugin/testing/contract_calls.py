@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -174,7 +172,7 @@ class CallTests(ContractBase):
             pytest.skip("the operation does not declare: invalid_rows")
         if window is not None and not self.capabilities.sliding_window:
             pytest.skip("the operation does not declare: sliding_window")
-        case = dataclasses.replace(LAW_CASE, sliding_window=window)
+        case = LAW_CASE.with_options(sliding_window=window)
         batch = spoil_row(self._build(driver, case), fault)
         expected, pages = batch.expected()
         outcome = self._call(driver, batch)
