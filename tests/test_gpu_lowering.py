@@ -100,8 +100,7 @@ def names(lowered: Any) -> list[str]:
 
 def triton(lowered: Any, name: str) -> str:
     """The Triton program of one kernel, as text."""
-    from jax._src.lib.mlir import ir
-    from jax._src.pallas.triton.lowering import _new_ir_context
+    from jax_private import _new_ir_context, ir
 
     (config,) = [
         call.attributes["mhlo.backend_config"]

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "registration": {"host", "startup"},
     "views": {"errors", "host", "turboquant"},
     "operations": {"api", "errors", "host", "options", "views"},
-    "testing": {"host", "layout", "options", "reference"},
+    "testing": {"config", "host", "layout", "options", "reference", "request", "types"},
     "workers": {"config", "host", "kernels", "select", "startup"},
     "terminal": set(),
     "demo": {"config", "hooks", "host", "startup", "terminal"},

@@ -63,7 +63,7 @@ def test_registry_serves_ours_and_keeps_the_hosts() -> None:
 
 def test_requirements_equal_the_hosts() -> None:
     for version in VERSIONS:
-        previous = startup.original(f"ragged_page_attention_{version}")
+        previous: Any = startup.original(f"ragged_page_attention_{version}")
         assert previous is not None
         ours = operation_class(version)
         for mode in host.load().ExecutionMode:
@@ -77,7 +77,7 @@ def test_requirements_equal_the_hosts() -> None:
         ("causal", False, "causal=False"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
+def test_what_cannot_be_honored_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         call(driver, **{argument: value})
 

@@ -67,7 +67,7 @@ def test_int8_cache_rounds_and_saturates() -> None:
     live = np.flatnonzero(batch.live_tokens)
     keys, values = np.zeros_like(batch.keys), np.zeros_like(batch.values)
     keys[live], values[live] = 1000.0, -1000.0
-    keys[live, 0], values[live, 0] = 1.5, -2.6  # halves go to the even neighbour, as in IEEE 754
+    keys[live, 0], values[live, 0] = 1.5, -2.6  # halves go to the even neighbor, as in IEEE 754
     _, pages = run(dataclasses.replace(batch, keys=keys, values=values))
     written = pages[batch.written_slots].reshape(len(live), -1, 128)[..., : INT8.head_dim]
     assert set(np.unique(written)) == {2, 127, -3, -127}

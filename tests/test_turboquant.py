@@ -121,13 +121,13 @@ def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any) -> None:
     batch = build_batch(CASE, "v3")
     pages = random_pages(batch.case, len(batch.pages))
     whole, _ = run(batch, pages)
-    # The last row is idle: the one before it is spoilt.
+    # The last row is idle: the one before it is spoiled.
     rows = dataclasses.replace(batch.case, rows=batch.case.rows[:3])
-    spoilt = spoil_row(dataclasses.replace(batch, case=rows, num_seqs=np.array([3], np.int32)), fault)
-    spoilt = dataclasses.replace(spoilt, distribution=np.array([0, 3, 3], np.int32))
-    output, after = run(spoilt, pages)
+    spoiled = spoil_row(dataclasses.replace(batch, case=rows, num_seqs=np.array([3], np.int32)), fault)
+    spoiled = dataclasses.replace(spoiled, distribution=np.array([0, 3, 3], np.int32))
+    output, after = run(spoiled, pages)
     first_dead = batch.query_start_loc[3]
-    live = spoilt.live_tokens & (np.arange(len(output)) < first_dead)
+    live = spoiled.live_tokens & (np.arange(len(output)) < first_dead)
     np.testing.assert_allclose(output[live], whole[live], rtol=2e-5, atol=2e-5)
     assert not output[~live].any()
     changed = np.zeros(pages.shape[:2], bool)

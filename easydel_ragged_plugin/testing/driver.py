@@ -207,6 +207,10 @@ class Driver:
             **{name: value for name, value in case.options.given().items() if name in SCALES},
         }
 
+    def expected(self, batch: Batch, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+        """The oracle's output and pages for a call on ``batch``."""
+        return batch.expected()
+
     def call(
         self,
         batch: Batch,
