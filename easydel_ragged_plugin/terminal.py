@@ -13,8 +13,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,7 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-__all__ = ["CommandError", "Update", "count_compilations", "hushed", "stage"]
+__all__ = ["CommandError", "Update", "count_compilations", "facts_as_text", "hushed", "stage"]
 
 
 class CommandError(Exception):
@@ -83,6 +84,18 @@ def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Up
         elapsed = time.perf_counter() - started
         if finished and elapsed >= 0.5:
             console.print(f"[green]✓[/green] {text} [dim]{elapsed:.1f} s[/dim]", highlight=False)
+
+
+def facts_as_text(facts: Mapping[str, Any]) -> str:
+    """One line for what :meth:`.types.Kernel.facts` gives."""
+    if not facts["available"]:
+        return f"not available: {facts['reason']}"
+    shown = ["available"]
+    for name, value in facts.items():
+        if name != "available" and value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            shown.append(f"{name.replace('_', ' ')} {text}")
+    return "; ".join(shown)
 
 
 class _CompilationCounter(logging.Handler):

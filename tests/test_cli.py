@@ -72,17 +72,22 @@ def test_doctor_exit_code_when_active() -> None:
     assert set(report["selection"]) == set(report["self_check"]) == {"v2", "v3"}
 
 
-def test_doctor_tells_about_the_native_kernel() -> None:
+def test_doctor_tells_about_kernels() -> None:
     code = (
         "from easydel_ragged_plugin import host; host.host_version = lambda: None\n"
         "from easydel_ragged_plugin.cli import main; main()"
     )
     without = run_command("doctor", code=code, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere.so")
     assert without.returncode == 0, without.stdout + without.stderr
-    assert "not available: EASYDEL_RAGGED_NATIVE_LIBRARY names '/nowhere.so', which is not a file" in without.stdout
+    assert (
+        "cpu_native: not available: EASYDEL_RAGGED_NATIVE_LIBRARY names '/nowhere.so', which is not a file"
+        in without.stdout
+    )
     if cpu_native.availability() is None:
         result = run_command("doctor", "--json", code=code, EASYDEL_RAGGED_ISA="baseline")
-        native = json.loads(result.stdout)["native"]
+        kernels = json.loads(result.stdout)["kernels"]
+        assert kernels.keys() >= {"cpu_native", "pallas_gpu", "xla", "ejkernel"}
+        native = kernels["cpu_native"]
         assert native["available"]
         assert native["isa"] == "baseline"
         assert tuple(native["isa_levels"]) == cpu_native.isa_levels()
