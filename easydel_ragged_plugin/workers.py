@@ -9,22 +9,33 @@ odd ones out.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import inspect
 import json
 import os
 from collections.abc import Hashable, Mapping
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
-from . import host, select, startup
+from . import api, hooks, host, select, startup
 from .config import RaggedPageConfig, current_override, from_environment
-from .kernels import cpu_native
+from .errors import Unsupported
+from .layout import page_shape
 
-__all__ = ["FingerprintMismatch", "check_fingerprints", "fingerprint"]
+__all__ = ["VARIABLES", "FingerprintMismatch", "check_fingerprints", "explain_probes", "fingerprint", "hook_plugins"]
 
 DISTRIBUTIONS = ("easydel-ragged-plugin", "easydel", "ejkernel", "jax", "jaxlib")
-VARIABLES = ("EASYDEL_RAGGED_PLUGIN", "EASYDEL_RAGGED_KERNEL", "FORCE_NATIVE_RUNTIME")
+
+VARIABLES = (
+    "EASYDEL_RAGGED_PLUGIN",
+    "EASYDEL_RAGGED_KERNEL",
+    "EASYDEL_RAGGED_CHECK",
+    "EASYDEL_RAGGED_ISA",
+    "FORCE_NATIVE_RUNTIME",
+)
+"""Environment variables that change programs. What other variables lead to (``EASYDEL_RAGGED_CACHE``: tuned sizes,
+``EASYDEL_RAGGED_NATIVE_LIBRARY``: a library) is in the kernels' own fingerprints: paths may differ between workers."""
 
 
 class FingerprintMismatch(RuntimeError):
@@ -34,8 +45,9 @@ class FingerprintMismatch(RuntimeError):
 def fingerprint() -> dict[str, str]:
     """What decides about the numbers that this process computes: names and values, all text.
 
-    Versions, JAX's platform, the classes that serve the operations, the kernels and how far each is available, and the
-    configuration. Imports EasyDeL's operations where EasyDeL is installed, and starts JAX's backend.
+    Versions, JAX's platform, the classes that serve the operations, hook plugins, what each kernel says of itself, the
+    configuration, and what selection makes of some fixed requests: kernel and configuration, that of hooks included.
+    Imports EasyDeL's operations where EasyDeL is installed, and starts JAX's backend.
     """
     import jax
 
@@ -46,9 +58,11 @@ def fingerprint() -> dict[str, str]:
         for name in host.OPERATION_NAMES:
             found[f"operation {name}"] = _path(registry.get(name))
         found["plugin"] = "active" if startup.status().active else "off"
+    found["hooks"] = ", ".join(hook_plugins()) or "none"
     for name, kernel in select.kernels().items():
-        found[f"kernel {name}"] = _kernel(name, kernel)
+        found[f"kernel {name}"] = kernel.fingerprint()
     found["config"] = str(_config())
+    found |= {f"selection of {name}": _outcome(each) for name, each in explain_probes().items()}
     found |= {name: os.environ.get(name, "unset") for name in VARIABLES}
     return found
 
@@ -128,13 +142,63 @@ def _config() -> RaggedPageConfig:
     return dataclasses.replace(from_environment() or RaggedPageConfig(), **current_override())
 
 
-def _kernel(name: str, kernel: object) -> str:
-    if name == "cpu_native":
-        reason = cpu_native.availability()
-        return cpu_native.isa() if reason is None else f"not available: {reason}"
-    if name == "ejkernel" and importlib.util.find_spec("ejkernel") is None:
-        return "not available: not installed"
-    return _path(type(kernel))
+def explain_probes() -> dict[str, select.Selection | Exception]:
+    """What :func:`.api.explain` says about a decode step and a prompt, with v2 and v3: ``{"v2 decode": ..., ...}``.
+
+    8 requests, 32 q heads, 8 kv heads, head_dim 128, pages of 128, bfloat16; the prompt has 512 tokens in a step. An
+    exception stands for a request that nothing takes, or that names a kernel that is not there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    index = [array(*shape, dtype=jnp.int32) for shape in ((8,), (8, 64), (9,))]
+    v2, v3 = (array(*page_shape(version, 512, 128, 8, 128, np.dtype(jnp.bfloat16))) for version in ("v2", "v3"))
+    calls: dict[str, tuple[Any, ...]] = {}
+    for name, tokens in (("decode", 8), ("prefill", 512)):
+        queries, new = array(tokens, 32, 128), array(tokens, 8, 128)
+        calls[f"v2 {name}"] = (api.ragged_page_attention_v2, queries, v2, *index, array(1, dtype=jnp.int32))
+        calls[f"v3 {name}"] = (api.ragged_page_attention_v3, queries, new, new, v3, *index, array(3, dtype=jnp.int32))
+    found: dict[str, select.Selection | Exception] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = api.explain(*call)
+        except (Unsupported, ValueError) as error:
+            found[name] = error
+    return found
+
+
+def _outcome(found: select.Selection | Exception) -> str:
+    if isinstance(found, Exception):
+        return str(found)
+    config = found.config
+    given = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    ]
+    return " ".join([found.kernel, *given])
+
+
+def hook_plugins() -> list[str]:
+    """Name, origin and version of each hook plugin, in the order of registration: it decides whose answer counts."""
+    owners = metadata.packages_distributions()
+    described = []
+    for name, plugin in hooks.manager().list_name_plugin():
+        if plugin is None:  # a name that was blocked
+            continue
+        if inspect.ismodule(plugin):
+            module = where = plugin.__name__
+        else:
+            cls = plugin if inspect.isclass(plugin) else type(plugin)
+            module, where = cls.__module__, f"{cls.__module__}:{cls.__qualname__}"
+        versions = [f"{each} {_version(each)}" for each in sorted(set(owners.get(module.partition(".")[0], ())))]
+        # pluggy names an object without a name after its address.
+        shown = "" if name == str(id(plugin)) else f"{name} = "
+        described.append(f"{shown}{where}" + (f" ({', '.join(versions)})" if versions else ""))
+    return described
 
 
 def _path(cls: type | None) -> str:

@@ -9,7 +9,7 @@ import sys
 
 import tiny_model
 
-from easydel_ragged_plugin.cli.engine import Engine, Settings, Workers, import_host
+from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
 
 
 def main(folder: str, *engines: str) -> None:

@@ -16,9 +16,15 @@ import numpy as np
 import pytest
 from command_line import invoke
 
-from easydel_ragged_plugin.cli import bench, bench_cases, bench_engine, bench_report, engine, figure
-from easydel_ragged_plugin.cli.bench_calls import Candidate, build
-from easydel_ragged_plugin.cli.machine import Limits
+from easydel_ragged_plugin.bench import cases as bench_cases
+from easydel_ragged_plugin.bench import engine_case, figure
+from easydel_ragged_plugin.bench import report as bench_report
+from easydel_ragged_plugin.bench import run as bench
+from easydel_ragged_plugin.bench.machine import Limits
+from easydel_ragged_plugin.bench.problem import build
+from easydel_ragged_plugin.bench.timing import Candidate
+from easydel_ragged_plugin.bench.work import work
+from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.testing.cases import Case
 
@@ -136,14 +142,14 @@ def test_every_compared_case_is_the_same_work() -> None:
     known = bench_cases.by_name()
     assert set(known) >= bench_cases.CALL_BOUND
     for name, other in bench_cases.SCALED.items():
-        assert bench_cases.work(known[name]) == bench_cases.work(known[other])
+        assert work(known[name]) == work(known[other])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_case_beyond_the_cache_is(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cases, "last_level_cache", lambda: 100 << 20)
     case = bench_cases.with_dtype(bench_cases.by_name()["decode-beyond-cache"], dtype)
-    data, _ = bench_cases.work(case)
+    data = work(case).cache_bytes
     assert 1.25 <= data / (100 << 20) < 1.4
     assert case.num_rows == case.num_tokens == len(case.rows)
 
@@ -158,19 +164,21 @@ def test_calls_in_one_program_are_as_many_as_asked_for(version: str) -> None:
     together, first = np.asarray(candidate.run(3)), np.asarray(candidate.run(1))
     candidate.in_one_program = False  # from here on, one by one
     np.testing.assert_allclose(candidate.run(3), first, rtol=1e-5, atol=1e-6)
-    assert candidate.check() < 1e-4
+    error, right = candidate.check()
+    assert right
+    assert error < 1e-4
     for _ in range(3):
         queries = candidate.run(1)
-        candidate._arguments = (queries, *candidate._arguments[1:])
+        candidate._operands = candidate._operands._replace(queries=queries)
     np.testing.assert_allclose(together, queries, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("quick_machine")
 def test_bench_stops_at_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Candidate, "check", lambda self: 0.5)
+    monkeypatch.setattr(Candidate, "check", lambda self: (0.5, False))
     result = invoke("bench", "--case", "smoke", "--kernel", "xla", "--no-host")
     assert result.exit_code == 1
-    assert "xla is WRONG (largest error 0.5" in str(result.exception)
+    assert "xla is WRONG (largest error 0.5" in result.output
 
 
 @pytest.mark.usefixtures("quick_machine")
@@ -260,9 +268,9 @@ def test_bench_refuses_a_file_of_something_else(content: str, tmp_path: Path) ->
 
 
 def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[bench_engine.Plan] = []
+    seen: list[engine_case.Plan] = []
 
-    def measured(plan: bench_engine.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
+    def measured(plan: engine_case.Plan, *, repeats: int, with_host: bool) -> dict[str, object]:
         seen.append(plan)
         engines = {
             label: {"result": rate, "of_ceiling": rate / 50, "same_tokens": label != "ceiling"}
@@ -278,8 +286,8 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
             "workloads": [{"name": "4 requests", "unit": "tokens/s", "context": 9, "engines": engines}],
         }
 
-    monkeypatch.setattr(bench_engine, "run", measured)
-    monkeypatch.setattr(bench_engine, "check_environment", lambda: None)
+    monkeypatch.setattr(engine_case, "run", measured)
+    monkeypatch.setattr(bench, "check_environment", lambda: None)
     file = tmp_path / "results.json"
     options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
     result = invoke("bench", "--case", "engine", *options)
@@ -290,7 +298,7 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_engine_case_fits_its_requests() -> None:
-    plan = bench_engine.Plan()
+    plan = engine_case.Plan()
     settings = plan.decode_settings()
     longest = max(plan.contexts) + plan.answer_length(max(plan.contexts))
     assert settings.max_model_len >= longest + plan.requests
@@ -308,7 +316,7 @@ def test_the_decode_rate_counts_while_all_requests_decode() -> None:
 
 @pytest.mark.parametrize("case", bench_cases.BENCH_CASES, ids=lambda case: case.name)
 def test_bench_work_is_counted_by_hand(case: Case) -> None:
-    data, flops = bench_cases.work(case)
+    counted = work(case)
     window = case.window or 10**9
     pairs, read = 0, 0
     for row in case.rows:
@@ -318,8 +326,8 @@ def test_bench_work_is_counted_by_hand(case: Case) -> None:
             pairs += len(visible)
             seen.update((visible.start, position))
         read += max(seen) - min(seen) + 1
-    assert data == 2 * read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
-    assert flops == 4 * pairs * case.q_heads * case.head_dim
+    assert counted.cache_bytes == 2 * read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+    assert counted.flops == 4 * pairs * case.q_heads * case.head_dim
 
 
 def test_bench_lists_every_case() -> None:

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from command_line import invoke, run_command
 
-from easydel_ragged_plugin.cli import demo
+from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.terminal import CommandError
 
 HAS_HOST = importlib.util.find_spec("easydel") is not None
 
@@ -72,17 +72,22 @@ def test_doctor_exit_code_when_active() -> None:
     assert set(report["selection"]) == set(report["self_check"]) == {"v2", "v3"}
 
 
-def test_doctor_tells_about_the_native_kernel() -> None:
+def test_doctor_tells_about_kernels() -> None:
     code = (
         "from easydel_ragged_plugin import host; host.host_version = lambda: None\n"
         "from easydel_ragged_plugin.cli import main; main()"
     )
     without = run_command("doctor", code=code, EASYDEL_RAGGED_NATIVE_LIBRARY="/nowhere.so")
     assert without.returncode == 0, without.stdout + without.stderr
-    assert "not available: EASYDEL_RAGGED_NATIVE_LIBRARY names '/nowhere.so', which is not a file" in without.stdout
+    assert (
+        "cpu_native: not available: EASYDEL_RAGGED_NATIVE_LIBRARY names '/nowhere.so', which is not a file"
+        in without.stdout
+    )
     if cpu_native.availability() is None:
         result = run_command("doctor", "--json", code=code, EASYDEL_RAGGED_ISA="baseline")
-        native = json.loads(result.stdout)["native"]
+        kernels = json.loads(result.stdout)["kernels"]
+        assert kernels.keys() >= {"cpu_native", "pallas_gpu", "xla", "ejkernel"}
+        native = kernels["cpu_native"]
         assert native["available"]
         assert native["isa"] == "baseline"
         assert tuple(native["isa_levels"]) == cpu_native.isa_levels()
@@ -122,7 +127,7 @@ def test_demo_refuses_a_folder_without_a_model(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_demo_knows_what_the_host_cannot_run() -> None:
-    with pytest.raises(typer.Exit):
+    with pytest.raises(CommandError, match="EasyDeL's own v3 does not run with head_dim 64"):
         demo._variants("v3", True, False, 64)
     assert list(demo._variants("v3", True, False, 128).values()) == [
         {"mechanism": "ragged_page_attention_v3", "host_kernels": True}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from easydel_ragged_plugin.cli import model
+from easydel_ragged_plugin.demo import model
 
 PROMPTS = ("What is the capital of France?", "Name three colours.", "What is 12 + 13?", "Why is the sky blue?")
 MAX_TOKENS = 20
@@ -129,7 +129,7 @@ def expected(folder: str) -> list[tuple[int, ...]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from easydel_ragged_plugin.cli.engine import Engine
+    from easydel_ragged_plugin.demo.engine import Engine
 
     gguf = model.fetch()
     tokenizer = model.load_tokenizer(folder)
@@ -147,7 +147,7 @@ def expected(folder: str) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def workers(folder: str):
-    from easydel_ragged_plugin.cli.engine import Workers, import_host
+    from easydel_ragged_plugin.demo.engine import Workers, import_host
 
     import_host()
     with Workers(folder) as workers:
@@ -158,7 +158,7 @@ def workers(folder: str):
 @pytest.mark.host
 @pytest.mark.slow
 def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
-    from easydel_ragged_plugin.cli.engine import Engine
+    from easydel_ragged_plugin.demo.engine import Engine
 
     tokenizer = model.load_tokenizer(folder)
     text = Engine.as_chat(tokenizer, PROMPTS[0])
@@ -174,7 +174,7 @@ def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_greedy_float32_equals_transformers(version: str, folder: str, expected: list, workers) -> None:
-    from easydel_ragged_plugin.cli.engine import Engine, Settings
+    from easydel_ragged_plugin.demo.engine import Engine, Settings
 
     settings = Settings(f"ragged_page_attention_{version}", max_model_len=128, max_requests=len(PROMPTS))
     with Engine(folder, settings, model.load_tokenizer(folder), workers) as engine:

@@ -21,8 +21,12 @@ import pytest
 from typer.testing import CliRunner
 
 from easydel_ragged_plugin import RaggedPageConfig
-from easydel_ragged_plugin.cli import app, workload
-from easydel_ragged_plugin.cli import tune as tuning
+from easydel_ragged_plugin.bench import tune as tuning
+from easydel_ragged_plugin.bench.cases import workload
+from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
+from easydel_ragged_plugin.bench.timing import seconds_per_call
+from easydel_ragged_plugin.bench.work import work
+from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
@@ -34,26 +38,27 @@ SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "page_size
 ROWS = (Row(70, 1), Row(20, 1), Row(50, 9))
 
 
-def answered(version: Any, **fields: Any) -> tuple[workload.Problem, jax.Array, jax.Array]:
-    case = workload.workload("a workload", ROWS, **{**SMALL, **fields})
-    problem = workload.build(case, version, copies=2)
+def answered(version: Any, **fields: Any) -> tuple[Problem, jax.Array, jax.Array]:
+    case = workload("a workload", ROWS, **{**SMALL, **fields})
+    problem = build(case, version, copies=2)
     return problem, *answer(problem.request, problem.operands)
 
 
 # What is tested is who judges the answer, so it need not be fast.
 @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def answer(request: AttentionRequest, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    return xla.KERNEL.forward(request, RaggedPageConfig(), operands)
+    return xla.KERNEL.forward(request, RaggedPageConfig(), operands)[:2]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "fields", [{}, {"options": Options(sliding_window=20), "sinks": "heads"}, {"wider": 4}, {"dtype": "float32"}]
+    "fields",
+    [{}, {"options": Options(sliding_window=20), "sinks": "heads"}, {"pages_per_row": 20}, {"dtype": "float32"}],
 )
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> None:
     problem, output, pages = answered(version, **fields)
-    error, right = workload.check(problem, output, pages)
+    error, right = check(problem, output, pages, few_rows(problem.case))
     assert right
     assert error < 0.02
 
@@ -63,16 +68,16 @@ def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> 
 def test_a_wrong_answer_is_found_wrong(version: Any) -> None:
     problem, output, pages = answered(version)
     for wrong in (output * 1.05, jnp.zeros_like(output), jnp.roll(output, 1, axis=1), output.at[-1].set(jnp.nan)):
-        assert not workload.check(problem, wrong, pages)[1]
+        assert not check(problem, wrong, pages, few_rows(problem.case))[1]
     # Queries of another block table are right over its pages alone.
     other = problem.operands._replace(block_tables=problem.tables[1])
     elsewhere, _ = answer(problem.request, other)
-    assert not workload.check(problem, elsewhere, pages)[1]
+    assert not check(problem, elsewhere, pages, few_rows(problem.case))[1]
 
 
 def test_new_keys_that_were_not_written_are_found() -> None:
     problem, output, _ = answered("v3")
-    assert not workload.check(problem, output, problem.operands.pages)[1]
+    assert not check(problem, output, problem.operands.pages, few_rows(problem.case))[1]
 
 
 def test_block_tables_share_no_page() -> None:
@@ -83,14 +88,14 @@ def test_block_tables_share_no_page() -> None:
 
 
 def test_floor_by_hand() -> None:
-    found = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), **SMALL))
+    found = work(workload("w", (Row(10, 1), Row(6, 3)), **SMALL))
     # Keys and values of 16 tokens, 2 heads, 64 elements of 2 bytes; queries and outputs of 4 tokens, 4 heads.
-    assert found.read_bytes == 2 * 16 * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
+    assert found.moved_bytes == 2 * 16 * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert found.flops == 4 * (10 + 4 + 5 + 6) * 4 * 64
     window = Options(sliding_window=4)
-    windowed = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), options=window, **SMALL))
+    windowed = work(workload("w", (Row(10, 1), Row(6, 3)), options=window, **SMALL))
     # The last 4 of 10; of 6, the first of the 3 new ones sees from the second on... 5 of them.
-    assert windowed.read_bytes == 2 * (4 + 6) * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
+    assert windowed.moved_bytes == 2 * (4 + 6) * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert windowed.flops == 4 * (4 + 4 + 4 + 4) * 4 * 64
 
 
@@ -104,7 +109,7 @@ def test_every_timed_call_runs() -> None:
                            operands.queries[0, 0, 0])  # fmt: skip
         return operands.queries + 1, operands.pages
 
-    workload.seconds_per_call(problem, step, expected_s=1e-2, repeats=2, least_s=0.06)
+    seconds_per_call(problem, step, expected_s=1e-2, repeats=2, least_s=0.06)
     jax.effects_barrier()
     assert len(seen) == 3 * 3 * 2  # warm-up and two repeats, of three trips over two tables
     assert [page for page, _ in seen[:2]] == [int(table[0, 0]) for table in problem.tables]

@@ -1,4 +1,4 @@
-"""Several processes: jobs of ``jax.distributed`` and Ray actors, and what workers must have in common."""
+"""Several processes: jobs of ``jax.distributed``, and Ray actors. What they must have in common: test_workers.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import easydel_ragged_plugin
-from easydel_ragged_plugin import FingerprintMismatch, check_fingerprints, fingerprint
 from easydel_ragged_plugin.host import host_version
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
@@ -94,50 +91,3 @@ def test_engines_in_ray_actors(tmp_path: Path) -> None:
         assert f"shared {expected}" in printed
         assert f"shared {[ours, ours]}" in printed
         assert "fingerprints agree" in printed
-
-
-def test_fingerprint_tells_versions_kernels_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    import jax
-
-    found = fingerprint()
-    assert found["easydel-ragged-plugin"] == easydel_ragged_plugin.__version__
-    assert found["jax"] == jax.__version__
-    assert {"kernel cpu_native", "kernel xla", "kernel ejkernel"} <= found.keys()
-    assert all(isinstance(value, str) for value in found.values())
-    assert found == fingerprint()
-    with easydel_ragged_plugin.override_config(num_queries_per_block=8):
-        assert fingerprint()["config"] != found["config"]
-    monkeypatch.setenv("EASYDEL_RAGGED_KERNEL", "xla")
-    assert "kernel='xla'" in fingerprint()["config"]
-
-
-def test_the_odd_one_out_is_named() -> None:
-    good: dict[str, str] = {"jax": "0.9.2", "kernel cpu_native": "avx2"}
-    check_fingerprints({"a": good, "b": dict(good)})
-    workers: dict[Any, Any] = dict.fromkeys("abcd", good)
-    with pytest.raises(FingerprintMismatch) as raised:
-        check_fingerprints({"first": {**good, "jax": "0.8.3"}, **workers})
-    assert str(raised.value).startswith("1 of 5 workers differ, measured by a, b, c and 1 more:\n")
-    assert "  first: jax is 0.8.3, not 0.9.2\n" in str(raised.value)
-
-
-def test_a_worker_without_the_plugin_is_named() -> None:
-    with pytest.raises(FingerprintMismatch) as raised:
-        check_fingerprints({0: None, 1: {"jax": "0.9.2"}})
-    assert "1 of 2 workers differ, measured by 1:\n  0: has no easydel-ragged-plugin; run 'pip" in str(raised.value)
-    with pytest.raises(FingerprintMismatch, match="2 of 2 workers differ"):
-        check_fingerprints({0: None, 1: None})
-
-
-def test_a_missing_fact_is_named() -> None:
-    with pytest.raises(FingerprintMismatch, match="1: operation v3 is missing, not ours"):
-        check_fingerprints({0: {"operation v3": "ours"}, 1: {}})
-
-
-def test_no_workers_are_an_error() -> None:
-    with pytest.raises(ValueError, match="got none, wanted at least one"):
-        check_fingerprints({})
-
-
-def test_one_process_agrees_with_itself() -> None:
-    check_fingerprints()

@@ -6,7 +6,7 @@ Needs JAX for the GPU and this package; EasyDeL only for its own kernels, which 
 Every answer is compared with a float64 oracle, in samples, before it is timed. The limits are measured in the same
 run: copying 2 GiB, and a bfloat16 product of 8192 x 8192 matrices.
 
-Times are of many calls inside one compiled program (see ``easydel_ragged_plugin/cli/workload.py``): a call's output
+Times are of many calls inside one compiled program (see ``easydel_ragged_plugin/bench/timing.py``): a call's output
 is the next call's query, and each call reads pages that the one before it has not touched. JAX gives no access to
 CUDA events; a program of 50 ms or more makes the cost of starting it small instead. Work that XLA can share between
 the calls of a program (the lists made from row lengths) is shared, as the layers of a model share it.
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     if options.figure:
-        from easydel_ragged_plugin.cli import figure
+        from easydel_ragged_plugin.bench import figure
 
         figure.require()
 

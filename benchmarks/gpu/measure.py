@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from rivals import CONTESTANTS, OURS, Contestant
 from table import WIDER, Entry
 
-from easydel_ragged_plugin.cli import workload as workloads
-from easydel_ragged_plugin.cli.workload import Floor, Problem, Step
+from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
+from easydel_ragged_plugin.bench.timing import Step, copies_beyond_cache, seconds_per_call
+from easydel_ragged_plugin.bench.work import Work, work
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
@@ -61,23 +62,24 @@ def update_step(problem: Problem, dry: bool) -> Step:
     return step
 
 
-def floors(entry: Entry, found: Limits) -> tuple[Floor, float]:
+def floors(entry: Entry, found: Limits) -> tuple[Work, float]:
     """(what the workload needs, seconds of its kinds of rows one after the other)."""
     case = entry.case
     if entry.update_only:
         moved = 2 * 2 * case.num_tokens * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
-        needed = Floor(moved, 0.0)
+        needed = Work(cache_bytes=0, token_bytes=moved, flops=0.0)
         return needed, needed.seconds(*dataclasses.astuple(found))
     kinds = [tuple(row for row in case.rows if (row.new == 1) == short) for short in (True, False)]
-    apart = [workloads.floor(case, rows).seconds(*dataclasses.astuple(found)) for rows in kinds if rows]
-    return workloads.floor(case), sum(apart)
+    parts = [work(dataclasses.replace(case, rows=rows)) for rows in kinds if rows]
+    return work(case), sum(part.seconds(*dataclasses.astuple(found)) for part in parts)
 
 
 def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, dry: bool) -> dict[str, Any] | str:
     """Figures of one contestant, or why there are none."""
     case, platform = entry.case, jax.default_backend()
     needed, apart = floors(entry, found)
-    problem = workloads.build(case, contestant.version, copies=1 if dry else None, platform=platform)
+    copies = 1 if dry else copies_beyond_cache(case)
+    problem = build(case, contestant.version, copies=copies, platform=platform)
     # Whatever another kernel raises is what this script is to report.
     try:
         if entry.update_only:
@@ -90,13 +92,14 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
         output, pages = jax.block_until_ready(jax.jit(step)(adapted.operands))
         error, right = None, True
         if entry.update_only:  # its pages, as an attention of another kernel sees them
-            answer, _ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
-            error, right = workloads.check(problem, answer, pages)
+            answer, *_ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
+            error, right = check(problem, answer, pages, few_rows(case))
         else:
-            error, right = workloads.check(problem, output, pages if adapted is problem else problem.operands.pages)
+            unchanged = problem.operands.pages
+            error, right = check(problem, output, pages if adapted is problem else unchanged, few_rows(case))
         del output, pages
         expected = 1.0 if dry else max(needed.seconds(*dataclasses.astuple(found)), 2e-6)
-        seconds, samples = workloads.seconds_per_call(adapted, step, expected_s=expected, repeats=repeats)
+        seconds, samples = seconds_per_call(adapted, step, expected_s=expected, repeats=repeats)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     share = needed.seconds(*dataclasses.astuple(found)) / seconds
@@ -141,7 +144,7 @@ def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str,
         "geometry": f"{case.q_heads}/{case.kv_heads}/{case.head_dim}, pages of {case.page_size}",
         "dtype": case.dtype,
         "version": "v2",
-        "bound": "read" if needed.read_bytes / found.copy_bytes_per_s >= needed.flops / found.matmul_flops_per_s
+        "bound": "read" if needed.moved_bytes / found.copy_bytes_per_s >= needed.flops / found.matmul_flops_per_s
         else "gemm",
         "limit_us": 1e6 * needed.seconds(*dataclasses.astuple(found)),
         "sum_of_floors_us": 1e6 * apart,

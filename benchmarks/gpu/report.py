@@ -88,7 +88,7 @@ def show(result: dict[str, Any], dry: bool) -> None:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """The picture: for each workload, the share of the limit that each contestant reaches."""
-    from easydel_ragged_plugin.cli import figure
+    from easydel_ragged_plugin.bench import figure
 
     facts, found = report["machine"], report["limits"][0]
     versions = " · ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -14,7 +14,8 @@ os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 import jax
 import jax.numpy as jnp
 
-from easydel_ragged_plugin.cli.workload import Problem, Step
+from easydel_ragged_plugin.bench.problem import Problem
+from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import ejkernel, xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
@@ -39,7 +40,7 @@ def of_kernel(kernel: Any, config: RaggedPageConfig) -> Callable[[Problem, bool]
         elif dry and config.platform == "triton":  # there is no interpreter for these: what the host has for a CPU
             how = dataclasses.replace(config, platform="xla")
         refusal = chosen.refuses(problem.request)
-        return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands))
+        return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands)[:2])
 
     return prepare
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from easydel_ragged_plugin.cli.workload import workload
+from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row
 

@@ -1,12 +1,15 @@
 """The ``easydel-ragged`` command.
 
-Each command lives in a module of its own that is imported when the command runs, so ``--help`` costs nothing.
+What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``) and is imported when it runs, so ``--help``
+costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +26,22 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Turn a CommandError into its text on stderr and its exit code."""
+    from rich.console import Console
+
+    from easydel_ragged_plugin.terminal import CommandError
+
+    try:
+        yield
+    except CommandError as error:
+        console = Console(stderr=True)
+        console.print("[red]error:[/red]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
 
 
 class Version(enum.StrEnum):
@@ -110,20 +129,21 @@ def demo_command(
 
     easydel-ragged demo --compare
     """
-    from .demo import run
+    from easydel_ragged_plugin.demo.run import run
 
-    run(
-        mechanism=mechanism.value,
-        prompts=prompt or (),
-        model=model,
-        host_kernels=host_kernels,
-        max_tokens=max_tokens,
-        compare=compare,
-        repeats=repeats,
-        page_size=page_size,
-        dtype=dtype.value,
-        verbose=verbose,
-    )
+    with _errors_shown():
+        run(
+            mechanism=mechanism.value,
+            prompts=prompt or (),
+            model=model,
+            host_kernels=host_kernels,
+            max_tokens=max_tokens,
+            compare=compare,
+            repeats=repeats,
+            page_size=page_size,
+            dtype=dtype.value,
+            verbose=verbose,
+        )
 
 
 @app.command("doctor")
@@ -223,24 +243,26 @@ def bench_command(
 
     easydel-ragged bench --case engine --engine-context 0 --engine-prompt 0
     """
-    from .bench import run
-    from .bench_engine import Plan
+    from easydel_ragged_plugin.bench.engine_case import Plan
+    from easydel_ragged_plugin.bench.run import run
 
     plan = Plan() if engine_context is None else Plan(contexts=tuple(engine_context))
-    run(
-        names=case or (),
-        version=version.value,
-        kernels=kernel or (),
-        all_kernels=all_kernels,
-        dtypes=[each.value for each in dtype or (Dtype.bfloat16,)],
-        repeats=repeats,
-        json_file=json,
-        figure_file=figure,
-        from_json=from_json,
-        with_host=host,
-        list_only=list_cases,
-        engine=dataclasses.replace(plan, prompt_tokens=engine_prompt),
-    )
+    with _errors_shown():
+        code = run(
+            names=case or (),
+            version=version.value,
+            kernels=kernel or (),
+            all_kernels=all_kernels,
+            dtypes=[each.value for each in dtype or (Dtype.bfloat16,)],
+            repeats=repeats,
+            json_file=json,
+            figure_file=figure,
+            from_json=from_json,
+            with_host=host,
+            list_only=list_cases,
+            engine=dataclasses.replace(plan, prompt_tokens=engine_prompt),
+        )
+    raise typer.Exit(code)
 
 
 @app.command("tune")
@@ -275,10 +297,11 @@ def tune_command(
 
     easydel-ragged tune --interpret --q-heads 4 --kv-heads 2 --head-dim 32 --page-size 16
     """
-    from .tune import Geometry, run
+    from easydel_ragged_plugin.bench.tune import Geometry, run
 
     geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
-    run(geometry, interpret=interpret)
+    with _errors_shown():
+        run(geometry, interpret=interpret)
 
 
 def main() -> None:

@@ -8,16 +8,18 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from easydel_ragged_plugin import host, startup
+from easydel_ragged_plugin.terminal import facts_as_text, hushed
 
-from .machine import processors
-from .output import hushed
+if TYPE_CHECKING:
+    from easydel_ragged_plugin.select import Selection
 
 __all__ = ["Report", "examine", "run"]
 
@@ -45,7 +47,7 @@ class Report:
         devices: JAX's devices.
         environment: the variables that are set.
         activation: None without EasyDeL; else ``status()`` as text and the classes that serve the operations.
-        native: the native CPU kernel: whether it is available, else the reason; library, instruction sets, threads.
+        kernels: each kernel's own facts: whether it is available, else the reason, and what else it says of itself.
         selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
         self_check: for v2 and v3, "ok" with the largest error, or what went wrong.
         hooks: registered hook plugins.
@@ -59,7 +61,7 @@ class Report:
     devices: list[str]
     environment: dict[str, str]
     activation: dict[str, Any] | None
-    native: dict[str, Any]
+    kernels: dict[str, dict[str, Any]]
     selection: dict[str, dict[str, Any]]
     self_check: dict[str, str]
     hooks: list[str]
@@ -107,54 +109,16 @@ def _path(cls: type | None) -> str | None:
     return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _native() -> dict[str, Any]:
-    from easydel_ragged_plugin.kernels import cpu_native
-
-    reason = cpu_native.availability()
-    if reason is not None:
-        return {"available": False, "reason": reason, "library": None, "isa": None, "isa_levels": [], "threads": None}
-    return {
-        "available": True,
-        "reason": None,
-        "library": str(cpu_native._library_path()),
-        "isa": cpu_native.isa(),
-        "isa_levels": list(cpu_native.isa_levels()),
-        # XLA's thread pool has one for each processor; the kernel takes no more than the process may use.
-        "threads": processors(),
-    }
-
-
-def _selection() -> dict[str, dict[str, Any]]:
-    """What a decode step of 8 requests would get: 32 q heads, 8 kv heads, head_dim 128, pages of 128, bfloat16."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from easydel_ragged_plugin import api
-    from easydel_ragged_plugin.errors import Unsupported
-    from easydel_ragged_plugin.layout import page_shape
-
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    query, key = array(8, 32, 128), array(8, 8, 128)
-    index = [array(*shape, dtype=jnp.int32) for shape in ((8,), (8, 64), (9,))]
-    pages = {version: array(*page_shape(version, 512, 128, 8, 128, np.dtype(jnp.bfloat16))) for version in ("v2", "v3")}
-    calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "v2": (api.ragged_page_attention_v2, (query, pages["v2"], *index, array(1, dtype=jnp.int32))),
-        "v3": (api.ragged_page_attention_v3, (query, key, key, pages["v3"], *index, array(3, dtype=jnp.int32))),
-    }
+def _selection(probes: Mapping[str, Selection | Exception]) -> dict[str, dict[str, Any]]:
+    """For v2 and v3, what a decode step would get."""
     found: dict[str, dict[str, Any]] = {}
-    for version, (function, arguments) in calls.items():
-        try:
-            chosen = api.explain(function, *arguments)
-        except (Unsupported, ValueError) as error:
-            found[version] = {"kernel": None, "refusals": {}, "error": str(error)}
+    for version in ("v2", "v3"):
+        chosen = probes[f"{version} decode"]
+        if isinstance(chosen, Exception):
+            found[version] = {"kernel": None, "refusals": {}, "error": str(chosen)}
         else:
-            found[version] = {
-                "kernel": chosen.kernel,
-                "refusals": {each.kernel: each.reason for each in chosen.refusals},
-            }
+            refusals = {each.kernel: each.reason for each in chosen.refusals}
+            found[version] = {"kernel": chosen.kernel, "refusals": refusals}
     return found
 
 
@@ -194,19 +158,12 @@ def _self_check(version: Any) -> str:
 
 
 def _notes(backend: str, host_version: str | None) -> list[str]:
-    from easydel_ragged_plugin.kernels.pallas_gpu import tiles
-
     notes = []
     if os.environ.get("EASYDEL_RAGGED_KERNEL"):
         notes.append("EASYDEL_RAGGED_KERNEL is set: that kernel runs or raises, nothing else is tried.")
     if backend == "gpu" and host_version:
         notes.append(
             "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
-        )
-    if backend == "gpu" and not tiles.read_tuned():
-        notes.append(
-            "The kernel pallas_gpu has tile sizes from a built-in table, which has not been measured. "
-            "'easydel-ragged tune' finds those of this GPU."
         )
     if backend == "cpu" and host_version == "0.2.0.2":
         notes.append(
@@ -229,10 +186,11 @@ def examine(say: Any = lambda text: None) -> Report:
     activation = _activation(problems, notes)
     import jax
 
-    from easydel_ragged_plugin import hooks, workers
+    from easydel_ragged_plugin import select, workers
 
     say("asking for kernels")
-    selection = _selection()
+    kernels = select.kernels()
+    selection = _selection(workers.explain_probes())
     problems += [f"{version}: {each['error']}" for version, each in selection.items() if each.get("error")]
     self_check = {}
     for version in ("v2", "v3"):
@@ -244,18 +202,20 @@ def examine(say: Any = lambda text: None) -> Report:
             self_check[version] = f"FAILED: {type(error).__name__}: {error}"
         if not self_check[version].startswith("ok"):
             problems.append(f"self-check of {version}: {self_check[version]}")
+    platform_name = jax.default_backend()
+    kernel_notes = [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
     return Report(
         python=platform.python_version(),
         versions={name: _version(name) for name in DISTRIBUTIONS},
         devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
         environment=environment,
         activation=activation,
-        native=_native(),
+        kernels={name: kernel.facts() for name, kernel in kernels.items()},
         selection=selection,
         self_check=self_check,
-        hooks=[name for name, _ in hooks.manager().list_name_plugin()],
+        hooks=workers.hook_plugins(),
         fingerprint=workers.fingerprint(),
-        notes=notes + _notes(jax.default_backend(), host.host_version()),
+        notes=notes + _notes(platform_name, host.host_version()) + kernel_notes,
         problems=problems,
     )
 
@@ -284,14 +244,10 @@ def _print(console: Console, report: Report) -> None:
     else:
         for text in report.activation["status"].splitlines():
             line(text)
-    section("native CPU kernel")
-    if report.native["available"]:
-        line(f"available: {report.native['library']}")
-        line(f"instruction set {report.native['isa']} (this machine has {', '.join(report.native['isa_levels'])})")
-        line(f"{report.native['threads']} threads")
-    else:
-        line(f"not available: {report.native['reason']}")
-    section("kernels for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
+    section("kernels")
+    for name, facts in report.kernels.items():
+        line(f"{name}: {facts_as_text(facts)}")
+    section("chosen for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
     for version, chosen in report.selection.items():
         line(f"{version}: {chosen['kernel'] or chosen.get('error')}")
         for name, reason in chosen["refusals"].items():

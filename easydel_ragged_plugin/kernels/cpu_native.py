@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.resources
 import os
 import re
@@ -212,9 +213,16 @@ class CpuNativeKernel(Kernel):
         }
 
     def fingerprint(self) -> str:
-        """The instruction set, or why there is none: numbers differ between them in their last bits."""
+        """The instruction set, or why there is none: numbers differ between them in their last bits.
+
+        A library that the environment names is told from others by its bytes: its path may differ between workers.
+        """
         reason = availability()
-        return isa() if reason is None else f"not available: {reason}"
+        if reason is not None:
+            return f"not available: {reason}"
+        if not os.environ.get(LIBRARY_VARIABLE, "").strip():
+            return isa()
+        return f"{isa()}, library {hashlib.sha256(_library_path().read_bytes()).hexdigest()[:12]}"
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""

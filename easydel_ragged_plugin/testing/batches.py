@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import ml_dtypes
@@ -22,7 +23,7 @@ from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.layout import page_shape
 from easydel_ragged_plugin.options import NO_OPTIONS, Options
 
-__all__ = ["FAULTS", "Batch", "Case", "Fault", "Row", "Version", "build_batch", "spoil_row"]
+__all__ = ["FAULTS", "Batch", "Case", "Fault", "Placement", "Row", "Version", "build_batch", "place", "spoil_row"]
 
 Version = Literal["v2", "v3"]
 _BOTH: tuple[Version, ...] = ("v2", "v3")
@@ -183,6 +184,87 @@ def _pages_needed(case: Case, row: Row) -> tuple[int, int]:
     return max(0, row.context - row.new - case.window + 1) // case.page_size, end
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the rows of a case lie, without their numbers: the metadata of a call, int32 in NumPy.
+
+    Attributes:
+        num_pages: pages in the cache, the null page 0 included.
+        block_tables: one or more ``[rows, pages_per_row]``, over disjoint pages.
+        context_lens: ``[rows]``.
+        query_start_loc: ``[rows + 1]``.
+        distribution: ``[3]``.
+    """
+
+    num_pages: int
+    block_tables: tuple[np.ndarray, ...]
+    context_lens: np.ndarray
+    query_start_loc: np.ndarray
+    distribution: np.ndarray
+
+
+def place(case: Case, random: np.random.Generator, copies: int = 1) -> Placement:
+    """Give every row of ``case`` pages of its own, in shuffled order, and fill the metadata as the host does.
+
+    Args:
+        case: whose rows to place.
+        random: for the order of pages, and for what dead entries hold.
+        copies: how many block tables, each over pages of its own.
+
+    Raises:
+        ValueError: the case's axes or its ``num_pages`` have no room for its rows.
+    """
+    bounds = [_pages_needed(case, row) for row in case.rows]
+    needed = 1 + copies * sum(end - first for first, end in bounds)
+    num_pages = case.num_pages if case.num_pages is not None else needed + 5
+    if needed > num_pages:
+        raise ValueError(f"case {case.name}: got num_pages {num_pages}, wanted at least {needed} for its rows")
+    live = sum(row.new for row in case.rows)
+    if live > case.num_tokens or len(case.rows) > case.num_rows:
+        raise ValueError(
+            f"case {case.name}: got {live} tokens in {len(case.rows)} rows, more than the case's axes hold"
+        )
+    order = iter(1 + random.permutation(num_pages - 1))
+    tables = tuple(_table(case, bounds, order, num_pages, random) for _ in range(copies))
+    total, dead = len(case.rows), case.num_rows - len(case.rows)
+    contexts = [row.context for row in case.rows]
+    # Those of dead rows are plausible.
+    plausible = random.integers(1, case.pages_per_row * case.page_size + 1, dead)
+    starts = np.cumsum([0, *(row.new for row in case.rows)])
+    after = case.num_tokens if case.dead_rows == "claim" else live
+    decodes = sum(row.new == 1 and row.context > 1 for row in case.rows)
+    return Placement(
+        num_pages=num_pages,
+        block_tables=tables,
+        context_lens=np.array([*contexts, *plausible], np.int32),
+        query_start_loc=np.array([*starts, *[after] * dead], np.int32),
+        distribution=np.array([decodes, total if case.table != "stale" else decodes, total], np.int32),
+    )
+
+
+def _table(
+    case: Case, bounds: list[tuple[int, int]], order: Iterator[int], num_pages: int, random: np.random.Generator
+) -> np.ndarray:
+    """A block table whose rows own the next pages of ``order``; ``bounds`` are their entries [first, end)."""
+    table = np.zeros((case.num_rows, case.pages_per_row), np.int32)
+    owned: list[int] = []
+    for r, (first, end) in enumerate(bounds):
+        table[r, first:end] = [next(order) for _ in range(first, end)]
+        if r == 0 and case.repeat_page:
+            table[r, 1] = table[r, 0]
+        owned.extend(table[r, first:end])
+    for r in range(case.num_rows):
+        first, end = bounds[r] if r < len(bounds) else (0, 0)
+        unused = [e for e in range(case.pages_per_row) if not first <= e < end]
+        if case.table == "garbage":
+            # Left of a window the host writes real page ids or zeros; only entries past a context can hold anything.
+            table[r, [e for e in unused if e >= end]] = random.choice([-1, -7, num_pages, 2**30], len(unused) - first)
+        elif case.table == "stale" and owned:
+            others = [p for p in owned if r >= len(bounds) or p not in table[r, first:end]] or [0]
+            table[r, unused] = random.choice(others, len(unused))
+    return table
+
+
 def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["nan", "finite"] = "nan") -> Batch:
     """Arrays for ``case``; the same arguments give the same arrays.
 
@@ -193,41 +275,15 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         poison: what dead slots hold where the case leaves it open.
     """
     random = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
-    bounds = [_pages_needed(case, row) for row in case.rows]
-    needed = 1 + sum(end - first for first, end in bounds)
-    num_pages = case.num_pages if case.num_pages is not None else needed + 5
-    if needed > num_pages:
-        raise ValueError(f"case {case.name}: got num_pages {num_pages}, wanted at least {needed} for its rows")
-    live = sum(row.new for row in case.rows)
-    if live > case.num_tokens or len(case.rows) > case.num_rows:
-        raise ValueError(
-            f"case {case.name}: got {live} tokens in {len(case.rows)} rows, more than the case's axes hold"
-        )
-
-    order = iter(1 + random.permutation(num_pages - 1))
-    tables = np.zeros((case.num_rows, case.pages_per_row), np.int32)
-    owned: list[int] = []
-    for r, (first, end) in enumerate(bounds):
-        for entry in range(first, end):
-            tables[r, entry] = next(order)
-        if r == 0 and case.repeat_page:
-            tables[r, 1] = tables[r, 0]
-        owned.extend(tables[r, first:end])
-    for r in range(case.num_rows):
-        first, end = bounds[r] if r < len(bounds) else (0, 0)
-        unused = [e for e in range(case.pages_per_row) if not first <= e < end]
-        if case.table == "garbage":
-            # Left of a window the host writes real page ids or zeros; only entries past a context can hold anything.
-            tables[r, [e for e in unused if e >= end]] = random.choice([-1, -7, num_pages, 2**30], len(unused) - first)
-        elif case.table == "stale" and owned:
-            others = [p for p in owned if r >= len(bounds) or p not in tables[r, first:end]] or [0]
-            tables[r, unused] = random.choice(others, len(unused))
+    placement = place(case, random)
+    (tables,) = placement.block_tables
+    starts = placement.query_start_loc
 
     dtype, cache_dtype = case.np_dtype, case.np_cache_dtype
     fill = np.nan if (case.poison or poison) == "nan" else _FINITE_POISON
     if np.issubdtype(cache_dtype, np.integer):
         fill = np.iinfo(cache_dtype).min  # has no NaN; nobody writes this one
-    shape = page_shape(version, num_pages, case.page_size, case.kv_heads, case.head_dim, cache_dtype)
+    shape = page_shape(version, placement.num_pages, case.page_size, case.kv_heads, case.head_dim, cache_dtype)
     pages = np.full(shape, fill, cache_dtype)
 
     def normal(*shape: int, gain: float = 1.0, mean: float = 0.0) -> np.ndarray:
@@ -237,17 +293,14 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
     # Padding tokens keep these large keys and values; live tokens get their row's own below.
     keys = normal(case.num_tokens, case.kv_heads, case.head_dim, mean=50.0).astype(dtype)
     values = normal(case.num_tokens, case.kv_heads, case.head_dim, mean=50.0).astype(dtype)
-    context_lens = np.zeros(case.num_rows, np.int32)
-    starts = np.zeros(case.num_rows + 1, np.int32)
     slices: list[tuple[int, int, int]] = []
-    written = np.zeros((num_pages, case.page_size), bool)
-    start = 0
+    written = np.zeros((placement.num_pages, case.page_size), bool)
     for r, row in enumerate(case.rows):
-        cached = row.context - row.new
+        cached, start = row.context - row.new, starts[r]
         heads, gain = (row.context, case.kv_heads, case.head_dim), case.stored_gain
         row_keys = normal(*heads, gain=gain).astype(dtype)
         row_values = normal(*heads, gain=gain, mean=case.value_mean + 0.25 * gain * (r % 5)).astype(dtype)
-        first_cached = min(cached, bounds[r][0] * case.page_size)
+        first_cached = min(cached, _pages_needed(case, row)[0] * case.page_size)
         reference.write_tokens(
             pages, tables[r], first_cached, row_keys[first_cached:cached], row_values[first_cached:cached]
         )
@@ -260,13 +313,6 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
             written[page, slot : slot + count] = True
             slices.append((page * case.page_size + slot, start + position - cached, count))
             position += count
-        start += row.new
-        context_lens[r], starts[r + 1] = row.context, start
-    starts[len(case.rows) + 1 :] = start
-    dead = slice(len(case.rows), case.num_rows)
-    context_lens[dead] = random.integers(1, case.pages_per_row * case.page_size + 1, case.num_rows - len(case.rows))
-    if case.dead_rows == "claim":
-        starts[len(case.rows) + 1 :] = case.num_tokens
 
     updated = pages.copy()
     for r, row in enumerate(case.rows):
@@ -278,8 +324,6 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         sinks = normal(*((case.q_heads,) if case.sinks == "heads" else (case.kv_heads, 2)), mean=1.5).astype(dtype)
     mapping = np.zeros((3, case.num_tokens + case.num_rows), np.int32)
     mapping[:, : len(slices)] = np.array(slices, np.int32).reshape(-1, 3).T
-    total = len(case.rows)
-    decodes = sum(row.new == 1 and row.context > 1 for row in case.rows)
     return Batch(
         case=case,
         version=version,
@@ -288,13 +332,13 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         values=values,
         pages=pages,
         updated_pages=updated,
-        context_lens=context_lens,
+        context_lens=placement.context_lens,
         block_tables=tables,
         query_start_loc=starts,
-        num_seqs=np.array([total], np.int32),
-        distribution=np.array([decodes, total if case.table != "stale" else decodes, total], np.int32),
+        num_seqs=np.array([len(case.rows)], np.int32),
+        distribution=placement.distribution,
         sinks=sinks,
-        live_tokens=np.arange(case.num_tokens) < live,
+        live_tokens=np.arange(case.num_tokens) < sum(row.new for row in case.rows),
         written_slots=written,
         slot_mapping=mapping,
         num_kv_update_slices=np.array([len(slices)], np.int32),

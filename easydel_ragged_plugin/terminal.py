@@ -1,4 +1,4 @@
-"""What the commands show: stages with progress, and a place for the host's own log lines.
+"""What the commands show: stages with progress, errors, and a place for the host's own log lines.
 
 EasyDeL, XLA, tqdm and the tokenizer processes write to the terminal as they please, from Python, from C++ and
 from other processes. :func:`hushed` sends all of it to one file, while the command's own console keeps the
@@ -13,8 +13,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,7 +28,20 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-__all__ = ["Update", "count_compilations", "hushed", "stage"]
+__all__ = ["CommandError", "Update", "count_compilations", "facts_as_text", "hushed", "stage"]
+
+
+class CommandError(Exception):
+    """A command can't do what was requested. The text says why, and what to do.
+
+    Attributes:
+        exit_code: of the process: 2 for a request that can't be met, 1 for a finding.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 Update = Callable[[int, int], None]
 """``update(done, total)``: turns a stage's spinner into a bar."""
@@ -70,6 +84,18 @@ def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Up
         elapsed = time.perf_counter() - started
         if finished and elapsed >= 0.5:
             console.print(f"[green]✓[/green] {text} [dim]{elapsed:.1f} s[/dim]", highlight=False)
+
+
+def facts_as_text(facts: Mapping[str, Any]) -> str:
+    """One line for what :meth:`.types.Kernel.facts` gives."""
+    if not facts["available"]:
+        return f"not available: {facts['reason']}"
+    shown = ["available"]
+    for name, value in facts.items():
+        if name != "available" and value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            shown.append(f"{name.replace('_', ' ')} {text}")
+    return "; ".join(shown)
 
 
 class _CompilationCounter(logging.Handler):

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from easydel_ragged_plugin.terminal import CommandError
 
 __all__ = ["HOST", "Result", "Timing", "in_unit", "read", "show"]
 
@@ -151,7 +152,7 @@ def read(file: Path) -> dict[str, Any]:
             Result.from_json(each)
         _ = report["machine"]["versions"], report["limits"]
     except (ValueError, KeyError, TypeError) as error:
-        raise typer.BadParameter(
+        raise CommandError(
             f"--from-json {file}: not a result of this command ({type(error).__name__}: {error}). "
             "Write one with 'easydel-ragged bench --json FILE'."
         ) from error

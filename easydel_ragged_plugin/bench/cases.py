@@ -1,4 +1,4 @@
-"""What ``easydel-ragged bench`` times: the cases, and how much work each of them is."""
+"""The cases that ``easydel-ragged bench`` times."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
-
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.batches import Case, Row
 
 from .machine import last_level_cache
+from .work import work
 
-__all__ = ["BENCH_CASES", "CALL_BOUND", "SCALED", "by_name", "tolerance", "with_dtype", "work"]
+__all__ = ["BENCH_CASES", "CALL_BOUND", "SCALED", "by_name", "with_dtype", "workload"]
+
+
+def workload(name: str, rows: tuple[Row, ...], about: str = "", **fields: Any) -> Case:
+    """A case whose token axis, rows and cache are just large enough; so is its block table unless ``fields`` say.
+
+    Other defaults: pages of 128, bfloat16, queries of size 1.
+    """
+    fields = {"page_size": 128, "dtype": "bfloat16", "query_gain": 1.0, **fields}
+    fields.setdefault("pages_per_row", max(-(-row.context // fields["page_size"]) for row in rows))
+    tokens = sum(row.new for row in rows)
+    return Case(name, rows, about, num_tokens=tokens, num_rows=len(rows), num_pages=None, **fields)
 
 
 def _decodes(*contexts: int) -> tuple[Row, ...]:
@@ -21,15 +31,9 @@ def _decodes(*contexts: int) -> tuple[Row, ...]:
 
 
 def _case(name: str, about: str, rows: tuple[Row, ...], **changes: Any) -> Case:
-    """A case of the common geometry: 32 q heads, 8 kv heads, head_dim 128, pages of 128, table for 8192 tokens."""
-    fields: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 128, "pages_per_row": 64}
-    fields |= {
-        "num_tokens": sum(row.new for row in rows),
-        "num_rows": len(rows),
-        "num_pages": None,
-        "dtype": "bfloat16",
-    }
-    return Case(name, rows, about, **(fields | changes))
+    """A workload of the common geometry: 32 q heads, 8 kv heads, head_dim 128, a block table for 8192 tokens."""
+    fields = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "pages_per_row": 64, **changes}
+    return workload(name, rows, about, **fields)
 
 
 BENCH_CASES = (
@@ -102,24 +106,5 @@ def with_dtype(case: Case, dtype: str) -> Case:
     case = dataclasses.replace(case, dtype=dtype)
     if case.name != BEYOND_CACHE:
         return case
-    per_row, _ = work(case)
-    count = math.ceil(1.25 * (last_level_cache() or 1 << 26) / per_row)
+    count = math.ceil(1.25 * (last_level_cache() or 1 << 26) / work(case).cache_bytes)
     return dataclasses.replace(case, rows=case.rows * count, num_tokens=count, num_rows=count)
-
-
-def work(case: Case) -> tuple[float, float]:
-    """(bytes of keys and values that must be read once, floating-point operations of the two products)."""
-    window = case.window
-    tokens_read, pairs = 0, 0
-    for row in case.rows:
-        first = row.context - row.new
-        visible = np.arange(first + 1, row.context + 1)
-        pairs += int((visible if window is None else np.minimum(visible, window)).sum())
-        tokens_read += row.context if window is None else min(row.context, window + row.new - 1)
-    data = 2.0 * tokens_read * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
-    return data, 4.0 * pairs * case.q_heads * case.head_dim
-
-
-def tolerance(case: Case) -> float:
-    """Bound on the deviation: values are of size 1, averaged; bfloat16 rounds probabilities and the result."""
-    return 2e-4 if case.dtype == "float32" else 3e-2

@@ -15,23 +15,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
+from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
-from . import bench_engine, bench_report, figure
-from .bench_calls import Candidate, Problem, build
-from .bench_cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, tolerance, with_dtype, work
-from .bench_report import HOST, Result, Timing
+from . import engine_case, figure
+from . import report as reports
+from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, with_dtype
 from .machine import Limits, Machine, facts
+from .problem import Problem, build
+from .report import HOST, Result, Timing
+from .timing import Candidate
+from .work import work
 
 __all__ = ["ENGINE_CASE", "run"]
 
 ENGINE_CASE = "engine"
-"""The case that is no single call; see ``bench_engine.py``."""
+"""The case that is no single call; see ``engine_case.py``."""
 
 SLOW_US = 20e6
 """What a candidate may take in all, about; one that needs longer for a single call is not called again."""
@@ -66,17 +71,19 @@ def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_S
     label = "EasyDeL's kernel" if kernel == HOST else kernel or "this package"
     try:
         candidate = Candidate(problem, kernel)
-        error = candidate.check()
+        error, right = candidate.check()
     except (Unsupported, ValueError, TypeError, NotImplementedError, ModuleNotFoundError) as failure:
         # Whatever keeps a kernel from running is a finding, not a failure of this benchmark.
         notes.append(f"{label} does not run: {str(failure).splitlines()[0][:160]}")
         return None
-    if not error <= tolerance(problem.case):
+    if not right:
         if kernel != HOST:
-            raise SystemExit(
+            bound = tolerance_for(problem.case)
+            raise CommandError(
                 f"{problem.case.name} {problem.version} {problem.case.dtype}: {candidate.kernel} is WRONG (largest "
-                f"error {error:.3g}, allowed {tolerance(problem.case):.3g}); not timed. "
-                "Please report this with the output of 'easydel-ragged doctor'."
+                f"error {error:.3g}, allowed {bound.atol:.2g} + {bound.rtol:.2g} of the answer); not timed. "
+                "Please report this with the output of 'easydel-ragged doctor'.",
+                exit_code=1,
             )
         notes.append(f"EasyDeL's kernel is wrong here: largest error {error:.2g}")
     return _Series(candidate), error
@@ -110,7 +117,8 @@ def _run_case(
             prepared = None if kernel == HOST else _prepare(other, kernel, notes)
             if prepared is not None:
                 same_work[kernel] = prepared[0]
-    data, flops = work(case)
+    needed = work(case)
+    data, flops = needed.cache_bytes, needed.flops
     bound = "read" if data / machine.limits.read_bytes_per_s >= flops / machine.limits.gemm_flops_per_s else "gemm"
     if case.name in CALL_BOUND:
         bound = "call"
@@ -156,7 +164,7 @@ def _chosen_cases(names: Sequence[str]) -> list[Case]:
     known = by_name()
     unknown = [name for name in names if name not in known and name != ENGINE_CASE]
     if unknown:
-        raise typer.BadParameter(
+        raise CommandError(
             f"--case: got {', '.join(unknown)}, wanted some of {', '.join([*known, ENGINE_CASE])}. "
             "'easydel-ragged bench --list' describes them."
         )
@@ -174,7 +182,7 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
     known = select.kernels()
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise typer.BadParameter(f"--kernel: got {', '.join(map(repr, unknown))}, wanted one of {', '.join(known)}.")
+        raise CommandError(f"--kernel: got {', '.join(map(repr, unknown))}, wanted one of {', '.join(known)}.")
     chosen: list[str | None] = [*names] or [None]
     if every:
         platform = jax.default_backend()
@@ -185,10 +193,7 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
 
 
 def _write_figure(console: Console, report: Mapping[str, Any], file: Path) -> None:
-    try:
-        figure.draw(report, file)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    figure.draw(report, file)
     console.print(f"figure written to {file}", highlight=False)
 
 
@@ -205,34 +210,30 @@ def run(
     from_json: Path | None,
     with_host: bool,
     list_only: bool,
-    engine: bench_engine.Plan,
-) -> None:
-    """See ``easydel-ragged bench --help``."""
+    engine: engine_case.Plan,
+) -> int:
+    """See ``easydel-ragged bench --help``. Returns the exit code: 1 where nothing ran, and notes tell why."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no width; the table does
     if list_only:
         for case in BENCH_CASES:
             console.print(f"[bold]{case.name:28}[/bold] {case.about}", highlight=False)
-        console.print(f"[bold]{ENGINE_CASE:28}[/bold] {bench_engine.ABOUT}; not part of 'all'", highlight=False)
-        return
+        console.print(f"[bold]{ENGINE_CASE:28}[/bold] {engine_case.ABOUT}; not part of 'all'", highlight=False)
+        return 0
     if figure_file is not None:
-        try:
-            figure.require()
-        except figure.MissingMatplotlib as error:
-            Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from error
+        figure.require()
     if from_json is not None:
-        report = bench_report.read(from_json)
-        bench_report.show(console, report)
+        report = reports.read(from_json)
+        reports.show(console, report)
         if "engine" in report:
-            bench_engine.show(console, report["engine"])
+            engine_case.show(console, report["engine"])
         if figure_file is not None:
             _write_figure(console, report, figure_file)
-        return
+        return 0
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if ENGINE_CASE in names:
-        bench_engine.check_environment()
+        check_environment()
     # Left alone, ejkernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
@@ -256,14 +257,13 @@ def run(
             "limits": None if limits is None else dataclasses.asdict(limits),
             "results": [dataclasses.asdict(result) for result in results],
         }
-    bench_report.show(console, report)
+    reports.show(console, report)
     if ENGINE_CASE in names:
-        report["engine"] = bench_engine.run(engine, repeats=repeats, with_host=with_host)
-        bench_engine.show(console, report["engine"])
+        report["engine"] = engine_case.run(engine, repeats=repeats, with_host=with_host)
+        engine_case.show(console, report["engine"])
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"written to {json_file}", highlight=False)
     if figure_file is not None:
         _write_figure(console, report, figure_file)
-    if cases and not any(result.timings for result in results):
-        raise typer.Exit(1)  # the notes tell why nothing ran
+    return 1 if cases and not any(result.timings for result in results) else 0

@@ -17,14 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.cases import Row
 
-from .workload import Problem, build, check, floor, seconds_per_call, workload
+from .cases import workload
+from .problem import Problem, build, check, few_rows
+from .timing import copies_beyond_cache, seconds_per_call
+from .work import work
 
 __all__ = ["Geometry", "run"]
 
@@ -53,7 +56,7 @@ class Geometry:
         else:
             rows = (Row(24, 20),) if small else (Row(4096, 4096),)
         case = workload(f"tune-{part}", rows, **dataclasses.asdict(self))
-        return build(case, "v2", copies=1 if small else None, platform=platform)
+        return build(case, "v2", copies=1 if small else copies_beyond_cache(case), platform=platform)
 
 
 def candidates(part: Part, problem: Problem, small: bool) -> Iterator[Any]:
@@ -102,15 +105,15 @@ def measure(problem: Problem, sizes: Any, interpret: bool) -> Measured:
     kernel = PallasGPU(interpret=interpret, tiles=sizes)
 
     def step(operands: Any) -> Any:
-        return kernel.forward(problem.request, RaggedPageConfig(), operands)
+        return kernel.forward(problem.request, RaggedPageConfig(), operands)[:2]
 
     # A compiler may refuse a candidate in ways of its own (registers, shared memory): that is one that has lost.
     try:
         output, pages = jax.block_until_ready(jax.jit(step)(problem.operands))
-        error, right = check(problem, output, pages)
+        error, right = check(problem, output, pages, few_rows(problem.case))
         if not right:
             return Measured(sizes, None, f"wrong answer, off by up to {error:.3g}")
-        expected = floor(problem.case).seconds(1e12, 1e14)
+        expected = work(problem.case).seconds(1e12, 1e14)
         seconds, _ = seconds_per_call(
             problem, step, expected_s=1.0 if interpret else max(expected, 1e-5), repeats=1 if interpret else 3
         )
@@ -152,13 +155,12 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
     console = Console()
     backend = jax.default_backend()
     if backend != "gpu" and not interpret:
-        console.print(
-            f"[bold red]There is no GPU to tune for:[/bold red] JAX's default backend is {backend!r}. Tile sizes are "
-            "of the kernel pallas_gpu alone. On a machine with a GPU, install JAX for it (pip install 'jax\\[cuda12]') "
-            "and see what 'easydel-ragged doctor' finds.",
-            highlight=False,
+        raise CommandError(
+            f"There is no GPU to tune for: JAX's default backend is {backend!r}. Tile sizes are of the kernel "
+            "pallas_gpu alone. On a machine with a GPU, install JAX for it (pip install 'jax[cuda12]') and see what "
+            "'easydel-ragged doctor' finds.",
+            exit_code=1,
         )
-        raise typer.Exit(1)
     name, _ = tiles.card()
     name = name or "interpreter"
     best: dict[Part, Any] = {}
@@ -168,8 +170,7 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
         problem = geometry.problem(part, "cpu" if interpret and backend == "cpu" else "gpu", interpret)
         refusal = PallasGPU(interpret=interpret).refuses(problem.request)
         if refusal is not None:
-            console.print(f"[bold red]pallas_gpu does not take this:[/bold red] {refusal}", highlight=False)
-            raise typer.Exit(1)
+            raise CommandError(f"pallas_gpu does not take this: {refusal}", exit_code=1)
         key = tiles.tuned_key(name, problem.request)
         sizes = list(candidates(part, problem, interpret))
         results = []
@@ -182,10 +183,7 @@ def run(geometry: Geometry, *, interpret: bool = False) -> None:
         _show(console, part, results)
         first = results[0]
         if first.us is None:
-            console.print(
-                f"[bold red]the present tiles fail:[/bold red] {first.problem}. Nothing is written.", highlight=False
-            )
-            raise typer.Exit(1)
+            raise CommandError(f"the present tiles fail: {first.problem}. Nothing is written.", exit_code=1)
         best[part] = min(results, key=lambda each: math.inf if each.us is None else each.us)
         if best[part].us > LEAST_GAIN * first.us:
             best[part] = first

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from easydel_ragged_plugin import host, startup
+from easydel_ragged_plugin.terminal import CommandError, count_compilations, hushed, stage
 
 from . import model as models
 from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
-from .output import count_compilations, hushed, stage
 
 __all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "start_engine"]
 
@@ -51,17 +50,13 @@ def _settings(prompt_tokens: Sequence[int], max_tokens: int, page_size: int, dty
     )
 
 
-def _refuse(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
-
-
 def check_environment() -> None:
+    """Raise CommandError, with what to install, where the engine can't run."""
     missing = models.missing_packages()
     if missing:
-        raise _refuse(
+        raise CommandError(
             f"the demo needs {', '.join(missing)}, which this environment lacks. "
-            "Run: pip install 'easydel-ragged-plugin\\[demo]'"
+            "Run: pip install 'easydel-ragged-plugin[demo]'"
         )
 
 
@@ -69,7 +64,9 @@ def prepare_model(console: Console, model: str | None) -> str:
     """A folder or hub id that the host can load."""
     if model is not None:
         if models.looks_like_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-            raise _refuse(f"--model {model}: no config.json there. Give a folder of a Hugging Face model, or a hub id.")
+            raise CommandError(
+                f"--model {model}: no config.json there. Give a folder of a Hugging Face model, or a hub id."
+            )
         return str(Path(model).expanduser()) if models.looks_like_path(model) else model
     try:
         ready = models.converted()
@@ -80,7 +77,7 @@ def prepare_model(console: Console, model: str | None) -> str:
         with stage(console, "converting it for EasyDeL (once)") as update:
             return str(models.prepare(converted=update))
     except models.FetchError as error:
-        raise _refuse(str(error).replace("[", "\\[")) from error
+        raise CommandError(str(error)) from error
 
 
 def _head_dim(model: str) -> int:
@@ -248,6 +245,6 @@ def _variants(mechanism: str, host_kernels: bool, compare: bool, head_dim: int) 
         engines = {"this package's v3": v3, "this package's v2": v2, "EasyDeL's v2": {**v2, **theirs}}
         return {**engines, "EasyDeL's v3": {**v3, **theirs}} if host_v3_runs else engines
     if host_kernels and mechanism == "v3" and not host_v3_runs:
-        raise _refuse("EasyDeL's own v3 does not run with head_dim 64, which this model has. Add --mechanism v2.")
+        raise CommandError("EasyDeL's own v3 does not run with head_dim 64, which this model has. Add --mechanism v2.")
     chosen = v2 if mechanism == "v2" else v3
     return {f"EasyDeL's {mechanism}": {**chosen, **theirs}} if host_kernels else {f"this package's {mechanism}": chosen}

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from easydel_ragged_plugin import host
+from easydel_ragged_plugin.demo import model as models
+from easydel_ragged_plugin.demo import run as demo
+from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host, interleaved, median
+from easydel_ragged_plugin.terminal import hushed, stage
 
-from . import demo
-from . import model as models
-from .engine import Engine, Settings, Workers, import_host, interleaved, median
-from .output import hushed, stage
-
-__all__ = ["ABOUT", "Plan", "check_environment", "run", "show"]
+__all__ = ["ABOUT", "Plan", "run", "show"]
 
 ABOUT = "SmolLM2-135M through EasyDeL's engine: tokens per second beside the same engine without attention (minutes)"
 
@@ -98,11 +97,6 @@ class Plan:
 
 def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
-
-
-def check_environment() -> None:
-    """Exit with what to install when the engine can't run here."""
-    demo.check_environment()
 
 
 def _text_of(tokenizer: Any, tokens: int) -> str:

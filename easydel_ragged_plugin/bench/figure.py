@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MissingMatplotlib", "draw", "require"]
+from easydel_ragged_plugin.terminal import CommandError
+
+__all__ = ["draw", "require"]
 
 LABELS = {
     "cpu_native": "native (this package)",
@@ -31,14 +33,10 @@ GAP = 1.2
 """Between workloads, in bars."""
 
 
-class MissingMatplotlib(Exception):
-    """matplotlib is not installed."""
-
-
 def require() -> None:
-    """Raise :class:`MissingMatplotlib`, with what to do, when there is no matplotlib. Imports nothing."""
+    """Raise CommandError, with what to install, when there is no matplotlib. Imports nothing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingMatplotlib(
+        raise CommandError(
             "--figure needs matplotlib, which this environment lacks. Run: pip install 'easydel-ragged-plugin[bench]'"
         )
 
@@ -81,8 +79,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     in the order of the legend. ``dry_run`` writes across the picture that its figures mean nothing.
 
     Raises:
-        MissingMatplotlib: there is none.
-        ValueError: the report holds no workload with a limit.
+        CommandError: there is no matplotlib, or the report holds no workload with a limit.
     """
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
@@ -90,7 +87,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
 
     results = [each for each in report["results"] if each["limit_us"] is not None and each["timings"]]
     if not results:
-        raise ValueError("figure: got no workload with a limit, wanted one at least; 'tiny' and 'engine' have none.")
+        raise CommandError("figure: got no workload with a limit, wanted one at least; 'tiny' and 'engine' have none.")
     limit_names = report.get("limit_names", LIMITS)
     kernels = _kernels(report, results)
     starts, rows = [], 0.0  # the first bar of each workload, counted in bars

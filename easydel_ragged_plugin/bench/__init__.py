@@ -1,0 +1,1 @@
+"""Measurements: what ``easydel-ragged bench`` and ``easydel-ragged tune`` run, and ``benchmarks/gpu`` with them."""
