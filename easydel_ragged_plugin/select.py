@@ -151,7 +151,7 @@ def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig)
     if lacking is not None:
         return lacking
     if config.kernel_config is not None and not isinstance(config.kernel_config, kernel.config_type or ()):
-        return f"the config has {type(config.kernel_config).__name__}, the settings of another kernel"
+        return f"the config holds {type(config.kernel_config).__name__}, the knobs of another kernel"
     if config.platform != "auto" and config.platform not in kernel.technologies:
         return f"is {', '.join(sorted(kernel.technologies))}; the config names platform {config.platform!r}"
     return kernel.refuses(request)
