@@ -1,12 +1,12 @@
 """Ragged page attention, v2 and v3, for EasyDeL and for JAX alone.
 
-Every public name is resolved when it is first asked for: the start-up line imports this package in each
-interpreter of the environment, so it imports nothing itself. That includes ``typing`` and ``__future__``.
+Every public name is imported when it is first used: the start-up line imports this package in each interpreter of the
+environment, so the package imports nothing itself, not even ``typing`` and ``__future__``.
 """
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # what type checkers take for typing.TYPE_CHECKING
+TYPE_CHECKING = False  # type checkers treat it as typing.TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
@@ -67,8 +67,8 @@ def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
     if home == "operations":
-        # The host first: whoever imports the host registers our operations meanwhile, and two threads that took
-        # the two modules in opposite order would wait for each other.
+        # The host first: its import registers the operations of this package, and two threads that imported the two
+        # modules in opposite order would wait for each other.
         import_module(f"{__name__}.host").operations_module()
     value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value

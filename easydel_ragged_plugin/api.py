@@ -1,13 +1,13 @@
 """Ragged page attention as plain JAX functions.
 
 Both functions take the arguments of ejkernel's functions of the same names, in the same order, and need nothing but
-JAX. All rows of a batch are packed along the token axis: row ``r`` owns tokens
-``[query_start_loc[r], query_start_loc[r + 1])``, and its i-th query stands at position
+JAX. All rows of a batch are packed along the token axis: row ``r`` has the tokens
+``[query_start_loc[r], query_start_loc[r + 1])``, and its i-th query is at position
 ``context_lens[r] - num_queries + i`` of its context. A query sees positions up to its own.
 
-Run-time values are not trusted. A row whose queries run backwards or leave the batch, whose context is shorter than
-its queries or longer than its part of the block table, or that needs a page outside the cache, gives zeros, and
-nothing of it is written. ``EASYDEL_RAGGED_CHECK=1`` reports such rows in the log.
+Run-time values are not trusted. A row is malformed when its queries run backwards or outside the batch, when its
+context is shorter than its queries or longer than its part of the block table, or when it needs a page outside the
+cache. Such a row gives zeros and writes nothing. ``EASYDEL_RAGGED_CHECK=1`` reports malformed rows in the log.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PagesV2 = Float[Array, "pages page_size kv_heads_x2 head_dim"] | TurboQuantPages
 PagesV3 = Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages
 
 
-# The overloads say what the result is, for type checkers; the arguments are those of the definitions.
+# The overloads give type checkers the result; the arguments are those of the definitions.
 @overload
 def ragged_page_attention_v2(*arrays: Any, return_lse: Literal[True], **keywords: Any) -> tuple[Output, LogSumExp]: ...
 @overload
@@ -83,23 +83,23 @@ def ragged_page_attention_v2(  # type: ignore[misc]
         context_lens: int32 tokens of each row, its new ones included.
         block_tables: int32 page ids of each row. Entries past a row's context, or left of its window, are not used.
         query_start_loc: int32 first token of each row.
-        num_seqs: int32 rows to look at; rows from there on are dead. A row without tokens may stand before it.
-        softmax_aux: sink logits that take part in the softmax's sum and have no value: one for each query head,
-            or ``[kv_heads, sinks]``, all of whose row joins each query head of that kv head.
+        num_seqs: int32 number of rows in use; the rows after them are dead. Rows without tokens may be among them.
+        softmax_aux: sink logits, which are added to the softmax's sum and have no value: one for each query head,
+            or ``[kv_heads, sinks]``, where all sinks of a kv head count for each of its query heads.
         softmax_scale: factor on ``query . key``; None for ``head_dim ** -0.5``.
         logits_soft_cap: c of ``c * tanh(logits / c)``, applied to the scaled logits.
-        compute_dtype: dtype in which the operands of the two products are held, or a wider one where that is
-            faster; None for the queries' dtype. Softmax and sums are float32 at least.
+        compute_dtype: dtype of the operands of the two products, or a wider one where that is faster; None for the
+            queries' dtype. Softmax and sums are float32 at least.
         optimized: hint for EasyDeL's TPU kernel; results do not depend on it.
         sliding_window: tokens that a query sees, its own included; or a pair (tokens left of it, tokens right of
             it), of which causality cuts the right part. -1 in a pair means no limit.
-        mask_value: logit of a masked key. Masked keys have no weight at all here, so only None or a value up to
-            -1e9, which says the same, is accepted.
-        vmem_limit_bytes: ceiling on the scoped VMEM of a TPU kernel, in bytes. Other kernels use none.
+        mask_value: logit of a masked key. Masked keys have no weight at all here, so only None and values up to
+            -1e9, which have the same effect, are accepted.
+        vmem_limit_bytes: upper limit of the scoped VMEM of a TPU kernel, in bytes. Other kernels use none.
         q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
         return_lse: whether to return the logsumexp of each token and query head as well: the natural logarithm of the
-            sum of ``exp(logit)`` over the keys that the token sees, sinks included. Two results over parts of a
-            context merge into that of the whole by it.
+            sum of ``exp(logit)`` over the keys that the token sees and its sinks. With it the results over two parts
+            of a context can be merged.
         config: a RaggedPageConfig, a kernel's name, or ejkernel's config object.
         platform: ``"cpu"``, ``"gpu"`` (or ``"cuda"``, ``"rocm"``) or ``"tpu"``; None for JAX's default backend.
         mesh: mesh to split the call over; needs ``in_specs``.
@@ -178,7 +178,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
         softmax_scale ... in_specs: as for :func:`ragged_page_attention_v2`.
 
     Returns:
-        The attention output in the queries' dtype, and the updated pages; with ``return_lse`` the logsumexp as a third.
+        The attention output in the queries' dtype, and the updated pages; with ``return_lse`` also the logsumexp.
 
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing: nothing is written.
@@ -215,13 +215,14 @@ def attend(
     mesh: Mesh | None = None,
     in_specs: Specs = None,
 ) -> Attended:
-    """Either operation, with its options as one object: what the public functions and the host's operations call.
+    """Either operation, with its options as one object. The public functions and the host's operations call it.
 
     Args:
         version: which operation.
         queries, ..., softmax_aux: the positional arguments of :func:`ragged_page_attention_v3`. For v2 ``keys`` and
             ``values`` are None, and ``distribution`` is ``num_seqs``.
-        options, return_lse: what is requested.
+        options: the options; ``sinks`` is set from ``softmax_aux``.
+        return_lse: as for the public functions.
         config, platform, mesh, in_specs: as for the public functions.
     """
     request, operands = describe(
@@ -233,14 +234,14 @@ def attend(
     if rows.checking():
         jax.debug.callback(functools.partial(rows.report_bad_rows, request), *operands[4:8])
     explained = _explained.get()
-    if explained is not None:  # nothing need be traced further, and these have the right shapes
+    if explained is not None:  # no kernel has to be traced; these stand-ins have the right shapes
         explained.append(selection)
         lse = jnp.zeros(operands.queries.shape[:2], jnp.float32) if return_lse else None
         return Attended(operands.queries, operands.pages, lse)
     return _run(kernel, selection.request, selection.config, shards, operands)
 
 
-# All layers of a model make the same call: jit keeps its trace, so that it is traced and lowered once.
+# All layers of a model make the same call. jit keeps its trace, so it is traced and lowered once.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=False)
 def _run(
     kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
@@ -253,11 +254,11 @@ _explained: contextvars.ContextVar[list[Selection] | None] = contextvars.Context
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selection:
-    """What a call would run, and why each other kernel would not. Nothing is computed.
+    """The kernel that a call would run, and the reason for each other kernel. Nothing is computed.
 
     Args:
         function: :func:`ragged_page_attention_v2` or :func:`ragged_page_attention_v3`.
-        *args, **kwargs: the call's arguments; ``jax.ShapeDtypeStruct`` stands for an array.
+        *args, **kwargs: the call's arguments, with arrays or ``jax.ShapeDtypeStruct``.
 
     Raises:
         ValueError, Unsupported: what the call itself would raise.

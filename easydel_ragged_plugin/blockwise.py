@@ -1,7 +1,7 @@
 """Attention of tiles of queries over blocks of pages, in plain JAX: what the kernels ``xla`` and ``turboquant`` share.
 
-The online softmax is FlashAttention's (Dao et al., 2022, arXiv 2205.14135). How a block of pages becomes keys and
-values is the kernel's own.
+The online softmax is FlashAttention's (Dao et al., 2022, arXiv 2205.14135). Each kernel brings its own function that
+reads a block of pages as keys and values.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def lse_of(state: Softmax) -> jax.Array:
 def initial_softmax(
     request: AttentionRequest, sinks: jax.Array | None, leading: tuple[int, ...], dtype: jnp.dtype
 ) -> Softmax:
-    """State before any key, ``[*leading, kv_heads, group]``: a sink counts as one key without a value."""
+    """State before any key, ``[*leading, kv_heads, group]``. A sink counts as one key without a value."""
     heads = (request.num_kv_heads, request.group_size)
     if sinks is None:
         maximum, total = jnp.full((*leading, *heads), -jnp.inf, dtype), jnp.zeros((*leading, *heads), dtype)
@@ -93,7 +93,7 @@ def initial_softmax(
 
 
 class Results(NamedTuple):
-    """Results of a call while they are made, with spare tokens at their end for the last tile."""
+    """Results of a call while they are computed, with spare tokens at their end for the last tile."""
 
     output: jax.Array
     """``[tokens + spare, kv_heads, group, head_dim]``"""
@@ -101,14 +101,14 @@ class Results(NamedTuple):
     """``[tokens + spare, kv_heads, group]`` float32, or None where it is not requested."""
 
     def finished(self, request: AttentionRequest) -> Results:
-        """Without the spare tokens, heads in one axis."""
+        """The results without the spare tokens, with all heads in one axis."""
         shape = (request.num_tokens, request.num_q_heads)
         lse = None if self.lse is None else self.lse[: request.num_tokens].reshape(shape)
         return Results(self.output[: request.num_tokens].reshape(*shape, request.head_dim), lse)
 
 
 def empty_results(request: AttentionRequest, spare: int, dtype: jnp.dtype) -> Results:
-    """What tokens of no live row keep: zeros, and a logsumexp of -inf."""
+    """Results of tokens of no live row: zeros, and a logsumexp of -inf."""
     shape = (request.num_tokens + spare, request.num_kv_heads, request.group_size)
     lse = jnp.full(shape, -jnp.inf, jnp.float32) if request.return_lse else None
     return Results(jnp.zeros((*shape, request.head_dim), dtype), lse)
@@ -146,14 +146,14 @@ def attend_tiles(
 
     Args:
         request, tiling: static sizes.
-        rows: rows to attend; those with no queries are passed by.
-        operands: block tables and sinks are read.
+        rows: rows to attend; those with no queries are skipped.
+        operands: source of block tables and sinks.
         pages: the cache, up to date.
         queries: ``[tokens, kv_heads, group, width]``.
-        read: takes the cache and page ids ``[pages]``; gives keys ``[slots, kv_heads, width]`` and values
+        read: function of the cache and page ids ``[pages]``; returns keys ``[slots, kv_heads, width]`` and values
             ``[slots, kv_heads, head_dim]`` of those pages.
-        finish: output of a finished softmax.
-        results: what is updated; has at least ``tile`` spare tokens.
+        finish: function of a finished softmax; returns the output.
+        results: results to update, with at least ``tile`` spare tokens.
     """
     tile, step_tokens = tiling.tile, tiling.pages * request.page_size
     num_kv_heads, group, page_size = request.num_kv_heads, request.group_size, request.page_size
@@ -212,7 +212,7 @@ def attend_tiles(
         state = lax.fori_loop(0, -(-num_pages // tiling.pages), step, state)
 
         def put(into: jax.Array, value: jax.Array) -> jax.Array:
-            """``value [kv_heads, group, tile, ...]`` at the tokens of the tile that there are."""
+            """``into`` with ``value [kv_heads, group, tile, ...]`` at the filled tokens of the tile."""
             value = jnp.moveaxis(value, 2, 0).astype(into.dtype)
             there = lax.dynamic_slice_in_dim(into, start, tile)
             value = jnp.where(jnp.expand_dims(mine, range(1, value.ndim)), value, there)

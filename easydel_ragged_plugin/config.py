@@ -1,6 +1,6 @@
 """Configuration of one call, and where it comes from.
 
-The first source that has an answer wins:
+For each field the first source that sets it wins:
 
 1. :func:`override_config`, a context manager for the code that it encloses
 2. a hook, ``ragged_config`` (see ``hooks.py``)
@@ -48,16 +48,16 @@ class RaggedPageConfig:
         kernel: a kernel's name, which then runs or raises, or ``"auto"`` for the first that does not refuse.
         num_kv_pages_per_block: pages that one step of the kernel reads.
         num_queries_per_block: query tokens in one tile.
-        chunk_prefill_size: tokens of a prefill chunk (read by the TPU kernel).
+        chunk_prefill_size: tokens of a prefill chunk (TPU kernel of ``ejkernel``).
         num_warps: warps of a Triton program.
         num_stages: pipeline stages of a Triton program.
-        platform: the host's word for a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``);
-            keeps the choice to kernels of that technology. ``"auto"`` for any.
-        backend: kept for the host's config classes; ``"any"`` or a platform's name.
-        from_host: made from one of the host's config classes. The kernel ``ejkernel`` is given such a class, too, even
-            where nothing is set: it tunes block sizes only when it is given none.
-        kernel_config: knobs that one kernel alone has, an object of its ``config_type`` (``pallas_gpu``: ``Tiles``);
-            keeps the choice to that kernel.
+        platform: a technology (``"xla"``, ``"triton"``, ``"pallas"``, ``"cuda"``, ``"cute"``), under the name that the
+            host's config classes have for it; only kernels of it are chosen. ``"auto"`` for any.
+        backend: passed to ``ejkernel``; ``"any"`` or the name of a platform.
+        from_host: whether it was made from one of the host's config classes. Then the kernel ``ejkernel`` is called
+            with such a class, even where no field is set: without one it tunes block sizes.
+        kernel_config: settings that only one kernel has, an object of its ``config_type`` (``pallas_gpu``: ``Tiles``);
+            only that kernel is chosen.
     """
 
     kernel: str = "auto"
@@ -94,10 +94,10 @@ def _is_frozen_dataclass(value: Any) -> bool:
 
 
 def as_config(value: Any) -> RaggedPageConfig | None:
-    """A config from what callers give: None, a kernel's name, a RaggedPageConfig, or one of ejkernel's config objects.
+    """A config from what callers pass: None, a kernel's name, a RaggedPageConfig, or one of ejkernel's config objects.
 
-    ejkernel's classes always hold a number of warps and of stages (4 and 1). Where these are the class's defaults,
-    nobody has chosen them: they are left to the kernel, and mean what they say to ``ejkernel`` alone.
+    ejkernel's classes always have a number of warps and of stages (4 and 1). Where these are the defaults of the class,
+    they count as not set, except for the kernel ``ejkernel``.
 
     Raises:
         ValueError: ``value`` is none of these.
@@ -107,7 +107,7 @@ def as_config(value: Any) -> RaggedPageConfig | None:
     if isinstance(value, str):
         return RaggedPageConfig(kernel=value)
     names = {field.name for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
-    # ejkernel's v2 and v3 classes, told by their fields: importing ejkernel to compare types would cost seconds.
+    # ejkernel's classes are recognized by their fields: importing ejkernel to compare types would cost seconds.
     if isinstance(value, type) or not names >= {
         "num_kv_pages_per_block",
         "num_queries_per_block",
@@ -127,7 +127,7 @@ def as_config(value: Any) -> RaggedPageConfig | None:
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> RaggedPageConfig | None:
-    """The config that ``EASYDEL_RAGGED_KERNEL`` asks for, or None when it is unset or empty."""
+    """The config with the kernel that ``EASYDEL_RAGGED_KERNEL`` names, or None when it is unset or empty."""
     kernel = environ.get(KERNEL_VARIABLE, "").strip()
     return RaggedPageConfig(kernel=kernel) if kernel else None
 
@@ -145,7 +145,7 @@ def override_config(**fields: Any) -> Iterator[None]:
         >>> with override_config(kernel="xla"):
         ...     pass
     """
-    RaggedPageConfig(**fields)  # a wrong name or value is refused here, not at the first call
+    RaggedPageConfig(**fields)  # refuses a wrong name or value here, not at the first call
     token = _override.set({**(_override.get() or {}), **fields})
     try:
         yield
@@ -159,7 +159,7 @@ def current_override() -> Mapping[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Where models and tuned tiles are kept; ``EASYDEL_RAGGED_CACHE`` overrides the platform's cache directory."""
+    """Folder of models and tuned tiles: ``EASYDEL_RAGGED_CACHE``, or else one in the user's cache directory."""
     override = os.environ.get(CACHE_VARIABLE)
     if override:
         return Path(override).expanduser()

@@ -1,11 +1,11 @@
-"""The failures that this package names.
+"""The errors of this package.
 
-Three kinds exist, and only the first two are raised by this package on purpose:
+There are three kinds. This package raises only the first two on purpose:
 
-* ``ValueError``: the caller is wrong (a shape, a dtype, a name). The text says what was got, what was
+* ``ValueError``: an argument is wrong (a shape, a dtype, a name). The text gives what was got, what was
   wanted and what to do next.
-* :class:`Unsupported`: the call is meaningful, but the kernel that was asked for can't do it.
-* anything else is a defect or the runtime's own failure, and propagates.
+* :class:`Unsupported`: the call is valid, but the named kernel, or every kernel, can't run it.
+* Any other exception is a defect or a failure of the runtime. It propagates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ __all__ = ["Unsupported"]
 
 
 class Unsupported(NotImplementedError):
-    """A well-formed request that the named kernel, or every kernel, refuses.
+    """A valid request that the named kernel, or every kernel, refuses.
 
-    The message starts with the kernel's name and states the feature that it lacks, for example
-    ``xla: page_size 0``. When no kernel is left, it lists each one with its reason.
+    The message starts with the kernel's name and has its reason, for example ``xla: takes no TurboQuant cache``. When
+    every kernel refuses, it lists each one with its reason.
     """

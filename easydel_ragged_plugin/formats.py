@@ -1,8 +1,8 @@
 """Cache formats: how one layer's keys and values are stored.
 
-A :class:`CacheFormat` owns all that depends on the form of a cache: its check, its layout, how it is split over a
-mesh. This file has the interface and :class:`PlainPages`, one array of numbers; ``turboquant.py`` has the codes.
-``request.FORMATS`` lists them all.
+A :class:`CacheFormat` has everything that depends on the form of a cache: its check, its layout, how it is split over a
+mesh. This file has the interface and :class:`PlainPages`, one array of numbers. ``turboquant.py`` has the other format.
+``request.FORMATS`` lists all formats.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Axes = tuple[str, ...]
 
 
 class CacheFormat(abc.ABC):
-    """One way to store a cache. Objects hold nothing about a single cache; they are hashable, part of a request.
+    """One way to store a cache. Objects have no state of a single cache. They are hashable, as part of a request.
 
     A cache is an array, or a pytree of arrays with ``shape``, whose first three axes are pages, slots of a page, and
-    groups of heads.
+    heads or groups of heads.
 
     Attributes:
         name: unique name, for ``types.Features.cache_formats``.
-        label: what messages call it.
+        label: its name in messages.
     """
 
     name: str
@@ -47,20 +47,20 @@ class CacheFormat(abc.ABC):
 
     @abc.abstractmethod
     def check(self, version: Version, cache: Any, head_dim: int) -> None:
-        """Raise ValueError where ``cache`` is malformed, or is not for ``version`` and ``head_dim``."""
+        """Raise ValueError where ``cache`` is malformed, or does not fit ``version`` and ``head_dim``."""
 
     @abc.abstractmethod
     def check_options(self, cache: Any, options: Options) -> None:
-        """Refuse options that such a cache can't have, and the lack of those that it must have.
+        """Check that the options fit the cache.
 
         Raises:
-            ValueError: an option is missing.
-            Unsupported: an option makes no sense for this format.
+            ValueError: an option is missing that this cache needs.
+            Unsupported: an option is set that this format can't have.
         """
 
     @abc.abstractmethod
     def num_kv_heads(self, version: Version, cache: Any) -> int:
-        """Key/value heads of a cache whose new keys are not at hand."""
+        """Key/value heads of a cache, for v2, where no new keys have them."""
 
     @abc.abstractmethod
     def layout(
@@ -77,7 +77,7 @@ class CacheFormat(abc.ABC):
         return False
 
     def describe(self, dtype: np.dtype) -> str:
-        """What logs call a cache of ``dtype``."""
+        """The words for a cache of ``dtype`` in logs."""
         return f"{self.label} cache"
 
 
@@ -89,7 +89,7 @@ class PlainPages(CacheFormat):
     label = "plain"
 
     def holds(self, cache: Any) -> bool:
-        """Whether ``cache`` is an array, or stands for one."""
+        """Whether ``cache`` is an array, or a ``jax.ShapeDtypeStruct``."""
         return hasattr(cache, "shape") and hasattr(cache, "dtype")
 
     def dtype(self, cache: Any) -> np.dtype:
@@ -110,7 +110,7 @@ class PlainPages(CacheFormat):
             raise ValueError(f"kv_pages: got shape {tuple(cache.shape)}, wanted at least one page of one token.")
 
     def check_options(self, cache: Any, options: Options) -> None:
-        """Integers need scales: they say nothing without the factor that makes them a key or a value."""
+        """Integer caches must have ``k_scale`` and ``v_scale``: the factors that turn integers into keys and values."""
         missing = [name for name in ("k_scale", "v_scale") if getattr(options, name) is None]
         if jnp.issubdtype(cache.dtype, jnp.integer) and missing:
             raise ValueError(
@@ -119,7 +119,7 @@ class PlainPages(CacheFormat):
             )
 
     def num_kv_heads(self, version: Version, cache: Any) -> int:
-        """Half of the heads of a v2 array: keys and values take turns."""
+        """Half of the heads of a v2 array: keys and values alternate."""
         return int(cache.shape[2]) // 2
 
     def layout(
@@ -133,11 +133,11 @@ class PlainPages(CacheFormat):
         return PartitionSpec(page_axes or None, None, head_axes or None, *[None] * (len(cache.shape) - 3))
 
     def stores(self, cache: Any, dtype: Any) -> bool:
-        """Whether the cache has this very dtype."""
+        """Whether the cache has this dtype."""
         return bool(dtype == cache.dtype)
 
     def describe(self, dtype: np.dtype) -> str:
-        """The dtype says it all."""
+        """The name of the dtype."""
         return f"{dtype.name} cache"
 
 

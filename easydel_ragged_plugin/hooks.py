@@ -1,4 +1,4 @@
-"""Hooks: how another package adds kernels, chooses configurations and watches the choice.
+"""Hooks: how another package adds kernels, chooses configurations and observes the choice.
 
 A plugin is an object or a module with functions marked by :data:`hookimpl`, registered with
 :func:`register` or through the entry-point group ``easydel_ragged_plugin.hooks``::
@@ -45,15 +45,15 @@ class HookSpecs:
 
     @hookspec
     def ragged_kernels(self) -> Sequence[Kernel]:  # type: ignore[empty-body]
-        """Kernels to try before the package's own, in the order given. See ``types.Kernel``."""
+        """Kernels to try before the package's own, in order. See ``types.Kernel``."""
 
     @hookspec(firstresult=True)
     def ragged_config(self, request: AttentionRequest) -> RaggedPageConfig | None:
-        """The configuration for ``request``, or None to leave the choice to the next source."""
+        """The configuration for ``request``, or None if this plugin has none."""
 
     @hookspec
     def ragged_selected(self, request: AttentionRequest, selection: Any) -> None:
-        """Called once for each traced call with what was chosen (a ``select.Selection``)."""
+        """Called once for each traced call, with its ``select.Selection``. Returns nothing."""
 
 
 _lock = threading.RLock()
@@ -72,11 +72,11 @@ def manager() -> pluggy.PluginManager:
 
 
 def register(plugin: Any, name: str | None = None) -> str:
-    """Register a plugin and return the name it goes by.
+    """Register a plugin and return its name.
 
     Raises:
         ValueError: it implements a hook that does not exist, takes an argument that the hook does not have, or
-            is registered already. The text names plugin, hook and argument, and nothing is registered.
+            is registered already. The text names plugin, hook and argument. Nothing is registered then.
     """
     with _lock:
         return _register(manager(), plugin, name)
@@ -121,7 +121,7 @@ def _load_entry_points(plugins: pluggy.PluginManager) -> None:
 
     for entry in sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
         owner = entry.dist.name if entry.dist is not None else "unknown distribution"
-        # Code of strangers runs here: whatever it raises must not take attention down, and must not pass unseen.
+        # Code of other packages runs here. Its errors must not stop attention, and must be reported.
         try:
             _register(plugins, entry.load(), entry.name)
         except Exception as error:

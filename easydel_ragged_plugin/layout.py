@@ -1,7 +1,7 @@
-"""How keys and values lie in a page array, as strides.
+"""Where keys and values lie in a page array, as strides.
 
-The three cache shapes in use (v2, v3, and v3 with head_dim 64) hold the same facts and differ only in
-strides. A kernel that is written against :class:`PageLayout` serves all of them::
+The three shapes in use (v2, v3, and v3 with head_dim 64) differ only in their strides. A kernel that is written for
+:class:`PageLayout` works with all of them::
 
     address(page, slot, kv_head) = page * page_stride + slot * token_stride + kv_head * head_stride
     value address                = key address + value_offset
@@ -16,8 +16,8 @@ v3                      [pages, page_size, groups, pack, Dp]                 gro
 v3, head_dim 64         [pages, page_size, groups, pack, 128]                groups * pack * 128 128        64
 ======================= ==================================================== ================== =========== =========
 
-``pack`` is how many elements fill 32 bits, ``Dp`` is head_dim rounded up to 128, and ``groups * pack``
-is the number of stored heads rounded up to a multiple of ``pack``. The v3 shapes are those of the TPU
+``pack`` is the number of elements in 32 bits (at least 1), ``Dp`` is head_dim rounded up to a multiple of 128, and
+``groups * pack`` is the number of stored heads rounded up to a multiple of ``pack``. The v3 shapes are those of the TPU
 kernel of vLLM and ejkernel (ragged page attention v3).
 """
 
@@ -71,10 +71,10 @@ class PageLayout:
         page_size: tokens in a page.
         num_kv_heads: key/value heads that the array holds (padding heads not counted).
         head_dim: elements of one head that carry data.
-        token_stride: distance between neighbouring slots of a page.
-        head_stride: distance between the keys of neighbouring kv heads.
+        token_stride: distance between neighboring slots of a page.
+        head_stride: distance between the keys of neighboring kv heads.
         value_offset: distance from a key to its value.
-        padded_head_dim: elements from the start of a key (or value) up to the next thing stored;
+        padded_head_dim: elements from the start of a key (or value) up to the next one;
             larger than ``head_dim`` where the cache pads heads.
     """
 
@@ -88,7 +88,7 @@ class PageLayout:
 
     @property
     def page_stride(self) -> int:
-        """Distance between neighbouring pages."""
+        """Distance between neighboring pages."""
         return self.page_size * self.token_stride
 
     @classmethod

@@ -1,8 +1,8 @@
 """The two operations that EasyDeL's registry serves as ``ragged_page_attention_v2`` and ``ragged_page_attention_v3``.
 
 They turn the host's call (a cache view, metadata, a partition manager and a long list of keywords) into one call of
-``api.py``, and its result into what the host expects. The class names matter: the host's Gemma 4 model tells ragged
-attention by the name of the class.
+``api.py``, and its result into what the host expects. The class names matter: the host's Gemma 4 model recognizes
+ragged attention by the name of the class.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["RaggedPageAttnV2", "RaggedPageAttnV3"]
 
 
 class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
-    """What both operations share: every forward method leads to :meth:`_forward`."""
+    """Base of both operations: every forward method calls :meth:`_forward`."""
 
     version: Literal["v2", "v3"]
     update_metadata: Any
-    """The host's metadata field that says where new tokens go."""
+    """The host's metadata field with the places of new tokens."""
 
     @classmethod
     def get_impl_name(cls) -> str:
@@ -44,7 +44,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
 
     @classmethod
     def get_requirements(cls, mode: Any = _host.ExecutionMode.MIXED) -> Any:
-        """The metadata fields and the cache view that the engine must provide, in any mode."""
+        """The metadata fields and the cache view that the engine must provide, the same in each mode."""
         field = _host.MetadataField
         return (
             _host.RequirementsBuilder(cls.get_impl_name())
@@ -75,13 +75,13 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         return output
 
     def forward_native(self, **arguments: Any) -> Any:
-        """Attention on JAX's default backend. With the host's FORCE_NATIVE_RUNTIME, by the portable kernel alone.
+        """Attention on JAX's default backend. With the host's FORCE_NATIVE_RUNTIME only the portable kernel runs.
 
-        Every other forward method is the same call: which kernel runs is a matter of selection, not of the method.
+        The other forward methods make the same call: selection decides which kernel runs, not the method.
 
         Keyword Args:
             query: ``[tokens, q_heads, head_dim]``; tokens past the last row's are padding and give zeros.
-            key, value: ``[tokens, kv_heads, head_dim]`` of the same tokens. v2 finds them in the pages already.
+            key, value: ``[tokens, kv_heads, head_dim]`` of the same tokens. v2 does not use them: the pages have them.
             cache_view: object with ``kv_pages`` and ``metadata``. v3 puts the updated pages into it.
             cache_metadata: the host's ``RaggedPagesMetadata``.
             softmax_scale, logits_soft_cap, sliding_window, softmax_aux, mask_value, vmem_limit_bytes, compute_dtype,
@@ -91,8 +91,8 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             The host's ``AttentionOutput``: the output in the query's dtype, no weights, and for v3 the same cache view.
 
         Raises:
-            TypeError: an argument that neither this operation nor the host's attention layer knows.
-            Unsupported: an argument that paged attention can't honour.
+            TypeError: an argument that neither this operation has nor the host's attention layer passes.
+            Unsupported: an argument that paged attention can't honor.
             ValueError: wrong shapes, dtypes or values, before anything is written.
         """
         return self._forward(portable=_host.native_runtime_forced(), **arguments)
@@ -164,7 +164,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         return _host.AttentionOutput(attention_weights=None, attention_outputs=attended.output, cache_view=returned)
 
     def _check_host_arguments(self, arguments: dict[str, Any]) -> None:
-        """Refuse arguments that nobody knows, and values that would change a result and can't be honoured."""
+        """Refuse unknown arguments, and values that would change a result and can't be honored."""
         unknown = sorted(arguments.keys() - host.PASSED_ARGUMENTS)
         if unknown:
             raise TypeError(

@@ -1,7 +1,8 @@
 """What a call requests beside its arrays: :class:`Options`.
 
-An option is one field here, with its check in the metadata. One that never changes a result is a hint. A kernel
-declares the options that it honors (``types.Features``), and selection refuses, by name, what is set and not declared.
+Each option is one field, with its check in the field's metadata. A hint is an option that never changes a result. A
+kernel declares the options that it honors (``types.Features``). Selection refuses, by name, what is set and not
+declared.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ __all__ = ["NO_OPTIONS", "Options", "Window", "is_wide_float"]
 Window = int | tuple[int, int] | None
 
 LARGEST_MASK_VALUE = -1e9
-"""A mask value up to this one leaves a masked key no weight in float32, which is what the kernels compute."""
+"""With a mask value up to this one a masked key has no weight in float32, as in the kernels."""
 
 
 def is_wide_float(dtype: Any) -> bool:
-    """Whether ``dtype`` is a float of at least 16 bits: the shorter ones store keys and values, and compute nothing."""
+    """Whether ``dtype`` is a float of at least 16 bits. Shorter ones are only for storage."""
     return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize >= 2
 
 
@@ -60,11 +61,11 @@ def _window(name: str, value: Any) -> int | tuple[int, int]:
 
 
 def _mask_value(name: str, value: Any) -> float:
-    # -inf is a fine mask value, so _number does not fit.
+    # Not _number: -inf is a valid mask value.
     if not (isinstance(value, int | float | np.number) and value <= LARGEST_MASK_VALUE):
         raise ValueError(
-            f"{name}: got {value!r}, wanted None or a number up to {LARGEST_MASK_VALUE:g}: masked keys have no "
-            "weight in these kernels, and a larger value asks for one."
+            f"{name}: got {value!r}, wanted None or a number up to {LARGEST_MASK_VALUE:g}. Masked keys have no weight "
+            "in these kernels; a larger value would give them one."
         )
     return float(value)
 
@@ -100,9 +101,10 @@ class Options:
         logits_soft_cap: c of ``c * tanh(logits / c)``, applied to the scaled logits.
         q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
         sinks: whether each query head has a sink logit; the logits are an array of the call.
-        compute_dtype: dtype in which the operands of the two products are held; None for the queries'.
-        vmem_limit_bytes: ceiling on the scoped VMEM of a TPU kernel, in bytes.
-        mask_value: logit of a masked key, of which only values are accepted that say what the kernels do in any case.
+        compute_dtype: dtype of the operands of the two products; None for the queries' dtype.
+        vmem_limit_bytes: upper limit of the scoped VMEM of a TPU kernel, in bytes.
+        mask_value: hint: logit of a masked key. Only values that leave it no weight are accepted, because the kernels
+            give it none in any case.
         optimized: hint for EasyDeL's v2 TPU kernel.
 
     Raises:
@@ -144,7 +146,7 @@ class Options:
         }
 
     def keywords(self) -> dict[str, Any]:
-        """The keyword arguments of the public functions that give these options."""
+        """These options as keyword arguments of the public functions."""
         return {name: value for name, value in self.given().items() if name != "sinks"}
 
     def __str__(self) -> str:

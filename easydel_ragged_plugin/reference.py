@@ -1,22 +1,22 @@
-"""What ragged page attention means, in plain float64 NumPy.
+"""The definition of ragged page attention, in plain float64 NumPy.
 
-This is the oracle that every kernel is measured against, so it is slow and simple on purpose: it walks
-over rows, tokens and heads one at a time (only the keys of one query are handled together), and it
-shares no code with the kernels or with the layout module. It reads nothing that the mask does not need.
+Every kernel is measured against this oracle, so it is slow and simple on purpose: it loops over rows, tokens and heads
+(only the keys of one query are handled together), and it shares no code with the kernels or with the layout module. It
+reads nothing that is masked.
 
 The two functions take the arguments of the public functions of the same name, options as keywords or as one
 :class:`~easydel_ragged_plugin.options.Options`. Options that choose how a result is computed (``compute_dtype``,
 ``optimized``, ...) change nothing here.
 
-Rules that the oracle fixes:
+Its rules:
 
-* Row r owns tokens ``[query_start_loc[r], query_start_loc[r + 1])``. Its i-th query sits at position
+* Row r has the tokens ``[query_start_loc[r], query_start_loc[r + 1])``. Its i-th query is at position
   ``context_lens[r] - number_of_queries + i`` and sees the keys at positions up to its own; a sliding
   window of N leaves the last N of them.
 * Tokens of no live row give zeros. So do all tokens of an invalid row: one whose lengths are negative,
   run backwards, pass the table or the tokens, or whose table names a page that does not exist among the
   pages it needs. An invalid row writes nothing.
-* v3 writes only the slots of live tokens. There, lanes past ``head_dim`` and heads that exist only to
+* v3 writes only the slots of live tokens. There, elements past ``head_dim`` and heads that exist only to
   fill a group of 32 bits become zeros; every other slot keeps its bytes.
 * The logsumexp of a token and head is the natural logarithm of the softmax's sum before it is divided by: of
   ``exp(logit)`` over the keys that are seen and the sinks. It is -inf for tokens of no live row.
@@ -60,7 +60,7 @@ def _cast_to_cache(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _key_and_value_place(head: int, head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(stored head, first lane) of the key and of the value of a kv head in a v3 page with its heads flattened."""
+    """(stored head, first element) of the key and of the value of a kv head in a v3 page with its heads flattened."""
     if head_dim == 64:
         return (head, 0), (head, 64)
     return (2 * head, 0), (2 * head + 1, 0)
@@ -85,9 +85,9 @@ def write_tokens(
             if pages.ndim == 4:
                 slot[2 * head], slot[2 * head + 1] = keys[index, head], values[index, head]
                 continue
-            (k_head, k_lane), (v_head, v_lane) = _key_and_value_place(head, head_dim)
-            slot[k_head, k_lane : k_lane + head_dim] = keys[index, head]
-            slot[v_head, v_lane : v_lane + head_dim] = values[index, head]
+            (k_head, k_start), (v_head, v_start) = _key_and_value_place(head, head_dim)
+            slot[k_head, k_start : k_start + head_dim] = keys[index, head]
+            slot[v_head, v_start : v_start + head_dim] = values[index, head]
 
 
 def _live_rows(
@@ -100,7 +100,7 @@ def _live_rows(
     total: int,
     options: Options,
 ) -> list[tuple[int, int, int, int]]:
-    """(row, first token, number of queries, context length) of each row that has work and makes sense."""
+    """(row, first token, number of queries, context length) of each row that has queries and is valid."""
     rows = []
     for row in range(min(max(total, 0), len(context_lens))):
         start, end = int(query_start_loc[row]), int(query_start_loc[row + 1])
@@ -197,9 +197,8 @@ def ragged_page_attention_v2(
         query_start_loc: ``[rows + 1]``.
         num_seqs: number of live rows, a scalar or ``[1]``.
         softmax_aux: sink logits, ``[q_heads]`` or ``[kv_heads, n]``.
-
         options, **keywords: the options, as one object or as keywords.
-        return_lse: whether to return the logsumexp, too.
+        return_lse: whether to return the logsumexp as well.
 
     Returns:
         ``[tokens, q_heads, head_dim]`` float64; with ``return_lse`` a pair of it and ``[tokens, q_heads]`` float64.
@@ -247,9 +246,9 @@ def ragged_page_attention_v3(
 ) -> Any:
     """Write the new keys and values of live tokens into a copy of the pages, then attend over it.
 
-    Pages are ``[pages, page_size, groups, pack, lanes]``. With groups and pack flattened to stored heads,
-    kv head h keeps its key in stored head 2h and its value in 2h + 1, in the first ``head_dim`` lanes;
-    where head_dim is 64, stored head h keeps the key in lanes 0-63 and the value in lanes 64-127.
+    Pages are ``[pages, page_size, groups, pack, width]``. With groups and pack flattened to stored heads,
+    stored head 2h has the key of kv head h and 2h + 1 its value, in the first ``head_dim`` elements; where head_dim is
+    64, stored head h has the key in elements 0-63 and the value in elements 64-127.
 
     Args:
         queries: ``[tokens, q_heads, head_dim]``.
@@ -259,15 +258,15 @@ def ragged_page_attention_v3(
         context_lens, block_tables, query_start_loc, softmax_aux, options, **keywords, return_lse: as for v2.
 
     Returns:
-        ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype; with ``return_lse``
-        ``[tokens, q_heads]`` float64 as a third.
+        ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype; with ``return_lse`` also
+        ``[tokens, q_heads]`` float64.
     """
     options = Options(**keywords) if options is None else options
     queries, keys, values, kv_pages = (np.asarray(a) for a in (queries, keys, values, kv_pages))
     context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
     block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
     softmax_aux = None if softmax_aux is None else np.asarray(softmax_aux)
-    num_pages, page_size, groups, pack, lanes = kv_pages.shape
+    num_pages, page_size, groups, pack, width = kv_pages.shape
     num_kv_heads, head_dim = keys.shape[1:]
     rows = _live_rows(
         len(queries),
@@ -280,16 +279,16 @@ def ragged_page_attention_v3(
         options,
     )
     updated = kv_pages.copy()
-    flat = updated.reshape(num_pages, page_size, groups * pack, lanes)
+    flat = updated.reshape(num_pages, page_size, groups * pack, width)
     for row, start, count, context in rows:
         new = slice(start, start + count)
         write_tokens(updated, block_tables[row], context - count, keys[new], values[new])
 
     def read(pages: np.ndarray, slots: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
-        (k_head, k_lane), (v_head, v_lane) = _key_and_value_place(head, head_dim)
+        (k_head, k_start), (v_head, v_start) = _key_and_value_place(head, head_dim)
         return (
-            flat[pages, slots, k_head, k_lane : k_lane + head_dim],
-            flat[pages, slots, v_head, v_lane : v_lane + head_dim],
+            flat[pages, slots, k_head, k_start : k_start + head_dim],
+            flat[pages, slots, v_head, v_start : v_start + head_dim],
         )
 
     output, lse = _attend(queries, read, num_kv_heads, page_size, rows, block_tables, softmax_aux, options)

@@ -1,7 +1,7 @@
 """From the arguments of a call to ``(request, operands)``: all validation, once.
 
-:func:`describe` raises ValueError with what was got, what was wanted and what to do next. All of it runs while a call
-is traced, so nothing has been written when it raises.
+It runs while a call is traced, so nothing has been written when it raises. Messages give what was got, what was wanted
+and what to do next.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .types import AttentionRequest, Operands
 __all__ = ["FORMATS", "describe"]
 
 FORMATS: tuple[CacheFormat, ...] = (turboquant.FORMAT, PLAIN)
-"""Every cache format. The first that holds a cache is taken: what is no cache at all is refused as plain pages."""
+"""Every cache format. The first that holds a cache is used. Anything else is refused by the check of plain pages."""
 
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
-"""JAX's names for a lowering platform, to its names for a backend, which selection goes by."""
+"""JAX's names of a lowering platform, to its names of a backend, which selection uses."""
 
 
 def describe(
@@ -50,10 +50,10 @@ def describe(
     Args:
         version: which operation.
         queries, ..., softmax_aux: the positional arguments of the public v3 function. For v2 ``keys`` and ``values``
-            are None, and ``distribution`` is the number of rows to look at.
-        options: the options, of which ``sinks`` follows from ``softmax_aux``.
-        return_lse: whether the logsumexp is wanted.
-        platform: see the public functions.
+            are None, and ``distribution`` is the number of rows in use.
+        options: the options; ``sinks`` is set from ``softmax_aux``.
+        return_lse: whether the logsumexp is a result, too.
+        platform: as for the public functions.
 
     Raises:
         ValueError: an argument has a wrong rank, shape or dtype, or its size is not that of another.
@@ -107,7 +107,7 @@ def describe(
 
 
 def _check_heads(queries: Any, keys: Any, values: Any, pages: Any, cache_format: CacheFormat) -> None:
-    """Check ranks and dtypes of queries, keys and values, and that they are of one size."""
+    """Check ranks, dtypes and sizes of queries, keys and values."""
     for name, array, form in (
         ("queries", queries, "[tokens, q_heads, head_dim]"),
         ("keys", keys, "[tokens, kv_heads, head_dim]"),
@@ -137,15 +137,15 @@ def _check_heads(queries: Any, keys: Any, values: Any, pages: Any, cache_format:
 
 
 def _of_num_seqs(num_seqs: Any) -> jax.Array:
-    """v2's number of rows as a distribution: kernels read its last entry."""
+    """The number of rows of v2 as a distribution, of which kernels read the last entry."""
     num_seqs = jnp.asarray(num_seqs, jnp.int32).reshape(-1)
     if num_seqs.shape != (1,):
-        raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the count of rows to look at.")
+        raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the number of rows in use.")
     return jnp.broadcast_to(num_seqs, (3,))
 
 
 def _check_index_arrays(context_lens: Any, query_start_loc: Any, block_tables: Any, distribution: Any) -> jax.Array:
-    """Check the metadata; the block table as ``[rows, pages_per_row]``."""
+    """Check the metadata, and return the block table as ``[rows, pages_per_row]``."""
     for name, array, ranks in (
         ("context_lens", context_lens, (1,)),
         ("query_start_loc", query_start_loc, (1,)),
@@ -180,7 +180,7 @@ def _check_index_arrays(context_lens: Any, query_start_loc: Any, block_tables: A
 
 
 def _check_known_lengths(context_lens: Any, pages_per_row: int, page_size: int) -> None:
-    """Lengths in NumPy are known while tracing: refuse those that the block table has no room for."""
+    """Refuse lengths that exceed the block table, where they are NumPy arrays and so have values while tracing."""
     if not isinstance(context_lens, np.ndarray) or not context_lens.size:
         return
     longest, capacity = int(context_lens.max()), pages_per_row * page_size
@@ -192,7 +192,7 @@ def _check_known_lengths(context_lens: Any, pages_per_row: int, page_size: int) 
 
 
 def _sinks_per_head(softmax_aux: Any, num_q_heads: int, num_kv_heads: int) -> jax.Array:
-    """One float32 sink logit for each query head; several sinks of a kv head add up in the softmax's sum."""
+    """One sink logit for each query head, float32 at least. Several sinks of a kv head become their logsumexp."""
     sinks = jnp.asarray(softmax_aux)
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(f"softmax_aux: got dtype {sinks.dtype}, wanted a float dtype.")

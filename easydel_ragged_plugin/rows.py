@@ -1,15 +1,14 @@
-"""Which rows of a batch can be served, and what of their contexts and new tokens counts. Shared by all kernels in JAX.
+"""Which rows of a batch are valid, and what their queries see. Shared by all kernels in JAX.
 
 Numbers inside arrays are not trusted. A row is malformed when its queries run backwards or outside the batch, when
 its context is shorter than its queries or longer than its part of the block table, or when a page that it needs is
-not in the cache. Such a row gives zeros, and nothing of it is written.
+not in the cache. Such a row gives zeros and writes nothing.
 
-A wrong number in ``query_start_loc`` spoils the rows on both sides of it, and what is left of them may reach into the
-tokens of good rows. Each row is taken at its word: a token that two rows claim is written for both, so the good ones
-keep all of theirs. Its output is that of either.
+A wrong number in ``query_start_loc`` changes the rows on both sides of it, and they may then overlap good rows. A token
+in two rows is written for both, so the good rows lose none. Its output is that of either row.
 
-What a query sees is defined here, once: :func:`first_visible`, :func:`visible_keys` and :func:`is_visible`. They and
-the functions of single rows take scalars as well as arrays, so they serve inside of a GPU kernel, too.
+:func:`first_visible`, :func:`visible_keys` and :func:`is_visible` are the only definition of what a query sees. They
+and the functions of single rows take scalars as well as arrays, so that a GPU kernel can use them.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ logger = logging.getLogger("easydel_ragged_plugin")
 
 
 class Rows(NamedTuple):
-    """Row geometry, [rows] int32 each. Rows that are dead or malformed have no queries."""
+    """Row geometry, ``[rows]`` int32 each. Rows that are dead or malformed have no queries."""
 
     query_start: jax.Array
     num_queries: jax.Array
@@ -83,7 +82,7 @@ def needed_entries(
 
 
 def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
-    """Rows whose lengths make sense. Their part of the block table has not been looked at."""
+    """Rows whose lengths are valid. Their part of the block table is not checked."""
     start, end = operands.query_start_loc[:-1], operands.query_start_loc[1:]
     num_queries = end - start
     context = operands.context_lens
@@ -94,7 +93,7 @@ def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
 
 
 def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
-    """Rows that can be served; all others get zero queries, so nothing of theirs is read or written."""
+    """Rows that are valid; all others have zero queries, so nothing of them is read or written."""
     rows = plausible_rows(request, operands)
     first, last = needed_entries(request, rows.context, rows.num_queries)
     entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)
@@ -113,11 +112,11 @@ def exclusive_sum(counts: jax.Array) -> jax.Array:
 def assign_parts(
     counts: jax.Array, num_parts: int, first_part: int | jax.Array = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Parts to rows, ``counts[r]`` of them to row r: (row, index within the row, whether there is such a part) of the
+    """Assign parts to rows, ``counts[r]`` of them to row r: (row, index within the row, whether the part exists) of the
     ``num_parts`` parts from ``first_part`` on.
 
-    Comparing all pairs takes the place of ``cumsum`` and ``searchsorted``, which become a dozen small GPU kernels each;
-    these become one each.
+    This compares all pairs, which becomes one GPU kernel; ``cumsum`` and ``searchsorted`` become a dozen small ones
+    each.
     """
     start = exclusive_sum(counts)
     part = first_part + jnp.arange(num_parts, dtype=jnp.int32)
@@ -128,14 +127,14 @@ def assign_parts(
 
 
 def checking() -> bool:
-    """Whether ``EASYDEL_RAGGED_CHECK`` requests a report of bad rows."""
+    """Whether ``EASYDEL_RAGGED_CHECK`` is set: malformed rows are reported."""
     return os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
 
 
 def report_bad_rows(
     request: AttentionRequest, context_lens: Any, block_tables: Any, query_start_loc: Any, distribution: Any
 ) -> None:
-    """Log what is wrong with each row that a kernel will skip. Takes the values of the index arrays, in NumPy."""
+    """Log the defect of each row that a kernel skips. Takes the values of the index arrays, in NumPy."""
     lens, tables, starts = (np.asarray(array) for array in (context_lens, block_tables, query_start_loc))
     total = int(Distribution(*np.asarray(distribution)).total)
     if not 0 <= total <= request.num_rows:
@@ -148,7 +147,7 @@ def report_bad_rows(
 
 
 def _problem(request: AttentionRequest, start: int, end: int, context: int, table: np.ndarray) -> str | None:
-    """What is wrong with a row that has tokens ``[start, end)``, or None."""
+    """The defect of a row that has tokens ``[start, end)``, or None."""
     capacity = request.pages_per_row * request.page_size
     if not 0 <= start < end <= request.num_tokens:
         return f"its tokens are [{start}, {end}) of {request.num_tokens}"

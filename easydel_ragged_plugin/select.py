@@ -1,7 +1,7 @@
-"""Which kernel runs a request, and why the others do not.
+"""Which kernel runs a request, and the reasons against the others.
 
-The order of each platform is data: :data:`ORDER`. With ``kernel="auto"`` the first kernel that does not refuse is
-taken; a kernel that is named runs, or raises :class:`~easydel_ragged_plugin.errors.Unsupported`.
+:data:`ORDER` has the order of each platform. With ``kernel="auto"`` the first kernel that does not refuse runs. A
+kernel that is named runs, or :class:`~easydel_ragged_plugin.errors.Unsupported` is raised.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BUILT_IN: dict[str, Kernel] = {
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
-    # Not the host's kernels before the portable one: their v3 lets padding tokens overwrite live pages.
+    # The host's kernels come after the portable one: in their v3 padding tokens can overwrite live pages.
     "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
     "tpu": ("ejkernel", "xla", "turboquant"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
 
 ELSEWHERE = ("xla", "turboquant")
-"""The order on a platform that :data:`ORDER` does not list."""
+"""The order on a platform that is not in :data:`ORDER`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What was chosen for one request.
+    """The choice for one request.
 
     Attributes:
         kernel: name of the kernel that runs.
-        config: the configuration it runs with, all sources merged.
-        refusals: every kernel that was passed over, with the reason.
-        request: the request as one device sees it.
+        config: its configuration, all sources merged.
+        refusals: every other kernel, with the reason.
+        request: the request of one device.
     """
 
     kernel: str
@@ -70,7 +70,7 @@ def kernels() -> dict[str, Kernel]:
     """Every known kernel by name: those of hooks first, then this package's.
 
     Raises:
-        ValueError: a hook gives something that is not a kernel, or two kernels have one name.
+        ValueError: a hook returns an object that is not a kernel, or two kernels have one name.
     """
     known: dict[str, Kernel] = {}
     for group in hooks.manager().hook.ragged_kernels():
@@ -89,10 +89,10 @@ def kernels() -> dict[str, Kernel]:
 
 
 def resolve_config(request: AttentionRequest, call: RaggedPageConfig | None = None) -> RaggedPageConfig:
-    """Merge the sources of ``config.py``, field by field: a field at its default leaves it to the next source.
+    """Merge the sources of ``config.py``, field by field. A field at its default counts as not set.
 
     Raises:
-        ValueError: a hook returned something else than a RaggedPageConfig.
+        ValueError: a hook returned something other than a RaggedPageConfig.
     """
     hooked = hooks.manager().hook.ragged_config(request=request)
     if hooked is not None and not isinstance(hooked, RaggedPageConfig):
@@ -113,7 +113,7 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
 
     Raises:
         ValueError: the config names a kernel that does not exist.
-        Unsupported: the kernel that was named refuses, or no kernel takes the request.
+        Unsupported: the kernel that was named refuses, or every kernel does.
     """
     config = resolve_config(request, call)
     known = kernels()
@@ -153,7 +153,7 @@ def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig)
     if config.kernel_config is not None and not isinstance(config.kernel_config, kernel.config_type or ()):
         return f"the config holds {type(config.kernel_config).__name__}, the knobs of another kernel"
     if config.platform != "auto" and config.platform not in kernel.technologies:
-        return f"is {', '.join(sorted(kernel.technologies))}; the config asks for platform {config.platform!r}"
+        return f"is {', '.join(sorted(kernel.technologies))}; the config names platform {config.platform!r}"
     return kernel.refuses(request)
 
 

@@ -1,10 +1,10 @@
 """One shard_map wrapper for both operations.
 
 Query heads and kv heads are split over the same mesh axes (tensor parallel). Pages may be split over another axis
-(data parallel): then each shard owns a contiguous part of the rows and of the pages, and page ids of the block
-table count through all shards. Pages stay where they are; the one collective of a call is the sum that puts the
-tokens of all data-parallel shards together. Where heads can't be split, every shard computes all of them, and the
-log says so once.
+(data parallel): then each shard has a contiguous part of the rows and of the pages, and page ids of the block table
+count through all shards. Pages are not moved. The collectives of a call are those that combine the tokens of all
+data-parallel shards: a sum of the output, and a maximum of the logsumexp. Where heads can't be split, every shard
+computes all of them, and a warning is logged once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How one call is split. Without axes it is not split at all.
+    """How one call is split; not at all where there are no axes.
 
     Attributes:
         mesh: the device mesh; None with no axes.
@@ -84,9 +84,9 @@ def plan(
     """How to split ``request``, from the partition specs of the public function's positional arguments.
 
     Heads are split over the axes of the queries when kv heads divide among them and a shard of the pages holds
-    whole heads. One kv head is kept on every shard, and query heads alone are split. Otherwise heads are not split,
-    and a warning in the log names the reason. Pages that arrive split in a way that the call can't use are gathered
-    by JAX on each call; that is in the warning, too.
+    whole heads. With one kv head, every shard has it, and only query heads are split. Otherwise heads are not split,
+    and a warning in the log has the reason. Pages that are split in a way that the call can't use are gathered by JAX
+    on each call; the warning says so.
 
     Raises:
         ValueError: specs without a mesh or not one for each argument; or rows or pages do not divide among the shards
@@ -134,14 +134,14 @@ def why_not_heads(
     stored = operands.pages.shape[2]
     if stored % over_heads or layout.token_stride != request.num_kv_heads * layout.head_stride:
         return (
-            f"the {stored} head groups of a {request.cache_dtype.name} cache with {request.num_kv_heads} kv heads do "
-            f"not part into {over_heads} shards of whole heads; a wider cache dtype has more groups"
+            f"the {stored} head groups of a {request.cache_dtype.name} cache with {request.num_kv_heads} kv heads "
+            f"can't be split into {over_heads} shards of whole heads; a wider cache dtype has more groups"
         )
     return None
 
 
 def local_request(request: AttentionRequest, operands: Operands, shards: Shards) -> AttentionRequest:
-    """The request as one shard sees it."""
+    """The request of one shard."""
     if shards.is_single:
         return request
     over_heads, over_pages = shards.size(shards.head_axes), shards.size(shards.page_axes)
@@ -186,7 +186,7 @@ def run(
             return forward(local)
         local = local_rows(local, shards)
         attended = forward(local)
-        # Each token is one shard's. Not every kernel leaves zeros for tokens of no row.
+        # Each token belongs to one shard. Not every kernel gives zeros for tokens of no row.
         mine = tokens_of_rows(local)[:, None]
         output = jax.lax.psum(jnp.where(mine[:, :, None], attended.output, 0), shards.page_axes)
         attended = attended._replace(output=output)
@@ -202,11 +202,11 @@ def run(
 
 
 def local_rows(operands: Operands, shards: Shards) -> Operands:
-    """Metadata of this shard's rows: page ids become local, tokens keep their global places.
+    """Metadata of this shard's rows: page ids become local, tokens keep their global indices.
 
-    An id of another shard's page falls outside the local pages; kernels never touch such an entry. The bounds of the
-    distribution are made anew, because those of the whole batch say nothing about a part of it: the rows up to the
-    first that does not decode are decode rows, and all after them may be of any kind.
+    An id of another shard's page is outside the local pages; kernels never use such an entry. The bounds of the
+    distribution are computed again, because those of the whole batch do not hold for a part of it: the rows before the
+    first that does not decode are decode rows, and all others may be of any kind.
     """
     shard = jax.lax.axis_index(shards.page_axes)
     num_rows, num_pages = operands.context_lens.shape[0], operands.pages.shape[0]

@@ -1,15 +1,15 @@
-"""The TurboQuant cache format: the arrays of one layer as EasyDeL 0.3.0 keeps them, and what depends on their form.
+"""The TurboQuant cache format: the arrays of one layer, in the form of EasyDeL 0.3.0, and what depends on that form.
 
 TurboQuant (Zandieh et al., 2025, arXiv 2504.19874) stores a key as the indices of its rotated coordinates in a codebook
-(4 bits each), the signs of a projection of what that leaves (1 bit each), and two norms; a value as indices and a norm.
+(4 bits each), the signs of a projection of the residual (1 bit each), and two norms; a value as indices and a norm.
 With ``R`` the rotation, ``S`` the projection, ``m`` its number of signs and ``c`` a codebook::
 
-    query . key  ~  |key| * (R query) . c[indices]  +  sqrt(pi / 2) / m * |rest| * (S query) . signs
+    query . key  ~  |key| * (R query) . c[indices]  +  sqrt(pi / 2) / m * |residual| * (S query) . signs
     value        ~  |value| * R^T c[indices]
 
-The formulas are EasyDeL's, so caches that it has filled are read as it reads them. They differ from the paper's in the
+The formulas are EasyDeL's, so caches that it has filled give the same results here. They differ from the paper's in the
 second term of a logit, which should have the key's norm, the rotated query and a larger projection: as it is, it adds
-next to nothing. The public functions take :class:`TurboQuantPages` in place of a page array.
+almost nothing. The public functions take :class:`TurboQuantPages` in place of a page array.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ ARRAYS = ("key_indices", "key_signs", "key_norms", "value_indices", "value_norms
 """The arrays of a layer's cache, in EasyDeL's order."""
 
 INDEX_LEVELS = 16
-"""Entries that 4 bits can name."""
+"""Entries that an index of 4 bits can select."""
 
 
 class TurboQuantConstants(NamedTuple):
-    """What all tokens of a layer share; float32."""
+    """Constants of a layer, the same for all tokens; float32."""
 
     rotation: jax.Array
     """``[head_dim, head_dim]``, orthogonal."""
@@ -56,7 +56,7 @@ class TurboQuantPages(NamedTuple):
     key_signs: jax.Array
     """``[..., signs / 8]`` uint8: the first sign in the lowest bit, 1 for a number that is not negative."""
     key_norms: jax.Array
-    """``[..., 2]``: of the key, and of what the codebook leaves of its rotated direction."""
+    """``[..., 2]``: of the key, and of the residual of its rotated direction."""
     value_indices: jax.Array
     """``[..., head_dim / 2]`` uint8."""
     value_norms: jax.Array
@@ -74,11 +74,11 @@ class TurboQuantPages(NamedTuple):
         return tuple(getattr(self, name) for name in ARRAYS)
 
     def with_arrays(self, arrays: Iterable[Any]) -> TurboQuantPages:
-        """Five other arrays beside the same constants."""
+        """A cache of five other arrays and the same constants."""
         return self._replace(**dict(zip(ARRAYS, arrays, strict=True)))
 
     def check(self, head_dim: int) -> None:
-        """Raise ValueError where the arrays do not belong together, or are not for this ``head_dim``."""
+        """Raise ValueError where the arrays do not fit each other, or this ``head_dim``."""
         rotation, projection, *codebooks = self.constants
         for name, codebook in zip(("key", "value"), codebooks, strict=True):
             if len(codebook.shape) != 1 or not 1 <= codebook.shape[0] <= INDEX_LEVELS:
@@ -112,7 +112,7 @@ class TurboQuantPages(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TurboQuantFormat(CacheFormat):
-    """Codes in place of numbers: :class:`TurboQuantPages`."""
+    """Caches of codes: :class:`TurboQuantPages`."""
 
     name = "turboquant"
     label = "TurboQuant"
@@ -122,7 +122,7 @@ class TurboQuantFormat(CacheFormat):
         return isinstance(cache, TurboQuantPages)
 
     def dtype(self, cache: Any) -> np.dtype:
-        """That of the codes."""
+        """dtype of the codes."""
         return np.dtype(np.uint8)
 
     def check(self, version: Version, cache: Any, head_dim: int) -> None:
@@ -130,10 +130,12 @@ class TurboQuantFormat(CacheFormat):
         cache.check(head_dim)
 
     def check_options(self, cache: Any, options: Options) -> None:
-        """Refuse scales: the cache has norms of its own."""
+        """Refuse scales: the cache has norms."""
         given = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(options, name) is not None]
         if given:
-            raise Unsupported(f"{' and '.join(given)} with a TurboQuant cache, which keeps norms of its own.")
+            raise Unsupported(
+                f"{' and '.join(given)} with a TurboQuant cache, which has norms instead. Leave them out."
+            )
 
     def num_kv_heads(self, version: Version, cache: Any) -> int:
         """The third axis of each array."""
@@ -142,14 +144,14 @@ class TurboQuantFormat(CacheFormat):
     def layout(
         self, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype
     ) -> PageLayout:
-        """Strides of the numbers that the codes stand for: none leads into the arrays."""
+        """Strides of the numbers that the codes represent. They do not address the arrays."""
         if num_kv_heads != shape[2]:
             raise ValueError(f"keys: got {num_kv_heads} kv heads, wanted the {shape[2]} of the TurboQuant cache.")
         token_stride, head_stride = 2 * num_kv_heads * head_dim, 2 * head_dim
         return PageLayout(shape[1], num_kv_heads, head_dim, token_stride, head_stride, head_dim, head_dim)
 
     def specs(self, cache: Any, page_axes: Axes, head_axes: Axes) -> Any:
-        """The five arrays alike; the constants are on every device."""
+        """The five arrays are split in the same way; the constants are on every device."""
         whole = jax.tree.map(lambda _: PartitionSpec(), cache)
         leading = (page_axes or None, None, head_axes or None)
         return whole.with_arrays(PartitionSpec(*leading, *[None] * (array.ndim - 3)) for array in cache.arrays)

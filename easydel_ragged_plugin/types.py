@@ -1,8 +1,7 @@
 """What one call of ragged page attention is, and what a kernel is.
 
-:class:`AttentionRequest` holds everything that is known while tracing. It is hashable, so it can key
-caches and travel through ``jax.jit`` as a static value. :class:`Operands` holds the arrays. A :class:`Kernel` turns
-both into :class:`Attended`.
+:class:`AttentionRequest` holds everything that is static while tracing. It is hashable, so it can key caches and be a
+static argument of ``jax.jit``. :class:`Operands` holds the arrays. A :class:`Kernel` turns both into :class:`Attended`.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ __all__ = ["AttentionRequest", "Attended", "Distribution", "Features", "Kernel",
 
 
 class Distribution(NamedTuple):
-    """The three row bounds of the v3 metadata, in the order they are stored.
+    """The three row bounds of the v3 metadata, in the order in which they are stored.
 
     Rows ``[0, decode_end)`` decode one token each, ``[decode_end, prefill_end)`` are chunked prefill,
-    ``[prefill_end, total)`` are mixed, rows ``>= total`` are dead. Hosts fill the first two differently
-    (and not by position under data parallelism), so this package's own kernels read ``total`` alone.
+    ``[prefill_end, total)`` are mixed, rows ``>= total`` are dead. Versions of the host fill the first two differently
+    (and not by position under data parallelism), so this package's own kernels read only ``total``.
     """
 
     decode_end: int
@@ -46,20 +45,20 @@ class AttentionRequest:
 
     Attributes:
         version: ``"v2"`` (pages are up to date) or ``"v3"`` (new keys and values are written first).
-        platform: ``"cpu"``, ``"gpu"``, ``"tpu"``, or the name that the host gave.
+        platform: ``"cpu"``, ``"gpu"``, ``"tpu"``, or another name that the caller gave.
         num_tokens: query tokens, padding included.
         num_q_heads: query heads.
         num_kv_heads: key/value heads; divides ``num_q_heads``.
         head_dim: elements of one head.
-        num_rows: rows (requests) of the block table.
+        num_rows: rows of the block table.
         pages_per_row: entries of the block table in each row.
         num_pages: pages in the cache.
         query_dtype: dtype of queries and of the result.
         cache_dtype: dtype of what the cache stores.
-        layout: strides of the cache; of a coded one, strides of the numbers that the codes stand for.
+        layout: strides of the cache; for a cache of codes, strides of the numbers that the codes represent.
         cache_format: how the cache is stored.
         options: the options as they were given. Kernels read those that have a default through the properties below.
-        return_lse: whether the logsumexp of each token and query head is a result, too.
+        return_lse: whether the logsumexp of each token and query head is a further result.
     """
 
     version: Version
@@ -106,12 +105,11 @@ class AttentionRequest:
 
     @property
     def compute_dtype(self) -> np.dtype:
-        """dtype in which the operands of the two products are held. Softmax statistics and sums are float32 at least,
-        whatever this is."""
+        """dtype of the operands of the two products. Softmax statistics and sums are float32 at least in any case."""
         return self.options.compute_dtype or self.query_dtype
 
     def requested_options(self) -> tuple[str, ...]:
-        """Names of the options that are set and change a result: a kernel must declare each of them."""
+        """Names of the options that are set and can change a result: a kernel must declare each of them."""
         given = self.options.given(hints=False)
         if self.compute_dtype == self.query_dtype:
             given.pop("compute_dtype", None)
@@ -133,17 +131,18 @@ class AttentionRequest:
 
 
 class Operands(NamedTuple):
-    """The arrays of one call, in the order kernels take them. Index arrays are int32.
+    """The arrays of one call. Index arrays are int32.
 
     Attributes:
         queries: ``[tokens, q_heads, head_dim]``.
         keys, values: ``[tokens, kv_heads, head_dim]`` of the new tokens for v3; None for v2.
         pages: the cache, in the form of ``request.cache_format``.
-        context_lens: ``[rows]`` tokens of each request, the new ones included.
-        block_tables: ``[rows, pages_per_row]`` page ids. Entries past a context are never used.
-        query_start_loc: ``[rows + 1]`` first token of each row; row r owns ``[qsl[r], qsl[r + 1])``.
-        distribution: ``[3]``, see :class:`Distribution`; for v2 all three entries hold ``num_seqs``.
-        sinks: ``[q_heads]`` float32 logits that take part in the softmax's sum alone; None for none.
+        context_lens: ``[rows]`` tokens of each row, the new ones included.
+        block_tables: ``[rows, pages_per_row]`` page ids. Entries past a context may hold any number.
+        query_start_loc: ``[rows + 1]`` first token of each row; row r has the tokens ``[qsl[r], qsl[r + 1])``.
+        distribution: ``[3]``, see :class:`Distribution`; for v2 all three entries are ``num_seqs``.
+        sinks: ``[q_heads]`` logits, float32 at least, that are added to the softmax's sum and have no value; None for
+            none.
     """
 
     queries: jax.Array
@@ -162,9 +161,9 @@ class Attended(NamedTuple):
 
     Attributes:
         output: ``[tokens, q_heads, head_dim]`` in the queries' dtype. Tokens of no live row give zeros.
-        pages: the cache after the call; for v2 as it came.
-        lse: ``[tokens, q_heads]`` float32, where ``request.return_lse``: natural logarithm of the sum of ``exp(logit)``
-            over the keys that a query sees, sinks included. -inf for tokens of no live row. Else None.
+        pages: the cache after the call; for v2 unchanged.
+        lse: ``[tokens, q_heads]`` float32: natural logarithm of the sum of ``exp(logit)`` over the keys that a query
+            sees and its sinks; -inf for tokens of no live row. None unless ``request.return_lse``.
     """
 
     output: jax.Array
@@ -174,12 +173,12 @@ class Attended(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a kernel honors. What a call requests and a kernel does not declare, selection refuses by name.
+    """What a kernel honors. Selection refuses, by name, what a call requests and the kernel does not declare.
 
     Attributes:
         options: names of fields of :class:`~easydel_ragged_plugin.options.Options`; hints need no declaration.
-        cache_formats: names of cache formats that it reads.
-        results: results beside output and pages that it can give: ``"lse"``.
+        cache_formats: names of the cache formats that it reads.
+        results: names of the results that it can give beside output and pages: ``"lse"``.
     """
 
     options: frozenset[str]
@@ -187,7 +186,7 @@ class Features:
     results: frozenset[str] = frozenset()
 
     def lacks(self, request: AttentionRequest) -> str | None:
-        """What ``request`` needs and is not declared, or None."""
+        """What ``request`` needs and is not declared, as text; or None."""
         if request.cache_format.name not in self.cache_formats:
             return f"takes no {request.cache_format.label} cache"
         missing = [name for name in request.requested_options() if name not in self.options]
@@ -202,41 +201,46 @@ class Tuning(Protocol):
     """What ``easydel-ragged tune`` can measure of a kernel.
 
     Attributes:
-        parts: kinds of work that are tuned apart, such as ``("decode", "prefill")``.
+        parts: kinds of work that are tuned separately, such as ``("decode", "prefill")``.
     """
 
     parts: tuple[str, ...]
 
     def candidates(self, part: str, request: AttentionRequest, small: bool) -> Iterator[Any]:
-        """Objects of the kernel's ``config_type`` to measure, the present one first. ``small``: for an interpreter."""
+        """Objects of the kernel's ``config_type`` to measure, the one in use first. ``small``: for an interpreter."""
         ...
 
     def save(self, request: AttentionRequest, best: Mapping[str, Any], measured: Mapping[str, Any]) -> Path:
-        """Keep the best configuration of each part for later processes; the file that holds it.
+        """Store the best configuration of each part for later processes.
 
         Args:
             request: what was measured.
             best: an object of ``config_type`` for each part.
-            measured: what to note beside it, JSON-able.
+            measured: further values to store with it, JSON-able.
+
+        Returns:
+            The file that holds it.
         """
         ...
 
 
 class Kernel(abc.ABC):
-    """One way to compute ragged page attention. Subclass it, and define the first four attributes and two methods.
+    """One way to compute ragged page attention.
 
-    A kernel states what it can do without running: ``features`` and ``refuses`` touch no device. Its object is part of
-    the key under which JAX keeps a compiled call, so there is one object for each kernel.
+    A subclass defines ``name``, ``platforms``, ``technologies``, ``features``, :meth:`refuses` and :meth:`forward`.
+    ``features`` and ``refuses`` touch no device. The object is part of the key of JAX's compiled calls, so there is one
+    object for each kernel.
 
     Attributes:
         name: unique name, used by ``kernel=`` and by ``EASYDEL_RAGGED_KERNEL``.
         platforms: platforms that it runs on, for example ``frozenset({"cpu"})``.
-        technologies: the host's words for what it is (``"xla"``, ``"triton"``, ``"pallas"``, ...): a host
-            config whose ``platform`` is one of them keeps to kernels that list it.
+        technologies: how it is made: ``"xla"``, ``"triton"``, ``"pallas"``, ``"native"``, ... A config whose
+            ``platform`` is not ``"auto"`` allows only kernels that list it here.
         features: what it honors. Selection refuses the rest by name.
-        label, color: its name and color in tables and figures; without them its name, and a color of no meaning.
+        label: its name in tables and figures; ``name`` where it is empty.
+        color: its color in figures; None for any.
         is_hosts: whether it is the host's own kernel, which others are compared with.
-        config_type: dataclass of the knobs that no other kernel has; ``RaggedPageConfig.kernel_config`` takes one.
+        config_type: dataclass of the settings that no other kernel has; ``RaggedPageConfig.kernel_config`` takes one.
     """
 
     name: str
@@ -250,28 +254,28 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def refuses(self, request: AttentionRequest) -> str | None:
-        """Why this kernel can't do ``request``, whose features it has, or None when it can."""
+        """Why this kernel can't run ``request``, or None. Called when :attr:`features` has all that it requests."""
 
     @abc.abstractmethod
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """Attend, for v3 after writing the new tokens."""
 
     def fingerprint(self) -> str:
-        """What decides about this kernel's numbers and programs in this process: equal on all workers of a job."""
+        """What this kernel's numbers and programs depend on in this process. Must be equal on all workers of a job."""
         facts = self.facts()
         if not facts["available"]:
             return f"not available: {facts['reason']}"
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def facts(self) -> dict[str, Any]:
-        """What ``doctor`` and benchmarks show of it, as JSON has it: ``available``, ``reason`` (None where it is
-        available), and whatever else a reader should see."""
+        """What ``doctor`` and benchmarks show of it, JSON-able: ``available``, ``reason`` (None where it is available),
+        and further facts."""
         return {"available": True, "reason": None}
 
     def notes(self, platform: str) -> tuple[str, ...]:
-        """What a user of ``platform`` should know, none of it an error; for ``doctor``."""
+        """Notes of ``doctor`` for a user of ``platform``; none of them is an error."""
         return ()
 
     def tuning(self) -> Tuning | None:
-        """What can be tuned of it, or None."""
+        """What ``easydel-ragged tune`` can measure, or None."""
         return None

@@ -1,7 +1,7 @@
-"""The cache views of the host: how a cache leaves one, and how it comes back.
+"""Adapters of the host's cache views: how a cache is taken out of a view and put back.
 
-A model hands its operation a view, and reads the view again in the next step, so an operation that updates the cache
-puts it back into the very view that it was given.
+A model passes a view to its operation and uses the same view in the next step. So an operation that updates the cache
+puts it back into that view.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["CacheView", "adapter_of"]
 
 
 class CacheView(abc.ABC):
-    """What this package does with one kind of view; ``portable_kernel`` is the kernel in plain JAX that reads it."""
+    """The adapter of one kind of view. ``portable_kernel`` is the kernel in plain JAX that reads its cache."""
 
     portable_kernel: str
 
     @abc.abstractmethod
     def config_names(self, operation: str) -> tuple[str, ...]:
-        """Names under which the host keeps the configuration of ``operation``, the first that is set counts."""
+        """Names under which the host has the configuration of ``operation``. The first that is set counts."""
 
     @abc.abstractmethod
     def read(self, view: Any, version: Literal["v2", "v3"]) -> Any:
@@ -36,7 +36,7 @@ class CacheView(abc.ABC):
 
     @abc.abstractmethod
     def write(self, view: Any, cache: Any, model_dtype: Any) -> Any:
-        """Put ``cache`` into ``view``; what the operation returns in its output, the view or None."""
+        """Put ``cache`` into ``view``. Returns the view that the operation returns in its output, or None for none."""
 
     @abc.abstractmethod
     def head_axis(self, view: Any) -> Any:
@@ -53,7 +53,7 @@ class PlainView(CacheView):
         return (operation,)
 
     def read(self, view: Any, version: Literal["v2", "v3"]) -> jax.Array:
-        """``kv_pages``, or an error that says what kind of view was wanted."""
+        """``kv_pages``; ValueError or Unsupported where the view has none of this version."""
         pages = getattr(view, "kv_pages", None)
         if pages is None:
             raise ValueError(
@@ -75,12 +75,12 @@ class PlainView(CacheView):
         return pages
 
     def write(self, view: Any, cache: Any, model_dtype: Any) -> Any:
-        """Set ``kv_pages``. A host that casts every array of the output must not be given pages of another dtype."""
+        """Set ``kv_pages``. Returns None where the host would cast the pages to the model's dtype."""
         view.kv_pages = cache
         return None if _host.casts_returned_pages and cache.dtype != jnp.dtype(model_dtype) else view
 
     def head_axis(self, view: Any) -> Any:
-        """0.2.0.2 has no ``kv_head_shards`` and always splits the heads of its pages; 0.3.0 says whether it did."""
+        """0.2.0.2 always splits the heads of its pages; 0.3.0 does unless ``kv_head_shards`` is 1."""
         whole = getattr(view.metadata, "kv_head_shards", None) == 1
         return _host.axes.EMPTY if whole else _host.axes.HEAD
 
@@ -91,7 +91,7 @@ class TurboQuantView(CacheView):
     portable_kernel = "turboquant"
 
     def config_names(self, operation: str) -> tuple[str, ...]:
-        """The host keeps a configuration of their own for these caches."""
+        """The host has a separate configuration for these caches."""
         return (f"{operation}_turboquant", operation)
 
     def read(self, view: Any, version: Literal["v2", "v3"]) -> TurboQuantPages:
@@ -108,7 +108,7 @@ class TurboQuantView(CacheView):
         return view
 
     def head_axis(self, view: Any) -> Any:
-        """Always split, and the view says nothing of it."""
+        """The heads are always split."""
         return _host.axes.KV_HEAD
 
 
@@ -116,6 +116,6 @@ _PLAIN, _TURBOQUANT = PlainView(), TurboQuantView()
 
 
 def adapter_of(view: Any) -> CacheView:
-    """What handles ``view``. Not every view of pages has the host's class: hybrid models forward one."""
+    """The adapter of ``view``. Not every view of plain pages has the host's class: hybrid models forward one."""
     coded = _host.TurboQuantRaggedPagesCacheView
     return _TURBOQUANT if coded is not None and isinstance(view, coded) else _PLAIN

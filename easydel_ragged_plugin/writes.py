@@ -1,4 +1,4 @@
-"""Where v3's new keys and values go: tokens to slots, and the cast to the cache's dtype. Shared by kernels in JAX."""
+"""Writing v3's new keys and values: slots of tokens, and the cast to the cache's dtype. Shared by kernels in JAX."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_tokens(
 ) -> State:
     """``state`` after ``write(token, slot, state)`` for every new token of every live row.
 
-    ``token`` and ``slot`` are ``[tokens]``: a token of the batch, and its slot in the cache seen as
-    ``[pages * page_size]``; where there is none, the slot is one past the end, for ``mode="drop"``. Rows that make
-    sense share no token, and one step takes all. Rows that overlap have more, and take more steps.
+    ``token`` and ``slot`` are ``[tokens]``: indices of tokens, and the indices of their slots among
+    ``[pages * page_size]``. Where there is no token, the slot is one past the end, for ``mode="drop"``. Valid rows
+    share no token, so one step writes all. Rows that overlap have more tokens and need more steps.
     """
     page_size = jnp.int32(request.page_size)
 
@@ -45,9 +45,9 @@ def write_tokens(
 
 
 def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
-    """Cast to the cache's dtype; 8-bit ones saturate, where a plain cast would give NaN, infinity or a wrapped number.
+    """Cast to the cache's dtype. 8-bit dtypes saturate: a plain cast would give NaN, infinity or a wrapped number.
 
-    Integers are symmetric, so that the least one, which has no opposite, is never written.
+    The range of integers is symmetric: -128 is never written.
     """
     if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
         if jnp.issubdtype(request.cache_dtype, jnp.integer):
@@ -58,7 +58,7 @@ def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
 
 
 def sources_of_slots(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
-    """Token whose key and value each slot takes, ``[pages, page_size]`` int32; the number of tokens for none."""
+    """The token that is written to each slot, ``[pages, page_size]`` int32; the number of tokens for none."""
 
     def note(token: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
         return source.at[slot].set(token, mode="drop")
@@ -68,7 +68,7 @@ def sources_of_slots(request: AttentionRequest, rows: Rows, operands: Operands) 
 
 
 def select_slots(pages: jax.Array, new: jax.Array, source: jax.Array) -> jax.Array:
-    """One in-place elementwise pass that takes either the old or the new bits of each slot.
+    """One elementwise pass, in place, that takes either the old or the new bits of each slot.
 
     XLA's CPU backend turns a scatter into a loop of updates, in float32 over the whole cache for the short float types,
     and copies the cache when another loop reads the result. This select is over integers and in the cache's own shape,

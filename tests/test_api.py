@@ -193,7 +193,7 @@ def test_named_kernel_raises_instead_of_falling_back() -> None:
 
 
 def test_platform_of_a_host_config_keeps_to_its_technology() -> None:
-    with pytest.raises(Unsupported, match="the config asks for platform 'mosaic'"):
+    with pytest.raises(Unsupported, match="the config names platform 'mosaic'"):
         trace(config=RaggedPageConfig(platform="mosaic"))
     assert explain(ragged_page_attention_v3, *ARRAYS.values(), config=RaggedPageConfig(platform="xla")).kernel == "xla"
 

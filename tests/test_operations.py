@@ -154,7 +154,7 @@ def test_config_of_the_host_is_read(version: str) -> None:
     config_class = RaggedPageAttentionv2Config if version == "v2" else RaggedPageAttentionv3Config
     metadata.operation_configs = {name: config_class(platform="mosaic")}
     assert metadata.get_operation_config(name) is not None
-    with pytest.raises(Unsupported, match="the config asks for platform 'mosaic'"):
+    with pytest.raises(Unsupported, match="the config names platform 'mosaic'"):
         call(driver)
     metadata.operation_configs = {name: object()}
     with pytest.raises(ValueError, match="config: got object"):

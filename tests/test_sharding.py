@@ -74,7 +74,7 @@ def request_of(q_heads: int, kv_heads: int, cache_dtype: str = "float32") -> tup
             2,
             "float8_e4m3fn",
             "tp",
-            "1 head groups of a float8_e4m3fn cache with 2 kv heads do not part into 2 shards",
+            "1 head groups of a float8_e4m3fn cache with 2 kv heads can't be split into 2 shards",
         ),
         (4, 1, "float32", "tp", "the one kv head has no parts; its pages are split"),
     ],

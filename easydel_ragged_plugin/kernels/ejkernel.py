@@ -1,8 +1,8 @@
 """The host's own kernels, called as the host's own operations call them.
 
 On TPU this is the first choice: ejkernel's Pallas kernels are tuned there (ragged page attention v3, Jiang et al.,
-2026, arXiv 2604.15464). Elsewhere it runs when it is asked for by name, so that anyone can have the host's kernels
-back, faults included: docs/kernels.md lists those.
+2026, arXiv 2604.15464). Elsewhere it runs when it is named, so that the host's kernels stay available, with the faults
+that docs/kernels.md lists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Ke
 __all__ = ["KERNEL", "EjkernelKernel"]
 
 PALLAS_V2_HEAD_DIMS = (128, 256)
-"""What the v2 TPU kernel can tile; the host's operation takes XLA for all others."""
+"""head_dims that the v2 TPU kernel can tile; the host's operation uses XLA for all others."""
 
 WIDE_HEAD_DIM = 256
 WIDE_HEAD_PAGES = 8
@@ -46,11 +46,11 @@ class EjkernelKernel(Kernel):
                 "softmax_scale",
                 "sliding_window",
                 "logits_soft_cap",
-                "q_scale",  # v3 alone
-                "k_scale",  # v3 alone
-                "v_scale",  # v3 alone
+                "q_scale",  # only v3
+                "k_scale",  # only v3
+                "v_scale",  # only v3
                 "sinks",
-                "compute_dtype",  # v2 alone
+                "compute_dtype",  # only v2
                 "vmem_limit_bytes",
             }
         ),
@@ -68,7 +68,7 @@ class EjkernelKernel(Kernel):
         return {"available": True, "reason": None, "version": metadata.version("ejkernel")}
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """What EasyDeL's calls can't take. Whether their results are right is no part of it."""
+        """Calls that ejkernel's functions can't run. A call that they run with a wrong result is not refused."""
         reason = unavailable()
         if reason is not None:
             return reason
@@ -100,7 +100,7 @@ class EjkernelKernel(Kernel):
             return turboquant_forward(request, config, operands)
         from ejkernel.modules import ragged_page_attention_v2, ragged_page_attention_v3
 
-        # Entries past a context may be anything, other shards' pages included, and these kernels read ahead.
+        # Entries past a context may hold any number, and these kernels read ahead.
         block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
         options: dict[str, Any] = {
             "softmax_scale": request.softmax_scale,
@@ -111,7 +111,7 @@ class EjkernelKernel(Kernel):
             "platform": host_platform(request, config),
         }
         if request.version == "v2":
-            if options["platform"] != "pallas":  # that kernel computes in the inputs' dtype and refuses to be told
+            if options["platform"] != "pallas":  # that kernel accepts no dtype: it computes in the inputs'
                 options |= {"compute_dtype": request.compute_dtype.type, "optimized": request.options.optimized}
             output = ragged_page_attention_v2(
                 operands.queries,
@@ -145,7 +145,7 @@ class EjkernelKernel(Kernel):
 
 
 def turboquant_forward(request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
-    """The host's calls for TurboQuant caches. There is one implementation, so its platform is named."""
+    """The host's calls for TurboQuant caches. ejkernel has them in XLA only, so ``platform`` is that."""
     from ejkernel.modules.operations.ragged_page_attention_v2_turboquant import ragged_page_attention_v2_turboquant
     from ejkernel.modules.operations.ragged_page_attention_v3_turboquant import ragged_page_attention_v3_turboquant
 
@@ -183,7 +183,7 @@ def turboquant_forward(request: AttentionRequest, config: RaggedPageConfig, oper
 
 
 def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
-    """The host's platform rule, unless the config names one."""
+    """ejkernel's argument ``platform``, a technology: the config's, or else the one that the host's rule gives."""
     if config.platform != "auto":
         return config.platform
     if request.platform != "tpu":
@@ -194,7 +194,7 @@ def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
 
 
 def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
-    """The config as ejkernel's class, or None where none was given and nothing set, so that ejkernel chooses."""
+    """The config as ejkernel's class; None where none was given and no field is set, so that ejkernel tunes."""
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
 
     host_class: Any = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config

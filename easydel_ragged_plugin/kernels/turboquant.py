@@ -2,10 +2,10 @@
 
 The formulas are those of :mod:`easydel_ragged_plugin.turboquant`. How they are computed:
 
-* new tokens are compressed all at once, and only their slots are written;
-* a tile of queries reads the live blocks of its row alone, and decodes a block when it reads it;
-* a byte of the cache is decoded by one look-up, which gives its two centroids or its eight signs;
-* values stay rotated while they are summed: the rotation is linear, so the sum is rotated back once.
+* New tokens are compressed all at once, and only their slots are written.
+* A tile of queries reads only the live blocks of its row, and unpacks a block when it reads it.
+* One look-up unpacks a byte of the cache, into two centroids or eight signs.
+* Values stay rotated while they are summed. The rotation is linear, so the sum is rotated back once.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from easydel_ragged_plugin.writes import select_slots, write_tokens
 __all__ = ["KERNEL", "TurboQuantKernel"]
 
 BLOCK_TOKENS = 256
-"""Key tokens that one step decodes."""
+"""Key tokens that one step reads."""
 
 DECODE_TILE, PREFILL_TILE = 4, 64
-"""Query tokens of a tile: a batch with no more tokens than this for each row on average, and any other."""
+"""Query tokens of a tile: where a batch has no more than the first number for each row on average; elsewhere."""
 
 TINY_NORM = 1e-8
-"""Least norm that a vector is divided by; EasyDeL's."""
+"""A vector is divided by its norm, but by no less than this; EasyDeL's value."""
 
 
 class Tables(NamedTuple):
-    """What each byte of the cache stands for."""
+    """The numbers that each byte of the cache represents."""
 
     key_pairs: jax.Array  # [256, 2]
     signs: jax.Array  # [256, 8]
@@ -51,9 +51,9 @@ def update(request: AttentionRequest, rows: Rows, operands: Operands) -> TurboQu
     constants = operands.pages.constants
     norms, rotated = rotate(operands.keys, constants)
     indices = nearest(rotated, constants.key_codebook)
-    rest = rotated - constants.key_codebook[indices]
-    signs = jnp.einsum("thd,md->thm", rest, constants.projection, precision="highest") >= 0
-    key_norms = jnp.concatenate([norms, jnp.linalg.norm(rest, axis=-1, keepdims=True)], axis=-1)
+    residual = rotated - constants.key_codebook[indices]
+    signs = jnp.einsum("thd,md->thm", residual, constants.projection, precision="highest") >= 0
+    key_norms = jnp.concatenate([norms, jnp.linalg.norm(residual, axis=-1, keepdims=True)], axis=-1)
     value_norms, rotated = rotate(operands.values, constants)
     new = (
         pack(indices, 2),
@@ -70,7 +70,7 @@ def update(request: AttentionRequest, rows: Rows, operands: Operands) -> TurboQu
 
 
 class Written(NamedTuple):
-    """What one step of :func:`write` leaves, arrays by name."""
+    """State of the loop of :func:`write`, arrays by name."""
 
     slots: dict[str, jax.Array]  # arrays of the cache that are scattered into, [pages * page_size, ...]
     source: jax.Array  # as in writes.py, for the others
@@ -82,7 +82,7 @@ def write(
 ) -> dict[str, jax.Array]:
     """The arrays of the cache by name, with ``lines [tokens, ...]`` in the slots of their tokens.
 
-    Codes are scattered. Norms, 3 % of the cache, are not on a CPU, where :func:`select_slots` says why.
+    Arrays are scattered into, except the norms on a CPU (3 % of the cache): :func:`select_slots` has the reason.
     """
     arrays = {name: getattr(operands.pages, name) for name in lines}
     num_slots = request.num_pages * request.page_size
@@ -91,7 +91,7 @@ def write(
     def step(token: jax.Array, slot: jax.Array, before: Written) -> Written:
         slots = {name: old.at[slot].set(lines[name][token], mode="drop") for name, old in before.slots.items()}
         source = before.source.at[slot].set(token, mode="drop") if selected else before.source
-        # They go through the loop because XLA would put their computation into the pass over the cache, for each slot.
+        # Through the loop, because XLA would otherwise compute them in the pass over the cache, once for each slot.
         fresh = {name: old.at[token].set(lines[name][token]) for name, old in before.lines.items()}
         return Written(slots, source, fresh)
 
@@ -115,18 +115,18 @@ def rotate(array: jax.Array, constants: TurboQuantConstants) -> tuple[jax.Array,
 
 
 def nearest(array: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the nearest entry; of two that are equally near the first."""
+    """Index of the nearest entry, or of the first of two that are equally near."""
     return jnp.argmin(jnp.abs(array[..., None] - codebook), axis=-1).astype(jnp.uint8)
 
 
 def pack(array: jax.Array, count: int) -> jax.Array:
-    """``count`` neighbours of the last axis in each byte, the first in the lowest bits."""
+    """``count`` neighbors of the last axis in each byte, the first in the lowest bits."""
     parts = array.astype(jnp.uint8).reshape(*array.shape[:-1], array.shape[-1] // count, count)
     return jnp.sum(parts << jnp.arange(0, 8, 8 // count, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
 
 
 def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
-    """Look-up tables in ``dtype``. An index that the codebook does not have stands for 0."""
+    """Look-up tables in ``dtype``. An index past the codebook gives 0."""
     byte = np.arange(256)
     pair = np.stack([byte & 15, byte >> 4], axis=1)
     signs = np.where(byte[:, None] >> np.arange(8) & 1, 1.0, -1.0)
@@ -140,7 +140,7 @@ def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
 def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, operands: Operands) -> Results:
     """Attention of all live tokens, in the queries' dtype."""
     pages, constants = operands.pages, operands.pages.constants
-    # Codes carry more than the short types hold, and EasyDeL computes in float32, too.
+    # Codes are more exact than the short types, and EasyDeL computes in float32, too.
     dtype = jnp.promote_types(jnp.promote_types(request.query_dtype, request.compute_dtype), jnp.float32)
     small = request.num_tokens <= DECODE_TILE * request.num_rows
     tile = min(config.num_queries_per_block or (DECODE_TILE if small else PREFILL_TILE), request.num_tokens)
@@ -152,12 +152,12 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
     rotation, projection = constants.rotation.astype(dtype), constants.projection.astype(dtype)
     rotated = jnp.einsum("thgd,ed->thge", queries, rotation, precision="highest")
     projected = jnp.einsum("thgd,md->thgm", queries, projection, precision="highest")
-    # One product gives both parts of a logit: centroids times the key's norm, signs times the rest's norm.
+    # One product gives both terms of a logit: centroids times the key's norm, signs times the residual's norm.
     both = jnp.concatenate([rotated, projected * (math.sqrt(math.pi / 2) / projection.shape[0])], axis=-1)
     tables = tables_of(constants, dtype)
 
     def read(cache: tuple[jax.Array, ...], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return decode(cache, ids, tables)
+        return unpack(cache, ids, tables)
 
     def normalize(state: Softmax) -> jax.Array:
         return state.weighted / jnp.where(state.total > 0, state.total, 1.0)[..., None]
@@ -169,8 +169,8 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
     return Results(output, results.lse).finished(request)
 
 
-def decode(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
-    """Keys with their signs ``[tokens, kv_heads, head_dim + signs]`` and rotated values of whole pages."""
+def unpack(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+    """Keys with their signs ``[slots, kv_heads, head_dim + signs]`` and rotated values of whole pages."""
     indices, signs, norms, value_indices, value_norms = (
         array.at[ids].get(mode="clip").reshape(-1, *array.shape[2:]) for array in cache
     )
@@ -180,9 +180,9 @@ def decode(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tupl
 
     dtype = tables.signs.dtype
     keys = look_up(tables.key_pairs, indices) * norms[..., :1].astype(dtype)
-    rest = look_up(tables.signs, signs) * norms[..., 1:].astype(dtype)
+    residual = look_up(tables.signs, signs) * norms[..., 1:].astype(dtype)
     values = look_up(tables.value_pairs, value_indices) * value_norms[..., None].astype(dtype)
-    return jnp.concatenate([keys, rest], axis=-1), values
+    return jnp.concatenate([keys, residual], axis=-1), values
 
 
 class TurboQuantKernel(Kernel):
@@ -199,7 +199,7 @@ class TurboQuantKernel(Kernel):
                 "logits_soft_cap",
                 "sinks",
                 "compute_dtype",
-                "vmem_limit_bytes",  # it uses none
+                "vmem_limit_bytes",  # uses no VMEM
             }
         ),
         cache_formats=frozenset({FORMAT.name}),
@@ -209,7 +209,7 @@ class TurboQuantKernel(Kernel):
     color = "#4f5d95"
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """This kernel takes every valid request over such a cache."""
+        """None: this kernel takes every valid request over a TurboQuant cache."""
         return None
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:

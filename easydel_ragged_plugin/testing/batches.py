@@ -5,7 +5,7 @@ A :class:`Case` is a description; :func:`build_batch` turns it into arrays. The 
 * pages lie in shuffled order, and every slot that no live token owns holds poison: the rest of a last
   page, unused pages, the null page 0, pages that a sliding window has freed;
 * unused table entries hold zeros (as EasyDeL 0.3.0 leaves them), the pages of other rows (0.2.0.2), or garbage;
-* rows differ in keys and values, so that reading a neighbour's page shows;
+* rows differ in keys and values, so that reading another row's page shows;
 * padding tokens at the end carry large non-zero keys and values, and dead rows carry plausible lengths.
 """
 
@@ -36,8 +36,8 @@ _DTYPES = {
     "int8": np.int8,
 }
 
-# Far from every real value and finite in every cache dtype: what dead slots hold for operations that have
-# declared that they can't stand NaN there.
+# What dead slots hold for operations that declare that NaN does harm there: a number that is far from every real value
+# and finite in every cache dtype.
 _FINITE_POISON = 320.0
 
 
@@ -68,13 +68,13 @@ class Case:
         sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
         query_gain, value_mean: size of queries, mean of values.
         stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
-        free_left_of_window: pages that no query can see any more are not the row's any longer.
+        free_left_of_window: pages left of every query's window do not belong to the row.
         repeat_page: the first row's table names its first page twice.
         table: what unused table entries hold.
-        dead_rows: "idle" (no tokens), or "claim": the first dead row's tokens are the padding.
-        poison: what dead slots hold; None for what the tested operation stands.
+        dead_rows: "idle" (no tokens), or "claim": the tokens of the first dead row are the padding.
+        poison: what dead slots hold; None for NaN, or finite numbers where NaN does harm.
         decode_first: whether rows with one new token come before the others, as the host orders them.
-        versions: operations that can have such a cache.
+        versions: versions that can have such a cache.
     """
 
     name: str

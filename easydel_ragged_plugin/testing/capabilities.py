@@ -1,4 +1,4 @@
-"""What an operation declares that it can do."""
+"""What an operation declares."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SCALES = {"q_scale", "k_scale", "v_scale"}
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """What an operation says it can do. What it does not declare is skipped, with the reason.
+    """What an operation declares. Tests of the rest are skipped, with the reason.
 
-    The defaults declare everything that the host may ask for; an operation that can do less says so.
+    The defaults declare everything that the host may request. An operation that can do less sets the fields.
 
     Attributes:
         head_dims: head sizes; None for any.
@@ -31,12 +31,12 @@ class Capabilities:
         nan_in_dead_slots: dead slots may hold NaN. Otherwise they hold large finite numbers.
         garbage_table_entries: unused table entries may name pages that do not exist.
         compute_dtype_none_keeps_precision: ``compute_dtype=None`` computes in the precision of the queries.
-            Otherwise the kit passes the dtype of the queries, except in the test of this very thing.
-        invalid_rows: rows that make no sense give zeros and write nothing.
+            Otherwise the kit passes the dtype of the queries, except in the test of this field.
+        invalid_rows: malformed rows give zeros and write nothing.
         strict_arguments: a keyword that the host does not pass is refused.
         forwarding_view: takes a view that only forwards ``kv_pages`` and ``metadata``.
         forward_methods: methods that can be called directly on the machine that runs the tests.
-        updates_in_place: v3 leaves the new pages in the view that it was given, whatever else it returns.
+        updates_in_place: v3 puts the new pages into the view that it was called with.
     """
 
     head_dims: frozenset[int] | None = None
@@ -59,7 +59,7 @@ class Capabilities:
     forward_methods: tuple[str, ...] = ("native", "cpu", "gpu", "cuda", "rocm", "tpu")
 
     def lacks(self, case: Case) -> str | None:
-        """Why this operation is not asked to do ``case``, or None."""
+        """What ``case`` needs and this operation does not declare, or None."""
         cache_dtype = case.np_cache_dtype.name
         checks = (
             (self.head_dims is not None and case.head_dim not in self.head_dims, f"head_dim {case.head_dim}"),

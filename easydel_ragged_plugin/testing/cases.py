@@ -1,7 +1,6 @@
-"""The named cases of ragged page attention: :data:`CASES`, and what is made of them.
+"""The named cases of ragged page attention: :data:`CASES`, the one table of the contracts and of this package's tests.
 
-It is the one table that the contract and this package's own tests share. Cases of equal geometry share shapes, and so
-one compiled program.
+Cases of equal geometry have equal shapes, and so share one compiled program.
 """
 
 from __future__ import annotations

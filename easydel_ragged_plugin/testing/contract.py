@@ -11,7 +11,7 @@ __all__ = ["Capabilities", "RaggedPageAttentionContract", "assert_close"]
 
 
 class RaggedPageAttentionContract(LawTests, CallTests):
-    """Inherit this class, name the operation, and pytest holds it to the host's contract::
+    """The contract of an operation. Inherit this class and define the fixture ``operation``::
 
         from easydel_ragged_plugin.testing import Capabilities, RaggedPageAttentionContract
 
@@ -23,15 +23,15 @@ class RaggedPageAttentionContract(LawTests, CallTests):
             def operation(self):
                 return MyAttention          # the OperationImpl class, not an instance
 
-    Whether it is v2 or v3 follows from ``MyAttention.get_impl_name()``. The operation meets the host's own cache
-    view and metadata with the arguments that the host's attention layer passes, on hostile batches (see
-    ``batches``), and is compared with the float64 oracle (``reference``). Narrow it with:
+    ``MyAttention.get_impl_name()`` decides whether it is tested as v2 or as v3. The operation is called as the host's
+    attention layer calls it: with the host's own cache view, metadata and arguments. The batches are hostile (see
+    ``batches``), and results are compared with the float64 oracle (``reference``). Class attributes:
 
     ``capabilities``
-        what the operation does; the rest is skipped with the reason.
+        what the operation declares; tests of the rest are skipped with the reason.
     ``known_failures``
         test name (``test_values[sinks]``, or ``test_values`` for all of them, or a case's name for all
-        tests of that case) to a reason. A strict xfail: the test must fail, and says so once it passes.
+        tests of that case) to a reason. A strict xfail: the test must fail, and is reported once it passes.
     ``cases``
         the cases to run, :data:`~easydel_ragged_plugin.testing.cases.CASES` unless set.
 

@@ -1,4 +1,4 @@
-"""What one call must give: values, pages, and what the host expects of an operation."""
+"""Tests of one call: values, pages, and what the host requires of an operation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OperationBase(ContractBase):
 
     @property
     def any_row_order(self) -> bool:  # type: ignore[override]
-        """As the operation declares."""
+        """Whether the operation declares that rows may come in any order."""
         return self.capabilities.any_row_order
 
     @property
@@ -85,7 +85,7 @@ class CallTests(OperationBase):
         assert not wrong.any(), f"wrong bytes in written (page, slot): {np.argwhere(wrong)[:8].tolist()}"
 
     def test_other_slots_keep_their_bytes(self, driver: Driver, case: Case) -> None:
-        """No slot changes that is not a live new token's: dead rows, padding tokens, other pages, the null page."""
+        """No slot changes but those of live new tokens: dead rows, padding tokens, other pages, the null page."""
         batch, _, pages, outcome = self._run(driver, case)
         changed = (slot_bytes(outcome.pages) != slot_bytes(pages)).any(axis=-1)
         if driver.version == "v3":
@@ -112,7 +112,7 @@ class CallTests(OperationBase):
         assert_close(outcome.output, batch.expected()[0], case)
 
     def test_view_that_went_in_holds_the_pages(self, driver: Driver) -> None:
-        """v3 puts the pages into the view it was given and returns that view; v2 returns it, or none."""
+        """v3 puts the pages into the view that it was called with and returns that view; v2 returns it, or none."""
         _, _, pages, outcome = self._run(driver, case_named("mixed"))
         assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
         assert outcome.returned_view in (("same",) if driver.version == "v3" else ("same", "none"))
@@ -130,7 +130,7 @@ class CallTests(OperationBase):
         assert (slot_bytes(outcome.pages) == slot_bytes(batch.expected()[1])).all()
 
     def test_forwarding_view(self, driver: Driver) -> None:
-        """A view of another class that forwards ``kv_pages`` and ``metadata`` is served like the host's own."""
+        """A view of another class that forwards ``kv_pages`` and ``metadata`` gives the same results as the host's."""
         if not self.capabilities.forwarding_view:
             pytest.skip("the operation does not declare: forwarding_view")
         batch = self._build(driver, LAW_CASE)
@@ -164,14 +164,14 @@ class CallTests(OperationBase):
         assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
 
     def test_unknown_argument_is_refused(self, driver: Driver) -> None:
-        """A keyword that nobody knows is an error that names it, not something to drop."""
+        """An unknown keyword is an error that names it."""
         if not self.capabilities.strict_arguments:
             pytest.skip("the operation does not declare: strict_arguments")
         with pytest.raises((TypeError, ValueError), match="no_such_option"):
             self._call(driver, self._build(driver, LAW_CASE), extra={"no_such_option": 1})
 
     def test_requirements(self, driver: Driver) -> None:
-        """The host reads from the requirements which metadata to make and which cache to build."""
+        """The requirements name the metadata and the cache that the host must build."""
         host, requirements = driver.host, driver.operation.get_requirements()
         fields = host.MetadataField
         needed = fields.CONTEXT_LENS | fields.QUERY_START_LOC | fields.PAGES_TABLES
@@ -182,7 +182,7 @@ class CallTests(OperationBase):
         assert requirements.cache.cache_view_class is host.RaggedPagesCacheView
 
     def test_name_and_metadata(self, driver: Driver) -> None:
-        """The name is one that the host knows, and the object gives back the metadata it was made with."""
+        """The host has an operation of this name, and the object returns the metadata that it was made with."""
         assert driver.name in ("ragged_page_attention_v2", "ragged_page_attention_v3")
         assert issubclass(driver.operation, driver.host.OperationImpl)
         operation = driver.instance()
@@ -213,7 +213,7 @@ class CallTests(OperationBase):
     )
     @pytest.mark.parametrize("window", [None, 3])
     def test_invalid_row(self, driver: Driver, fault: Fault, window: int | None) -> None:
-        """A row that makes no sense gives zeros, writes nothing, and leaves its neighbours alone."""
+        """A malformed row gives zeros and writes nothing, and the other rows are right."""
         if not self.capabilities.invalid_rows:
             pytest.skip("the operation does not declare: invalid_rows")
         if window is not None and not self.capabilities.sliding_window:

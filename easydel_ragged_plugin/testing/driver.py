@@ -32,7 +32,7 @@ _CACHE_DTYPE_NAMES = {
 
 
 class ForwardingView:
-    """A cache view of another class, which forwards pages and metadata alone, as hybrid models' views do."""
+    """A cache view of another class that forwards only pages and metadata, as the views of hybrid models do."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -54,7 +54,7 @@ class ForwardingView:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a call did.
+    """The results of a call.
 
     Attributes:
         output: ``[tokens, q_heads, head_dim]``.
@@ -71,16 +71,16 @@ class Outcome:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands for the host's bias initialiser, which paged attention must not call for a value."""
+    """Stands for the host's bias initializer. Paged attention must not use its value."""
 
 
 class Driver:
-    """Drives one operation class; keeps its compiled programs, so cases of equal shape compile once.
+    """Calls one operation class. Keeps its compiled programs, so cases of equal shape compile once.
 
-    ``outcomes`` is for the caller: several tests look at different sides of one run.
+    ``outcomes`` is for the caller: several tests check different results of one run.
 
     Args:
-        operation: the class to drive.
+        operation: the class to call.
         mesh_axes: sizes of the host's mesh axes, ``{"tp": 2}`` for example; axes that are not named have size 1.
             With ``dp`` above 1 each row's pages must lie in its shard's part of the cache (:func:`.cases.local_pages`).
     """
@@ -104,7 +104,7 @@ class Driver:
 
     @property
     def version(self) -> Version:
-        """The layout of its pages, from the operation's name."""
+        """``"v2"`` or ``"v3"``, from the operation's name."""
         return "v2" if self.name.endswith("v2") else "v3"
 
     def instance(self, dtype: Any = np.float32) -> Any:
@@ -141,7 +141,7 @@ class Driver:
         return self._cache_configs[key]
 
     def _head_shards(self, case: Case) -> int:
-        """Over how many devices the host splits the heads of the pages: ``tp``, or 1 where they have no parts."""
+        """Devices over which the host splits the heads of the pages: ``tp``, or 1 where they do not divide."""
         stored = page_shape(self.version, 1, 1, case.kv_heads, case.head_dim, case.np_cache_dtype)[2]
         return self.mesh.shape["tp"] if stored % self.mesh.shape["tp"] == 0 else 1
 
@@ -227,8 +227,8 @@ class Driver:
             batch: what to run.
             method: method to call; forward methods get three-dimensional arrays, as the host gives them.
             compute_dtype: what the host passes under that name.
-            forwarding_view: hand the operation a :class:`ForwardingView`.
-            host_writes: for v2, let the host's view write the new tokens instead of the oracle.
+            forwarding_view: pass a :class:`ForwardingView`.
+            host_writes: for v2, the host's view writes the new tokens, not the oracle.
             extra: more keyword arguments.
         """
         case, operation = batch.case, self.instance(batch.case.np_dtype)

@@ -1,6 +1,6 @@
-"""The oracle as an operation: right, slow, and the kit's check of itself.
+"""The oracle as an operation: right and slow.
 
-The contract must pass on it. Subclasses that get one thing wrong show what the contract catches.
+It checks the contract kit: the contract must pass on it, and fail on subclasses that have one mistake each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def oracle_operation(version: str) -> type:
             )
 
         def store(self, cache_view: Any, pages: Any) -> Any:
-            """Put the pages into the view; gives the view to return."""
+            """Put the pages into the view. Returns the view to return, or None."""
             if version == "v2":
                 return None
             cache_view.kv_pages = pages

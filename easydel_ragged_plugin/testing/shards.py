@@ -1,4 +1,4 @@
-"""Batches for meshes: what a data-parallel host guarantees about the places of pages."""
+"""Batches for meshes, with pages where a data-parallel host puts them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["local_pages"]
 def local_pages(batch: Batch, shards: int) -> Batch:
     """``batch`` with its pages moved so that each row's pages lie in the part of the cache of the row's shard.
 
-    Rows and pages part into ``shards`` contiguous parts each. Unused table entries move along with the page that they
-    name, so some of them name pages of other shards; page 0 stays, for every shard.
+    Rows and pages are divided into ``shards`` contiguous parts each. An unused table entry still names the same page,
+    so some of them name pages of other shards. Page 0 is not moved.
 
     Raises:
         ValueError: rows or pages do not divide, or a shard has fewer pages than its rows need.

@@ -1,7 +1,7 @@
-"""How far a right answer may lie from the float64 oracle, and why. The only table of its kind.
+"""Bounds on the difference between a right output and the float64 oracle's, with reasons. The only table of its kind.
 
 Bounds are ``atol + rtol * |expected|``. The oracle reads the very numbers that the operation reads (inputs
-and cache already rounded to their dtypes), so only arithmetic and the result's own rounding are allowed for.
+and cache already rounded to their dtypes), so the bounds cover only arithmetic and the rounding of the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Tolerance", "tolerance_for"]
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Bounds and the reason for them."""
+    """Bounds, and the reason for them."""
 
     rtol: float
     atol: float

@@ -4,14 +4,14 @@ Rows are split by what bounds them.
 
 *Decode rows* (one new token) are bound by reading pages. Their contexts are cut into blocks of a few pages, and the
 blocks of all rows form one list. A loop takes ``lanes`` blocks at a time from that list, whichever rows they belong
-to, computes each one's partial softmax, and merges it into the row's running state. The trip count is the number of
-live blocks, so neither the table's width nor one long row makes the others pay.
+to, computes the partial softmax of each, and merges it into the running state of its row. The trip count follows the
+number of live blocks, so the width of the table and the length of other rows cost nothing.
 
 *Longer rows* (prefill, chunked prefill) are bound by arithmetic. Each tile of query tokens runs over the blocks
 between the first position that its window reaches and its last causal one, with the online softmax of ``blockwise.py``.
 
-Both parts are always compiled and take zero trips when no row needs them. Pages are read through
-:class:`~easydel_ragged_plugin.layout.PageLayout`, so one program serves every cache shape.
+Both loops are always compiled, and make no trip when no row needs them. Pages are read through
+:class:`~easydel_ragged_plugin.layout.PageLayout`, so the same code reads every page shape.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ DECODE_BLOCK_TOKENS = 256
 """Tokens that one lane of the decode loop reads in a step."""
 
 DECODE_STEP_TOKENS = 2048
-"""Tokens that all lanes of the decode loop read in a step; bounds its temporary memory."""
+"""Tokens that all lanes of the decode loop read in a step. Limits its temporary memory."""
 
 PREFILL_BLOCK_TOKENS = 256
 """Key tokens of one prefill step."""
 
-PREFILL_TILE_ROWS = 512
-"""Rows of one prefill product: query tokens of a tile times the query heads of a group."""
+PREFILL_TILE_QUERIES = 512
+"""Query vectors of one prefill product: query tokens of a tile times the query heads of a kv head."""
 
 
 def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
     """Write the new keys and values of live tokens into their slots; every other slot keeps its bits.
 
-    The padding of a written slot (lanes past head_dim, heads past kv_heads) becomes zero, as in the TPU kernel.
+    The padding of a written slot (elements past head_dim, heads past kv_heads) becomes zero, as in the TPU kernel.
     """
     new = merge_heads(request, operands.keys, operands.values)
     if request.platform == "cpu":
@@ -100,7 +100,7 @@ class Blocks:
 
     @classmethod
     def choose(cls, request: AttentionRequest, config: RaggedPageConfig) -> Blocks:
-        """Sizes for a request: the config's where it names them, else from the defaults above."""
+        """Sizes for a request: the config's where it sets them, else from the defaults above."""
 
         def pages_of(tokens: int) -> int:
             wanted = config.num_kv_pages_per_block or -(-tokens // request.page_size)
@@ -109,14 +109,14 @@ class Blocks:
         pages = pages_of(DECODE_BLOCK_TOKENS)
         most_blocks = request.num_rows * -(-request.pages_per_row // pages)
         lanes = max(1, min(DECODE_STEP_TOKENS // (pages * request.page_size), most_blocks))
-        tile = config.num_queries_per_block or min(256, max(32, PREFILL_TILE_ROWS // request.group_size))
+        tile = config.num_queries_per_block or min(256, max(32, PREFILL_TILE_QUERIES // request.group_size))
         return cls(pages, lanes, min(tile, request.num_tokens), pages_of(PREFILL_BLOCK_TOKENS))
 
 
 def operand_dtype(request: AttentionRequest) -> jnp.dtype:
     """Dtype of the products' operands.
 
-    CPUs multiply float32 at full rate and emulate the shorter types, so there the wider one is faster and better.
+    CPUs multiply float32 at full rate and emulate shorter types, so float32 is both faster and more exact there.
     """
     if request.platform == "cpu":
         return jnp.promote_types(request.compute_dtype, jnp.float32)
@@ -151,7 +151,7 @@ def attend_decode(
     lanes, block_tokens = blocks.lanes, blocks.pages * request.page_size
     num_rows, num_kv_heads, group = request.num_rows, request.num_kv_heads, request.group_size
 
-    # Decode rows move to the front, so that the rows of neighbouring blocks are neighbours.
+    # Decode rows first, so that neighboring blocks belong to neighboring ranks.
     order = jnp.argsort(rows.num_queries != 1, stable=True).astype(jnp.int32)
     is_decode = rows.num_queries[order] == 1
     context = jnp.where(is_decode, rows.context[order], 0)
@@ -195,7 +195,7 @@ def attend_decode(
         )
         return merge_parts(state, part, rank, taken)
 
-    # The state has room for `lanes` ranks after the last row, so that a slice of it never clamps.
+    # The state has `lanes` spare ranks after the last row, so that a slice of it is never clamped.
     state = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
     state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, state)
     state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
@@ -207,20 +207,20 @@ def attend_decode(
 def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
     """Merge the partial softmax of each lane into the state of its row.
 
-    The lanes hold neighbouring ranks, so only ``lanes`` rows of the state take part, however many rows there are.
+    The lanes have neighboring ranks, so only ``lanes`` entries of the state change, however many rows there are.
     """
     lanes = rank.shape[0]
     base = rank[0]
-    window = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, base, lanes), state)
+    before = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, base, lanes), state)
     owner = (rank - base)[None, :] == jnp.arange(lanes, dtype=jnp.int32)[:, None]
     owner = (owner & taken[None, :])[:, :, None, None]
-    maximum = jnp.maximum(window.maximum, jnp.max(jnp.where(owner, part.maximum[None], -jnp.inf), axis=1))
+    maximum = jnp.maximum(before.maximum, jnp.max(jnp.where(owner, part.maximum[None], -jnp.inf), axis=1))
     factor = jnp.where(owner, rescale(part.maximum[None], maximum[:, None]), 0.0)
-    kept = rescale(window.maximum, maximum)
+    kept = rescale(before.maximum, maximum)
     merged = Softmax(
         maximum,
-        kept * window.total + jnp.sum(factor * part.total[None], axis=1),
-        kept[..., None] * window.weighted + jnp.einsum("rwhg,whgd->rhgd", factor, part.weighted),
+        kept * before.total + jnp.sum(factor * part.total[None], axis=1),
+        kept[..., None] * before.weighted + jnp.einsum("rwhg,whgd->rhgd", factor, part.weighted),
     )
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, base, 0), state, merged)
 
@@ -262,7 +262,7 @@ class XlaKernel(Kernel):
                 "v_scale",
                 "sinks",
                 "compute_dtype",
-                "vmem_limit_bytes",  # it uses none
+                "vmem_limit_bytes",  # uses no VMEM
             }
         ),
         results=frozenset({"lse"}),
@@ -271,7 +271,7 @@ class XlaKernel(Kernel):
     color = "#7cc5bd"
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """This kernel takes every valid request."""
+        """None: this kernel takes every valid request over plain pages."""
         return None
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
