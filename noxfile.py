@@ -40,6 +40,7 @@ KERNELS = (
     "test_pallas_gpu_sizes.py",
     "test_quantized_caches.py",
     "test_turboquant.py",
+    "test_xla.py",
 )
 SERVED = ("test_contract.py", "test_demo.py")
 

@@ -20,21 +20,16 @@ from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 @functools.cache
 def compiled(version: str, kernel: str, options: Options) -> Callable[..., Any]:
     """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
-    if version == "v2":
 
-        def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-            return ragged_page_attention_v2(
-                queries, pages, *index, last, sinks, config=kernel, **options.keywords()
-            ), pages
+    def v2(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+        return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **options.keywords()), pages
 
-        return jax.jit(call)
-
-    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+    def v3(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
         return ragged_page_attention_v3(
             queries, keys, values, pages, *index, last, sinks, config=kernel, **options.keywords()
         )
 
-    return jax.jit(call, donate_argnums=0)
+    return jax.jit(v2) if version == "v2" else jax.jit(v3, donate_argnums=0)
 
 
 def run_batch(batch: Batch, kernel: str) -> tuple[np.ndarray, np.ndarray]:

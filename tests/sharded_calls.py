@@ -22,6 +22,7 @@ from turboquant_oracle import check_written, expected_output, random_pages
 
 from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.layout import Version
 from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch, case_named
 from easydel_ragged_plugin.testing.shards import local_pages
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
@@ -232,7 +233,8 @@ def operations() -> None:
 
     for name, axes in OPERATION_CASES:
         case = case_named(name)
-        for version, operation in (("v2", ours.RaggedPageAttnV2), ("v3", ours.RaggedPageAttnV3)):
+        served: dict[Version, type] = {"v2": ours.RaggedPageAttnV2, "v3": ours.RaggedPageAttnV3}
+        for version, operation in served.items():
             driver = Driver(operation, axes)
             batch = local_pages(build_batch(case, version), axes.get("dp", 1))
             if driver.host.data_parallel_axis is None and batch.pages.shape[2] % axes.get("tp", 1):

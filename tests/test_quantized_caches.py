@@ -84,7 +84,7 @@ def test_what_storing_loses_is_bounded(dtype: str, version: Any) -> None:
     exact = build_batch(Case("loss", ROWS, poison="finite"), version)
     scale = STEP if dtype == "int8" else None
     case = dataclasses.replace(exact.case, cache_dtype=dtype, options=Options(k_scale=scale, v_scale=scale))
-    factor = np.float32(1 / scale if scale else 1)
+    factor = float(np.float32(1 / scale if scale else 1))
     cast = build_batch(dataclasses.replace(case, stored_gain=factor), version)  # same seed: same numbers, scaled
     np.testing.assert_array_equal(cast.block_tables, exact.block_tables)
     output, _ = run(cast)

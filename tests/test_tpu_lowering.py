@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from easydel_ragged_plugin import explain, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.layout import Version
 from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -58,20 +59,21 @@ def described_tpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
                     monkeypatch.setattr(found, name, lambda *_, value=value: value)
 
 
-def call(version: str, q_heads: int, kv_heads: int, head_dim: int, dtype: Any, **options: Any) -> tuple[Any, list[Any]]:
+def call(
+    version: Version, q_heads: int, kv_heads: int, head_dim: int, dtype: Any, **options: Any
+) -> tuple[Any, list[Any]]:
     """The function for ``version``, bound to the TPU platform, and the shapes of its arguments."""
     array, index = jax.ShapeDtypeStruct, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     pages = array(page_shape(version, PAGES, PAGE_SIZE, kv_heads, head_dim, np.dtype(dtype)), dtype)
     queries, new = array((TOKENS, q_heads, head_dim), dtype), array((TOKENS, kv_heads, head_dim), dtype)
     rows = [index((ROWS,)), index((ROWS, WIDTH)), index((ROWS + 1,))]
-    if version == "v2":
-        function = functools.partial(ragged_page_attention_v2, platform="tpu", **options)
-        return function, [queries, pages, *rows, index((1,))]
-    function = functools.partial(ragged_page_attention_v3, platform="tpu", **options)
-    return function, [queries, new, new, pages, *rows, index((3,))]
+    function: Any = ragged_page_attention_v2 if version == "v2" else ragged_page_attention_v3
+    arrays = [queries, pages] if version == "v2" else [queries, new, new, pages]
+    last = index((1 if version == "v2" else 3,))
+    return functools.partial(function, platform="tpu", **options), [*arrays, *rows, last]
 
 
-def lower(version: str, *geometry: Any, kind: str = V6E, **options: Any) -> str:
+def lower(version: Version, *geometry: Any, kind: str = V6E, **options: Any) -> str:
     function, arguments = call(version, *geometry, **options)
     with jax.sharding.use_abstract_mesh(device_mesh(kind)):
         return jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
@@ -104,7 +106,7 @@ def test_v2_lowers_to_the_pallas_kernel(head_dim: int) -> None:
     ],
 )
 @pytest.mark.usefixtures("described_tpu")
-def test_lowers_for_each_generation(version: str, head_dim: int, dtype: Any, kind: str) -> None:
+def test_lowers_for_each_generation(version: Version, head_dim: int, dtype: Any, kind: str) -> None:
     assert "tpu_custom_call" in lower(version, 8, 2, head_dim, dtype, kind=kind)
 
 
@@ -117,7 +119,7 @@ def test_head_dim_64_has_a_kernel_of_its_own() -> None:
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
 @pytest.mark.usefixtures("described_tpu")
-def test_vmem_limit_reaches_the_kernel(version: str) -> None:
+def test_vmem_limit_reaches_the_kernel(version: Version) -> None:
     limit = 31_000_064
     assert str(limit) in lower(version, 8, 2, 128, jnp.bfloat16, vmem_limit_bytes=limit)
     assert str(limit) not in lower(version, 8, 2, 128, jnp.bfloat16)
@@ -125,7 +127,7 @@ def test_vmem_limit_reaches_the_kernel(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
 @pytest.mark.usefixtures("described_tpu")
-def test_sinks_are_not_dropped(version: str) -> None:
+def test_sinks_are_not_dropped(version: Version) -> None:
     function, arguments = call(version, 8, 2, 128, jnp.bfloat16)
     sinks = jax.ShapeDtypeStruct((8,), jnp.float32)
     with jax.sharding.use_abstract_mesh(device_mesh(V6E)):
@@ -174,12 +176,12 @@ def test_v2_with_another_head_dim_lowers_without_pallas() -> None:
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_portable_kernel_lowers(version: str) -> None:
+def test_portable_kernel_lowers(version: Version) -> None:
     assert "tpu_custom_call" not in lower(version, 8, 2, 64, jnp.bfloat16, config="xla")
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_tpu_chooses_the_hosts_kernels(version: str) -> None:
+def test_tpu_chooses_the_hosts_kernels(version: Version) -> None:
     function, arguments = call(version, 8, 2, 128, jnp.bfloat16)
     assert explain(function.func, *arguments, **function.keywords).kernel == "ejkernel"
 

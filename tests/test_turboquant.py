@@ -60,12 +60,13 @@ def poisoned(pages: TurboQuantPages, batch: Batch) -> TurboQuantPages:
     for row, each in enumerate(batch.case.rows):
         position = np.arange(each.context)
         owned[batch.block_tables[row, position // batch.case.page_size], position % batch.case.page_size] = True
-    arrays = {}
-    for name in ("key_norms", "value_norms"):
-        array = np.array(getattr(pages, name))
+
+    def poison(norms: jax.Array) -> jax.Array:
+        array = np.array(norms)
         array[~owned] = np.nan
-        arrays[name] = jnp.asarray(array)
-    return pages._replace(**arrays)
+        return jnp.asarray(array)
+
+    return pages._replace(key_norms=poison(pages.key_norms), value_norms=poison(pages.value_norms))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -243,16 +244,21 @@ def test_other_kv_heads_than_the_caches_are_refused() -> None:
 def test_donated_cache_is_not_copied(norms: Any) -> None:
     def memory(num_pages: int) -> tuple[int, int]:
         pages = random_pages(CASE, 1)
-        shapes = (jax.ShapeDtypeStruct((num_pages, *a.shape[1:]), a.dtype) for a in pages.arrays)
-        shapes = [jax.ShapeDtypeStruct(a.shape, norms) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in shapes]
+        shapes = [
+            jax.ShapeDtypeStruct(
+                (num_pages, *each.shape[1:]), norms if jnp.issubdtype(each.dtype, jnp.floating) else each.dtype
+            )
+            for each in pages.arrays
+        ]
 
         def step(arrays: Any, queries: Any, keys: Any, values: Any, *index: Any) -> Any:
             output, after = v3(queries, keys, values, pages.with_arrays(arrays), *index)
+            assert isinstance(after, TurboQuantPages)
             return output, after.arrays
 
         queries, keys, values, _, *index = arguments_of(pages)
         compiled = jax.jit(step, donate_argnums=0).lower(shapes, queries, keys, values, *index).compile()
-        analysis = compiled.memory_analysis()
+        analysis: Any = compiled.memory_analysis()
         assert analysis.alias_size_in_bytes >= sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in shapes)
         return analysis.temp_size_in_bytes, num_pages * CASE.page_size
 
