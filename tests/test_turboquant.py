@@ -202,16 +202,20 @@ def test_other_kv_heads_than_the_caches_are_refused() -> None:
 def test_donated_cache_is_not_copied(norms: Any) -> None:
     def memory(num_pages: int) -> tuple[int, int]:
         pages = random_pages(CASE, 1)
-        shapes = (jax.ShapeDtypeStruct((num_pages, *a.shape[1:]), a.dtype) for a in pages.arrays)
-        shapes = [jax.ShapeDtypeStruct(a.shape, norms) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in shapes]
+        shapes = [
+            jax.ShapeDtypeStruct((num_pages, *a.shape[1:]), norms if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+            for a in pages.arrays
+        ]
 
         def step(arrays: Any, queries: Any, keys: Any, values: Any, *index: Any) -> Any:
             output, after = v3(queries, keys, values, pages.with_arrays(arrays), *index)
+            assert isinstance(after, TurboQuantPages)
             return output, after.arrays
 
         queries, keys, values, _, *index = arguments_of(pages)
         compiled = jax.jit(step, donate_argnums=0).lower(shapes, queries, keys, values, *index).compile()
         analysis = compiled.memory_analysis()
+        assert analysis is not None
         assert analysis.alias_size_in_bytes >= sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in shapes)
         return analysis.temp_size_in_bytes, num_pages * CASE.page_size
 

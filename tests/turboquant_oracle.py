@@ -49,14 +49,15 @@ def random_pages(case: Case, num_pages: int, signs: int | None = None, seed: int
 
 def pack(numbers: np.ndarray, width: int) -> np.ndarray:
     """Bytes of numbers of ``width`` bits, the first in the lowest bits of each byte."""
-    parts = numbers.astype(np.uint8).reshape(*numbers.shape[:-1], -1, 8 // width)
-    return np.bitwise_or.reduce(parts << np.arange(0, 8, width, dtype=np.uint8), axis=-1)
+    count = 8 // width
+    parts = numbers.astype(np.uint8).reshape(*numbers.shape[:-1], numbers.shape[-1] // count, count)
+    return np.sum(parts << np.arange(0, 8, width, dtype=np.uint8), axis=-1, dtype=np.uint8)
 
 
 def unpack(packed: np.ndarray, width: int) -> np.ndarray:
     """The numbers of :func:`pack`."""
     parts = [(packed >> shift) & (2**width - 1) for shift in range(0, 8, width)]
-    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] * len(parts))
 
 
 def compress(keys: np.ndarray, values: np.ndarray, made: TurboQuantConstants, stored: Arrays | None = None) -> Arrays:
@@ -175,8 +176,11 @@ class TurboQuantDriver(KernelDriver):
             arrays = compress(keys, values, constants(case.head_dim))
         else:
             arrays = tuple(pages[name] for name in ARRAYS)
-        cast = (jnp.asarray(each, None if each.dtype == np.uint8 else jnp.bfloat16) for each in arrays)
-        return TurboQuantPages(*cast, constants=constants(case.head_dim))
+        cast = {
+            name: jnp.asarray(each, None if each.dtype == np.uint8 else jnp.bfloat16)
+            for name, each in zip(ARRAYS, arrays, strict=True)
+        }
+        return TurboQuantPages(**cast, constants=constants(case.head_dim))
 
     def pages_of(self, cache: TurboQuantPages) -> np.ndarray:
         arrays = {name: np.asarray(getattr(cache, name)) for name in ARRAYS}
