@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "registration": {"host", "startup"},
     "views": {"errors", "host", "turboquant"},
     "operations": {"api", "errors", "host", "options", "views"},
-    "testing": {"config", "host", "layout", "options", "reference", "request", "types"},
+    "testing": {"config", "errors", "host", "layout", "options", "reference", "request", "select", "types"},
     "workers": {"api", "config", "errors", "hooks", "host", "layout", "select", "startup"},
     "terminal": set(),
     "demo": {"config", "hooks", "host", "startup", "terminal"},

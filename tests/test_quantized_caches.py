@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from easydel_ragged_plugin import Unsupported, explain, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels.xla import KERNEL
 from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.testing import KernelContract
 from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
-from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
 VERSIONS = ("v2", "v3")
 ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(32, 1))
@@ -21,6 +22,22 @@ ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(32, 1))
 # A step of an int8 cache is 1/25 of the size of a key, so that five sizes fit. Floats store the numbers themselves.
 STEP = 1 / 25
 INT8 = Case("int8", ROWS, cache_dtype="int8", stored_gain=1 / STEP, options=Options(k_scale=STEP, v_scale=STEP))
+INT8_CASES = (
+    INT8,
+    dataclasses.replace(INT8, name="int8-gqa-9-3-head-dim-64", head_dim=64, q_heads=9, kv_heads=3),
+    dataclasses.replace(INT8, name="int8-bfloat16", head_dim=128, dtype="bfloat16"),
+    dataclasses.replace(
+        INT8.with_options(sliding_window=5, logits_soft_cap=3.0), name="int8-options", sinks="heads", table="stale"
+    ),
+)
+
+
+class TestInt8(KernelContract):
+    """The portable kernel is the one that takes int8."""
+
+    kernel: ClassVar = KERNEL
+    cases: ClassVar = INT8_CASES
+    law_case: ClassVar = INT8
 
 
 def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -34,32 +51,6 @@ def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     new = [jnp.asarray(each) for each in (batch.queries, batch.keys, batch.values, batch.pages)]
     output, pages = ragged_page_attention_v3(*new, *index, jnp.asarray(batch.distribution), sinks, **options)
     return np.asarray(output), np.asarray(pages)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"head_dim": 64, "q_heads": 9, "kv_heads": 3},
-        {"head_dim": 128, "dtype": "bfloat16"},
-        {
-            "options": dataclasses.replace(INT8.options, sliding_window=5, logits_soft_cap=3.0),
-            "sinks": "heads",
-            "table": "stale",
-        },
-    ],
-    ids=["plain", "gqa-9-3-head-dim-64", "bfloat16", "options"],
-)
-def test_int8_cache_matches_the_oracle(version: Any, changes: dict[str, Any]) -> None:
-    case = dataclasses.replace(INT8, **changes)
-    batch = build_batch(case, version)
-    output, pages = run(batch)
-    expected, expected_pages = batch.expected()
-    bound = tolerance_for(case)
-    np.testing.assert_allclose(output.astype(np.float64), expected, rtol=bound.rtol, atol=bound.atol)
-    assert pages.dtype == np.int8
-    assert pages.tobytes() == expected_pages.tobytes()
 
 
 def test_int8_cache_rounds_and_saturates() -> None:

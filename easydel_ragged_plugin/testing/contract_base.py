@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 
-from .batches import Batch, Case, build_batch
+from .batches import Batch, Case, Row, build_batch
 from .cases import CASES, case_named
 
 __all__ = ["LAW_CASE", "ContractBase"]
 
 LAW_CASE = case_named("mixed")
-"""Tests that bring their own rows take its geometry, so that they share compiled programs."""
+"""The default of :attr:`ContractBase.law_case`."""
 
 
 class ContractBase:
@@ -27,8 +28,14 @@ class ContractBase:
     known_failures: ClassVar[dict[str, str]] = {}
     cases: ClassVar[tuple[Case, ...]] = CASES
 
+    law_case: ClassVar[Case] = LAW_CASE
+    """Tests that bring their own rows take its geometry and dtypes, so that they share compiled programs."""
+
     any_row_order: bool = True
     """Whether rows may come in any order; otherwise rows with one new token come first."""
+
+    poison: Literal["nan", "finite"] = "nan"
+    """What slots hold that no query sees."""
 
     @pytest.fixture
     def driver(self) -> Any:
@@ -56,19 +63,20 @@ class ContractBase:
         raise NotImplementedError
 
     def _require(self, driver: Any, case: Case) -> None:
-        """Skip, with the reason, where ``case`` is not declared or not of the version."""
+        """Skip, with the reason, where ``case`` is not of the version or not declared."""
+        if driver.version not in case.versions:
+            pytest.skip(f"no {driver.version} cache has this geometry: {case.about}")
         missing = self._missing(driver, case)
         if missing is not None:
             pytest.skip(missing)
-        if driver.version not in case.versions:
-            pytest.skip(f"no {driver.version} cache has this geometry: {case.about}")
 
-    @property
-    def _poison(self) -> Literal["nan", "finite"]:
-        return "nan"
+    def _rows(self, *pairs: tuple[int, int]) -> Case:
+        """The geometry of ``law_case`` with these rows, (context, new tokens) each."""
+        return dataclasses.replace(self.law_case, rows=tuple(Row(*pair) for pair in pairs))
 
     def _build(self, driver: Any, case: Case, seed: int = 0) -> Batch:
-        return build_batch(case, driver.version, seed, self._poison)
+        self._require(driver, case)
+        return build_batch(case, driver.version, seed, self.poison)
 
     def _call(self, driver: Any, batch: Batch, **how: Any) -> Any:
         return driver.call(batch, **how)

@@ -11,8 +11,8 @@ import pytest
 from .batches import FAULTS, Batch, Case, Fault, spoil_row
 from .capabilities import Capabilities
 from .cases import case_named
-from .compare import assert_close, slot_bytes
-from .contract_base import LAW_CASE, ContractBase
+from .compare import assert_close, assert_same_pages, slot_bytes
+from .contract_base import ContractBase
 from .driver import Driver, Outcome
 
 __all__ = ["CallTests", "OperationBase"]
@@ -47,7 +47,8 @@ class OperationBase(ContractBase):
         return self.capabilities.any_row_order
 
     @property
-    def _poison(self) -> Literal["nan", "finite"]:
+    def poison(self) -> Literal["nan", "finite"]:  # type: ignore[override]
+        """As the operation declares."""
         return "nan" if self.capabilities.nan_in_dead_slots else "finite"
 
     def _missing(self, driver: Driver, case: Case) -> str | None:
@@ -114,7 +115,7 @@ class CallTests(OperationBase):
     def test_view_that_went_in_holds_the_pages(self, driver: Driver) -> None:
         """v3 puts the pages into the view that it was called with and returns that view; v2 returns it, or none."""
         _, _, pages, outcome = self._run(driver, case_named("mixed"))
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_same_pages(outcome.pages, pages)
         assert outcome.returned_view in (("same",) if driver.version == "v3" else ("same", "none"))
 
     def test_view_is_not_returned_where_the_host_would_cast_it(self, driver: Driver) -> None:
@@ -127,17 +128,17 @@ class CallTests(OperationBase):
         batch = self._build(driver, case)
         outcome = self._call(driver, batch)
         assert outcome.returned_view == "none"
-        assert (slot_bytes(outcome.pages) == slot_bytes(batch.expected()[1])).all()
+        assert_same_pages(outcome.pages, batch.expected()[1])
 
     def test_forwarding_view(self, driver: Driver) -> None:
         """A view of another class that forwards ``kv_pages`` and ``metadata`` gives the same results as the host's."""
         if not self.capabilities.forwarding_view:
             pytest.skip("the operation does not declare: forwarding_view")
-        batch = self._build(driver, LAW_CASE)
+        batch = self._build(driver, self.law_case)
         expected, pages = batch.expected()
         outcome = self._call(driver, batch, forwarding_view=True)
-        assert_close(outcome.output, expected, LAW_CASE)
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_close(outcome.output, expected, batch.case)
+        assert_same_pages(outcome.pages, pages)
 
     @pytest.mark.parametrize("name", ["mixed", "empty-rows", "full-batch"])
     def test_pages_written_by_the_host(self, driver: Driver, name: str) -> None:
@@ -147,7 +148,7 @@ class CallTests(OperationBase):
         expected, pages = batch.expected()
         outcome = self._call(driver, batch, host_writes=True)
         assert_close(outcome.output, expected, case)
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_same_pages(outcome.pages, pages)
 
     @pytest.mark.parametrize("method", ["native", "cpu", "gpu", "cuda", "rocm", "tpu"])
     def test_forward_methods_agree(self, driver: Driver, method: str) -> None:
@@ -156,19 +157,19 @@ class CallTests(OperationBase):
         assert callable(function), f"forward_{method} is missing"
         if method not in self.capabilities.forward_methods:
             pytest.skip(f"the operation does not declare: forward_{method} on this machine")
-        batch = self._build(driver, LAW_CASE)
+        batch = self._build(driver, self.law_case)
         expected, pages = batch.expected()
         outcome = self._call(driver, batch, method=f"forward_{method}")
         assert outcome.output_shape == batch.queries.shape
-        assert_close(outcome.output, expected, LAW_CASE)
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_close(outcome.output, expected, batch.case)
+        assert_same_pages(outcome.pages, pages)
 
     def test_unknown_argument_is_refused(self, driver: Driver) -> None:
         """An unknown keyword is an error that names it."""
         if not self.capabilities.strict_arguments:
             pytest.skip("the operation does not declare: strict_arguments")
         with pytest.raises((TypeError, ValueError), match="no_such_option"):
-            self._call(driver, self._build(driver, LAW_CASE), extra={"no_such_option": 1})
+            self._call(driver, self._build(driver, self.law_case), extra={"no_such_option": 1})
 
     def test_requirements(self, driver: Driver) -> None:
         """The requirements name the metadata and the cache that the host must build."""
@@ -207,21 +208,15 @@ class CallTests(OperationBase):
             else:
                 registry._registry[driver.name] = held
 
-    @pytest.mark.parametrize(
-        "fault",
-        list(FAULTS),
-    )
+    @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.parametrize("window", [None, 3])
     def test_invalid_row(self, driver: Driver, fault: Fault, window: int | None) -> None:
         """A malformed row gives zeros and writes nothing, and the other rows are right."""
         if not self.capabilities.invalid_rows:
             pytest.skip("the operation does not declare: invalid_rows")
-        if window is not None and not self.capabilities.sliding_window:
-            pytest.skip("the operation does not declare: sliding_window")
-        case = LAW_CASE.with_options(sliding_window=window)
-        batch = spoil_row(self._build(driver, case), fault)
+        batch = spoil_row(self._build(driver, self.law_case.with_options(sliding_window=window)), fault)
         expected, pages = batch.expected()
         outcome = self._call(driver, batch)
-        assert_close(outcome.output, expected, case)
+        assert_close(outcome.output, expected, batch.case)
         assert not outcome.output[~batch.live_tokens].any()
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_same_pages(outcome.pages, pages)

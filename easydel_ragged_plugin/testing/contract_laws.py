@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from .batches import Batch, Case, Row
-from .compare import assert_close, slot_bytes
-from .contract_base import LAW_CASE, ContractBase
+from .batches import Batch
+from .compare import assert_close, assert_same_pages
+from .contract_base import ContractBase
 
 __all__ = ["LawTests"]
 
@@ -29,20 +29,16 @@ _LAW = hypothesis.settings(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.differing_executors],
 )
 _SEEDS = strategies.integers(0, 2**20)
-
-
-def _law_case(*pairs: tuple[int, int]) -> Case:
-    return dataclasses.replace(LAW_CASE, rows=tuple(Row(*pair) for pair in pairs))
+_LONGEST = 32  # tokens of a context: what one row of every law_case has room for
 
 
 @strategies.composite
 def _row_pairs(draw: Callable[..., Any]) -> list[tuple[int, int]]:
-    """Up to five rows, decodes first, that fit the laws' geometry."""
-    longest = LAW_CASE.pages_per_row * LAW_CASE.page_size
+    """(context, new tokens) of up to five rows, decodes first, that fit the laws' geometry."""
     pairs = []
     for _ in range(draw(strategies.integers(1, 5))):
         new = draw(strategies.integers(1, 6))
-        pairs.append((draw(strategies.integers(new, longest)), new))
+        pairs.append((draw(strategies.integers(new, _LONGEST)), new))
     return sorted(pairs, key=lambda pair: pair[1] != 1)
 
 
@@ -53,18 +49,18 @@ class LawTests(ContractBase):
     @hypothesis.given(seed=_SEEDS, pairs=_row_pairs())
     def test_any_batch_agrees_with_the_oracle(self, driver: Any, seed: int, pairs: list[tuple[int, int]]) -> None:
         """Values and pages are the oracle's for whatever rows there are."""
-        case = dataclasses.replace(_law_case(*pairs), table=("zeros", "stale")[seed % 2])
+        case = dataclasses.replace(self._rows(*pairs), table=("zeros", "stale")[seed % 2])
         batch = self._build(driver, case, seed)
         outcome = self._call(driver, batch)
         expected, pages = driver.expected(batch, outcome)
         assert_close(outcome.output, expected, case)
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_same_pages(outcome.pages, pages)
 
     @_LAW
     @hypothesis.given(seed=_SEEDS, pairs=_row_pairs())
     def test_relabelling_pages_changes_nothing(self, driver: Any, seed: int, pairs: list[tuple[int, int]]) -> None:
         """Page ids are names: another naming gives the same bits, and the pages under the new names."""
-        batch = self._build(driver, _law_case(*pairs), seed)
+        batch = self._build(driver, self._rows(*pairs), seed)
         names = np.arange(len(batch.pages), dtype=np.int32)
         names[1:] = np.random.default_rng(seed).permutation(names[1:])  # the null page keeps its name
         old = np.argsort(names)
@@ -76,13 +72,13 @@ class LawTests(ContractBase):
         )
         first, second = self._call(driver, batch), self._call(driver, renamed)
         assert np.array_equal(first.output, second.output)
-        assert (slot_bytes(first.pages[old]) == slot_bytes(second.pages)).all()
+        assert_same_pages(first.pages[old], second.pages)
 
     @_LAW
     @hypothesis.given(seed=_SEEDS, cuts=strategies.sets(strategies.integers(1, 23), min_size=1, max_size=3))
     def test_prefill_in_chunks_equals_prefill_in_one(self, driver: Any, seed: int, cuts: set[int]) -> None:
         """A prompt of 24 tokens, given in pieces, gives the same tokens and the same pages."""
-        whole = self._build(driver, _law_case((24, 24)), seed)
+        whole = self._build(driver, self._rows((24, 24)), seed)
         at_once = self._call(driver, whole, host_writes=True)
         pages, parts = whole.pages, []
         for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), 24], strict=True):
@@ -90,19 +86,19 @@ class LawTests(ContractBase):
             outcome = self._call(driver, chunk, host_writes=True)
             pages = outcome.pages
             parts.append(outcome.output[: end - begin])
-        assert_close(np.concatenate(parts), at_once.output[:24].astype(np.float64), LAW_CASE)
-        assert (slot_bytes(pages) == slot_bytes(at_once.pages)).all()
+        assert_close(np.concatenate(parts), at_once.output[:24].astype(np.float64), self.law_case)
+        assert_same_pages(pages, at_once.pages)
 
     @_LAW
     @hypothesis.given(seed=_SEEDS, length=strategies.integers(2, 24))
     def test_decode_equals_the_last_token_of_a_prefill(self, driver: Any, seed: int, length: int) -> None:
         """The last token of a prompt gives the same answer when it comes alone."""
-        whole = self._build(driver, _law_case((24, 24)), seed)
+        whole = self._build(driver, self._rows((24, 24)), seed)
         prefill = self._call(driver, self._chunk(whole, 0, length, whole.pages), host_writes=True)
         before = self._call(driver, self._chunk(whole, 0, length - 1, whole.pages), host_writes=True)
         decode = self._call(driver, self._chunk(whole, length - 1, length, before.pages), host_writes=True)
-        assert_close(decode.output[:1], prefill.output[length - 1 : length].astype(np.float64), LAW_CASE)
-        assert (slot_bytes(decode.pages) == slot_bytes(prefill.pages)).all()
+        assert_close(decode.output[:1], prefill.output[length - 1 : length].astype(np.float64), self.law_case)
+        assert_same_pages(decode.pages, prefill.pages)
 
     @staticmethod
     def _chunk(whole: Batch, begin: int, end: int, pages: np.ndarray) -> Batch:
@@ -139,7 +135,7 @@ class LawTests(ContractBase):
     @hypothesis.given(seed=_SEEDS)
     def test_row_order_changes_nothing(self, driver: Any, seed: int) -> None:
         """Rows are independent: in another order each token gives the same answer, and the pages are the same."""
-        batch = self._build(driver, _law_case((9, 1), (30, 1), (17, 5), (8, 5), (25, 5)), seed)
+        batch = self._build(driver, self._rows((9, 1), (30, 1), (17, 5), (8, 5), (25, 5)), seed)
         # Without leave to mix them, decodes change places with decodes and prefills with prefills.
         groups = [[0, 1, 2, 3, 4]] if self.any_row_order else [[0, 1], [2, 3, 4]]
         random = np.random.default_rng(seed)
@@ -160,15 +156,15 @@ class LawTests(ContractBase):
             query_start_loc=starts,
         )
         first, second = self._call(driver, batch), self._call(driver, moved)
-        assert_close(second.output, first.output[tokens].astype(np.float64), LAW_CASE)
-        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
+        assert_close(second.output, first.output[tokens].astype(np.float64), self.law_case)
+        assert_same_pages(first.pages, second.pages)
 
     def test_wider_table_changes_nothing(self, driver: Any) -> None:
         """Entries past every context are never used, however many there are.
 
         Within tolerance, not to the bit: the order of a sum may follow the static shapes.
         """
-        batch = self._build(driver, dataclasses.replace(LAW_CASE, table="stale"))
+        batch = self._build(driver, dataclasses.replace(self.law_case, table="stale"))
         extra = np.random.default_rng(0).integers(0, len(batch.pages), (len(batch.context_lens), 3), np.int32)
         wider = dataclasses.replace(
             batch,
@@ -176,16 +172,16 @@ class LawTests(ContractBase):
             block_tables=np.concatenate([batch.block_tables, extra], axis=1),
         )
         first, second = self._call(driver, batch), self._call(driver, wider)
-        assert_close(second.output, first.output.astype(np.float64), LAW_CASE)
-        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
+        assert_close(second.output, first.output.astype(np.float64), self.law_case)
+        assert_same_pages(first.pages, second.pages)
 
     @pytest.mark.parametrize("window", [32, 10**6])
     def test_window_past_the_context_equals_none(self, driver: Any, window: int) -> None:
         """A sliding window that holds every context hides nothing."""
-        case = LAW_CASE.with_options(sliding_window=window)
+        case = self.law_case.with_options(sliding_window=window)
+        batch = self._build(driver, self.law_case)
         self._require(driver, case)
-        batch = self._build(driver, LAW_CASE)
         windowed = dataclasses.replace(batch, case=case)
         first, second = self._call(driver, batch), self._call(driver, windowed)
-        assert_close(second.output, first.output.astype(np.float64), LAW_CASE)
-        assert (slot_bytes(first.pages) == slot_bytes(second.pages)).all()
+        assert_close(second.output, first.output.astype(np.float64), self.law_case)
+        assert_same_pages(first.pages, second.pages)

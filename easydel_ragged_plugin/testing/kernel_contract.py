@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.options import NO_OPTIONS
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.request import FORMATS
 from easydel_ragged_plugin.types import Kernel
 
-from .batches import FAULTS, Batch, Case, Fault, Row, Version, spoil_row
-from .compare import assert_close, assert_lse_close, slot_bytes
-from .contract_base import LAW_CASE, ContractBase
+from .batches import FAULTS, Batch, Case, Fault, Version, spoil_row
+from .compare import assert_close, assert_lse_close, assert_same_pages, slot_bytes
+from .contract_base import ContractBase
 from .contract_laws import LawTests
 from .kernel_driver import KernelDriver, KernelOutcome
 
@@ -46,14 +46,18 @@ class KernelBase(ContractBase):
         if "driver" in metafunc.fixturenames:
             metafunc.parametrize("driver", self.versions, indirect=True)
 
-    @pytest.fixture
-    def driver(self, request: pytest.FixtureRequest) -> KernelDriver:
-        """Calls the kernel. Tests of one class share it, with its programs and outcomes."""
-        if not isinstance(getattr(self, "kernel", None), Kernel):
-            raise NotImplementedError(
-                f"{type(self).__name__} must set `kernel` to an object of a class derived from "
-                "easydel_ragged_plugin.types.Kernel"
+    @pytest.fixture(autouse=True)
+    def _named(self) -> None:
+        kernel = getattr(self, "kernel", None)
+        if not isinstance(kernel, Kernel):
+            raise ValueError(
+                f"{type(self).__name__}.kernel: got {kernel!r}, wanted an object of a class derived from "
+                "easydel_ragged_plugin.types.Kernel."
             )
+
+    @pytest.fixture
+    def driver(self, request: pytest.FixtureRequest, _named: None) -> KernelDriver:
+        """Calls the kernel. Tests of one class share it, with its programs and outcomes."""
         contract: Any = type(self)
         return _driver_for(contract, request.param)
 
@@ -61,21 +65,22 @@ class KernelBase(ContractBase):
         missing = driver.missing(case)
         return None if missing is None else f"{self.kernel.name}: {missing}"
 
-    def _run_with_lse(self, driver: KernelDriver, case: Case) -> tuple[Batch, np.ndarray, np.ndarray, KernelOutcome]:
-        """As ``_run``, with the logsumexp asked for and expected in place of the pages."""
+    def _call_with_lse(self, driver: KernelDriver, batch: Batch) -> tuple[KernelOutcome, np.ndarray]:
+        """Outcome and logsumexp of a call that requests it."""
         if "lse" not in self.kernel.features.results:
             pytest.skip(f"{self.kernel.name}: gives no logsumexp (return_lse)")
-        batch = self._build(driver, case)
-        outcome = driver.call(batch, return_lse=True)
-        return batch, driver.expected(batch, outcome)[0], driver.expected_lse(batch, outcome), outcome
+        outcome = self._call(driver, batch, return_lse=True)
+        assert outcome.lse is not None, "return_lse: got no logsumexp"
+        return outcome, outcome.lse
 
 
 class KernelTests(KernelBase):
     """Tests of the contract that look at one call, or at none."""
 
     def test_values(self, driver: KernelDriver, case: Case) -> None:
-        """Live tokens hold what the oracle computes, in the queries' dtype."""
+        """Live tokens hold what the oracle computes, in the shape and dtype of the queries."""
         batch, expected, _, outcome = self._run(driver, case)
+        assert outcome.output.shape == batch.queries.shape
         assert outcome.output.dtype == batch.queries.dtype
         assert_close(outcome.output[batch.live_tokens], expected[batch.live_tokens], case)
 
@@ -88,72 +93,75 @@ class KernelTests(KernelBase):
     def test_pages(self, driver: KernelDriver, case: Case) -> None:
         """v3: new tokens are in their slots, in the cache's dtype. Every other slot keeps its bits; for v2 all do."""
         batch, _, pages, outcome = self._run(driver, case)
+        assert outcome.pages.shape == pages.shape
+        assert outcome.pages.dtype == pages.dtype
         wrong = (slot_bytes(outcome.pages) != slot_bytes(pages)).any(axis=-1)
         lost = np.argwhere(wrong & batch.written_slots)[:8].tolist()
         assert not lost, f"wrong bytes in written (page, slot): {lost}"
         assert not wrong.any(), f"changed (page, slot): {np.argwhere(wrong)[:8].tolist()}"
 
     def test_logsumexp(self, driver: KernelDriver, case: Case) -> None:
-        """With the logsumexp asked for it is the oracle's, -inf for tokens of no live row, and the output is right."""
-        batch, expected, expected_lse, outcome = self._run_with_lse(driver, case)
+        """The logsumexp, once requested, is the oracle's, -inf for tokens of no live row; the output is right, too."""
+        batch = self._build(driver, case)
+        outcome, lse = self._call_with_lse(driver, batch)
+        expected, _, expected_lse = driver.expected_with_lse(batch, outcome)
         assert_close(outcome.output, expected, case)
-        assert outcome.lse is not None, "return_lse: got no logsumexp"
-        assert outcome.lse.dtype == np.float32
-        assert outcome.lse.shape == batch.queries.shape[:2]
-        assert_lse_close(outcome.lse, expected_lse, case)
+        assert lse.dtype == np.float32
+        assert_lse_close(lse, expected_lse, case)
 
     def test_no_logsumexp_unless_requested(self, driver: KernelDriver) -> None:
         """It costs time and memory."""
-        assert self._run(driver, LAW_CASE)[3].lse is None
+        assert self._run(driver, self.law_case)[3].lse is None, "got a logsumexp that was not requested"
 
-    @pytest.mark.parametrize("fault", list(FAULTS))
+    @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.parametrize("window", [None, 3])
     def test_invalid_row(self, driver: KernelDriver, fault: Fault, window: int | None) -> None:
         """A row that makes no sense gives zeros, writes nothing, and leaves its neighbors alone."""
-        case = LAW_CASE.with_options(sliding_window=window)
-        self._require(driver, case)
-        batch = spoil_row(self._build(driver, case), fault)
+        batch = spoil_row(self._build(driver, self.law_case.with_options(sliding_window=window)), fault)
         outcome = self._call(driver, batch)
         expected, pages = driver.expected(batch, outcome)
-        assert_close(outcome.output, expected, case)
-        assert not outcome.output[~batch.live_tokens].any()
-        assert (slot_bytes(outcome.pages) == slot_bytes(pages)).all()
+        assert_close(outcome.output, expected, batch.case)
+        assert not outcome.output[~batch.live_tokens].any(), "an invalid row's tokens are not zeros"
+        assert_same_pages(outcome.pages, pages)
 
     def test_context_in_two_parts_merges_to_the_whole(self, driver: KernelDriver) -> None:
         """Attention over each part of a context, merged by the logsumexp, is attention over all of it."""
-        case = dataclasses.replace(LAW_CASE, rows=(Row(30, 1), Row(17, 1), Row(25, 1)), name="two-parts")
         if driver.version == "v3":
             pytest.skip("v3 writes the new token to the end of each part: v2 has this test")
-        _, whole, whole_lse, _ = self._run_with_lse(driver, case)
-        batch, cut = self._build(driver, case), 2 * case.page_size
+        batch = self._build(driver, self._rows((30, 1), (17, 1), (25, 1)))
+        cut, live = 2 * batch.case.page_size, batch.live_tokens
         first = dataclasses.replace(batch, context_lens=np.minimum(batch.context_lens, cut))
-        tables = np.concatenate([batch.block_tables[:, 2:], np.zeros_like(batch.block_tables[:, :2])], axis=1)
-        lens = np.where(np.arange(len(batch.context_lens)) < len(case.rows), batch.context_lens - cut, 0)
-        second = dataclasses.replace(batch, context_lens=lens.astype(np.int32), block_tables=tables)
-        parts = [driver.call(part, return_lse=True) for part in (first, second)]
-        live = batch.live_tokens
-        lse = np.stack([part.lse[live].astype(np.float64) for part in parts if part.lse is not None])
+        rest = np.maximum(batch.context_lens - cut, 0)
+        second = dataclasses.replace(batch, context_lens=rest, block_tables=np.roll(batch.block_tables, -2, axis=1))
+        (whole, whole_lse), *parts = (self._call_with_lse(driver, each) for each in (batch, first, second))
+        lse = np.stack([each[live].astype(np.float64) for _, each in parts])
         merged_lse = np.logaddexp(*lse)
         weights = np.exp(lse - merged_lse)[..., None]
-        merged = weights[0] * parts[0].output[live] + weights[1] * parts[1].output[live]
-        assert_close(merged, whole[live], case)
-        assert_lse_close(merged_lse, whole_lse[live], case)
+        outputs = np.stack([outcome.output[live].astype(np.float64) for outcome, _ in parts])
+        assert_close((weights * outputs).sum(axis=0), whole.output[live].astype(np.float64), batch.case)
+        assert_lse_close(merged_lse, whole_lse[live].astype(np.float64), batch.case)
 
     def test_description(self) -> None:
         """What selection, doctor, fingerprints and figures read of it."""
         kernel = self.kernel
-        known = {each.name for each in dataclasses.fields(NO_OPTIONS)}
-        assert kernel.features.options <= known, f"unknown options: {sorted(kernel.features.options - known)}"
-        assert kernel.features.cache_formats <= {each.name for each in FORMATS}
-        assert kernel.features.results <= {"lse"}
-        assert kernel.name
-        assert kernel.platforms
+        known = {each.name for each in dataclasses.fields(Options)}
+        formats = {each.name for each in FORMATS}
+        for what, declared, names in (
+            ("options", kernel.features.options, known),
+            ("cache_formats", kernel.features.cache_formats, formats),
+            ("results", kernel.features.results, {"lse"}),
+        ):
+            unknown = sorted(declared - names)
+            assert not unknown, f"features.{what}: got {', '.join(unknown)}, wanted some of {', '.join(sorted(names))}"
+        assert kernel.name, "name: got none"
+        assert kernel.platforms, "platforms: got none, so it never runs"
         facts = kernel.facts()
         assert isinstance(facts["available"], bool)
         assert (facts["reason"] is None) == facts["available"]
         json.dumps(facts)
         assert kernel.fingerprint()
-        assert all(isinstance(note, str) for note in kernel.notes("cpu"))
+        for platform in kernel.platforms:
+            assert all(isinstance(note, str) for note in kernel.notes(platform))
         assert kernel.config_type is None or dataclasses.is_dataclass(kernel.config_type)
         assert hash(kernel) == hash(kernel)
 
@@ -168,14 +176,21 @@ class KernelContract(LawTests, KernelTests):
             known_failures = {"test_values[sinks-v3]": "https://example.org/issues/7"}
 
     The kernel runs alone, on hostile batches (see ``batches``), for v2 and for v3. Output, logsumexp and cache are
-    compared with the float64 oracle (``reference``). What ``features`` does not declare, and what ``refuses`` refuses,
-    is skipped with the reason. Narrow it with:
+    compared with the float64 oracle (``reference``). What selection would not give the kernel (``platforms``,
+    ``features``, ``refuses``) is skipped with the reason. Narrow it with:
 
     ``known_failures``
         test name (``test_values[sinks-v3]``, or ``test_values`` for all of them, or a case's name for all tests of
         that case) to a reason. A strict xfail: the test must fail, and says so once it passes.
     ``cases``, ``versions``
         what to run: :data:`~easydel_ragged_plugin.testing.cases.CASES` and both versions unless set.
+    ``law_case``
+        geometry and dtypes of the tests that bring their own rows. Where the kernel does not take float32 with a
+        ``head_dim`` of 32, replace them: ``dataclasses.replace(case_named("mixed"), dtype="bfloat16", head_dim=128)``.
+    ``any_row_order``
+        False where rows with one new token must come first.
+    ``poison``
+        ``"finite"`` where slots that no query sees must not hold NaN: they get large numbers.
     ``config``
         the :class:`~easydel_ragged_plugin.config.RaggedPageConfig` that the kernel is given.
     ``driver_class``

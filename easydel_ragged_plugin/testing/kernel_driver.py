@@ -12,8 +12,10 @@ import numpy as np
 
 from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.request import describe
-from easydel_ragged_plugin.types import AttentionRequest, Kernel, Operands
+from easydel_ragged_plugin.select import why_not
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Kernel, Operands
 
 from .batches import Batch, Case, Version, build_batch
 
@@ -38,8 +40,9 @@ class KernelOutcome:
 class KernelDriver:
     """Drives one kernel; keeps its compiled programs, so cases of equal shape compile once.
 
-    A subclass makes another cache format of a batch's plain pages, and says what is right for it: :meth:`cache_of`,
-    :meth:`pages_of` and :meth:`expected`.
+    A subclass serves another cache format: :meth:`cache_of`, :meth:`pages_of`, :meth:`with_new_tokens` and
+    :meth:`expected_with_lse` are what depends on it. ``outcomes`` is for the caller, which looks at one run in several
+    tests.
 
     Args:
         kernel: the kernel.
@@ -64,29 +67,40 @@ class KernelDriver:
         self._missing: dict[Case, str | None] = {}
 
     def cache_of(self, batch: Batch, pages: np.ndarray) -> Any:
-        """The cache that the kernel is given, from pages as :meth:`pages_of` gives them or a batch holds them."""
+        """The cache that the kernel is given, from pages as a batch holds them or :meth:`pages_of` gave them."""
         return jnp.array(pages)
 
     def pages_of(self, cache: Any) -> np.ndarray:
         """A cache as one array ``[pages, page_size, ...]``, to compare and to reorder."""
         return np.asarray(cache)
 
-    def expected(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray]:
-        """The oracle's output and pages for a call on ``batch``."""
-        return batch.expected()
+    def with_new_tokens(self, batch: Batch, pages: np.ndarray) -> np.ndarray:
+        """``pages`` with the new tokens of the batch's live rows, as the caller of v2 has written them."""
+        pages, total = pages.copy(), int(batch.num_seqs[0])
+        for row, (start, end) in enumerate(itertools.pairwise(batch.query_start_loc[: total + 1])):
+            first = int(batch.context_lens[row]) - int(end - start)
+            new = slice(int(start), int(end))
+            reference.write_tokens(pages, batch.block_tables[row], first, batch.keys[new], batch.values[new])
+        return pages
 
-    def expected_lse(self, batch: Batch, outcome: KernelOutcome) -> np.ndarray:
-        """The oracle's logsumexp for a call on ``batch``."""
-        return batch.expected_with_lse()[2]
+    def expected_with_lse(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The oracle's output, pages and logsumexp for a call on ``batch``, which gave ``outcome``."""
+        return batch.expected_with_lse()
+
+    def expected(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray]:
+        """The oracle's output and pages."""
+        output, pages, _ = self.expected_with_lse(batch, outcome)
+        return output, pages
 
     def missing(self, case: Case) -> str | None:
-        """Why the kernel does not take ``case``, as selection would say it, or None."""
+        """Why the kernel does not take ``case``, in the words of selection, or None."""
         if case not in self._missing:
-            self._missing[case] = None
-            if self.version in case.versions:
-                batch = build_batch(case, self.version)
+            batch = build_batch(case, self.version)
+            try:
                 request, _ = self._described(batch, batch.pages, False)
-                self._missing[case] = self.kernel.features.lacks(request) or self.kernel.refuses(request)
+                self._missing[case] = why_not(self.kernel, request, self.config)
+            except Unsupported as refusal:  # options that the cache format can't have
+                self._missing[case] = str(refusal)
         return self._missing[case]
 
     def call(self, batch: Batch, *, host_writes: bool = False, return_lse: bool = False) -> KernelOutcome:
@@ -95,16 +109,21 @@ class KernelDriver:
         Args:
             batch: what to run. Its pages may be those of an earlier outcome.
             host_writes: for v2, write the batch's new tokens into its pages first, where they are not written yet.
-            return_lse: whether to ask for the logsumexp.
+            return_lse: whether to request the logsumexp.
         """
         pages = batch.pages
         if self.version == "v2":
-            pages = self._written(batch) if host_writes else batch.updated_pages
+            pages = self.with_new_tokens(batch, pages) if host_writes else batch.updated_pages
         request, operands = self._described(batch, pages, return_lse)
         if request not in self._programs:
 
-            def program(cache: Any, rest: Operands) -> Any:
-                return self.kernel.forward(request, self.config, rest._replace(pages=cache))
+            def program(cache: Any, rest: Operands) -> Attended:
+                attended = self.kernel.forward(request, self.config, rest._replace(pages=cache))
+                if not isinstance(attended, Attended):
+                    raise TypeError(
+                        f"forward: got {type(attended).__name__}, wanted easydel_ragged_plugin.types.Attended"
+                    )
+                return attended
 
             # v2 leaves the cache alone: nothing to donate it to.
             donated = 0 if self.version == "v3" else ()
@@ -129,12 +148,3 @@ class KernelDriver:
             batch.case.options,
             return_lse=return_lse,
         )
-
-    def _written(self, batch: Batch) -> np.ndarray:
-        """The batch's pages with the new tokens of its live rows, as v2's host writes them."""
-        pages, total = batch.pages.copy(), int(batch.num_seqs[0])
-        for row, (start, end) in enumerate(itertools.pairwise(batch.query_start_loc[: total + 1])):
-            first = int(batch.context_lens[row]) - int(end - start)
-            new = slice(int(start), int(end))
-            reference.write_tokens(pages, batch.block_tables[row], first, batch.keys[new], batch.values[new])
-        return pages
