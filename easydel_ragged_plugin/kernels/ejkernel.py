@@ -76,6 +76,8 @@ class EjkernelKernel(Kernel):
         if request.cache_format == TURBOQUANT:
             if importlib.util.find_spec("ejkernel.kernels._xla.ragged_page_attention_v3_turboquant") is None:
                 return "this ejkernel reads no TurboQuant cache; that of EasyDeL 0.3.0 does"
+            if "compute_dtype" in requested:
+                return "takes no compute_dtype with a TurboQuant cache"
             return None
         if request.cache_dtype.name == "int8":
             return "an int8 cache; takes float dtypes"
