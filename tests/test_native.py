@@ -6,11 +6,10 @@ metadata and the buffers. ``test_native_library.py`` has the processes: a librar
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,12 @@ import pytest
 from kernel_calls import bits, compiled, run_batch
 from native_library import LEVELS, needs_library
 
+import easydel_ragged_plugin
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3, reference
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.layout import Version
+from easydel_ragged_plugin.testing import KernelContract
 from easydel_ragged_plugin.testing.cases import CASES, Case, build_batch, case_named
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -52,7 +54,7 @@ each_level = pytest.mark.parametrize(
     ("case", "version"),
     [pytest.param(case, version, id=f"{case.name}-{version}") for case in CASES for version in case.versions],
 )
-def test_case_matches_oracle_at_every_instruction_set(case: Case, version: str, level: str) -> None:
+def test_case_matches_oracle_at_every_instruction_set(case: Case, version: Version, level: str) -> None:
     batch = build_batch(case, version)
     expected, expected_pages = batch.expected()
     output, pages = run_batch(batch, "cpu_native")
@@ -61,8 +63,13 @@ def test_case_matches_oracle_at_every_instruction_set(case: Case, version: str, 
     np.testing.assert_array_equal(bits(pages), bits(expected_pages))
 
 
+@needs_library
+class TestCpuNative(KernelContract):
+    kernel: ClassVar = cpu_native.KERNEL
+
+
 def random_call(
-    version: str,
+    version: Version,
     rows: list[tuple[int, int]],
     heads: tuple[int, int],
     head_dim: int,
@@ -94,33 +101,42 @@ def random_call(
     }
 
 
-def call_both(version: str, a: dict[str, Any], sinks: Any = None, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """(output, pages) of the oracle, then of the kernel."""
+class Results(NamedTuple):
+    output: np.ndarray
+    pages: np.ndarray
+    lse: np.ndarray
+
+
+def call_both(version: Version, a: dict[str, Any], sinks: Any = None, **options: Any) -> Iterator[Results]:
+    """Results of the oracle, then of the kernel."""
     for native in (False, True):
+        module: Any = easydel_ragged_plugin if native else reference
+        arguments: tuple[Any, ...]
         if version == "v2":
-            function = ragged_page_attention_v2 if native else reference.ragged_page_attention_v2
+            function = module.ragged_page_attention_v2
             arguments = (a["queries"], a["pages"], *a["index"], a["count"], sinks)
         else:
-            function = ragged_page_attention_v3 if native else reference.ragged_page_attention_v3
+            function = module.ragged_page_attention_v3
             arguments = (a["queries"], a["keys"], a["values"], a["pages"], *a["index"], a["distribution"], sinks)
-        if not native:
-            result = function(*arguments, **options)
-        else:
+        if native:
             arguments = tuple(None if array is None else jnp.array(array) for array in arguments)
-            result = jax.jit(functools.partial(function, config="cpu_native", **options))(*arguments)
-        output, pages = result if version == "v3" else (result, a["pages"])
-        yield np.asarray(output), np.asarray(pages)
+            function = jax.jit(functools.partial(function, config="cpu_native", return_lse=True, **options))
+            output, *pages, lse = function(*arguments)
+        else:
+            output, *pages, lse = function(*arguments, return_lse=True, **options)
+        yield Results(np.asarray(output), np.asarray(pages[0] if pages else a["pages"]), np.asarray(lse))
 
 
 def assert_matches(
-    version: str, arguments: dict[str, Any], sinks: Any = None, scale: float = 1.0, **options: Any
+    version: Version, arguments: dict[str, Any], sinks: Any = None, scale: float = 1.0, **options: Any
 ) -> None:
-    (expected, expected_pages), (output, pages) = call_both(version, arguments, sinks, **options)
-    relative, absolute = BOUNDS[output.dtype.name]
-    np.testing.assert_allclose(
-        output.astype(np.float64), np.asarray(expected, np.float64), rtol=relative, atol=absolute * scale
-    )
-    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
+    expected, found = call_both(version, arguments, sinks, **options)
+    relative, absolute = BOUNDS[found.output.dtype.name]
+    np.testing.assert_allclose(found.output.astype(np.float64), expected.output, rtol=relative, atol=absolute * scale)
+    np.testing.assert_array_equal(bits(found.pages), bits(expected.pages))
+    # Products and sums are float32 whatever the dtypes are.
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=2e-5, atol=2e-5)
+    assert found.lse.dtype == np.float32
 
 
 ROWS = [(70, 1), (1, 1), (45, 45), (90, 13), (33, 2), (64, 1)]
@@ -141,7 +157,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("heads", "head_dim"), GEOMETRIES)
 def test_geometry(heads: tuple[int, int], head_dim: int, dtype: str, level: str) -> None:
-    version = "v3" if (head_dim + heads[0]) % 2 else "v2"
+    version: Version = "v3" if (head_dim + heads[0]) % 2 else "v2"
     arguments = random_call(version, ROWS, heads, head_dim, (jnp.dtype(dtype), jnp.dtype(dtype)), 16)
     assert_matches(version, arguments)
 
@@ -159,7 +175,8 @@ OPTIONS = {
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options: dict[str, Any], with_sinks: bool, level: str) -> None:
-    for version, dtype in (("v2", jnp.float32), ("v3", jnp.bfloat16)):
+    variants: tuple[tuple[Version, Any], ...] = (("v2", jnp.float32), ("v3", jnp.bfloat16))
+    for version, dtype in variants:
         arguments = random_call(version, ROWS, (6, 2), 64, (dtype, dtype), 8)
         sinks = np.linspace(-2, 2, 6).astype(np.float32) if with_sinks else None
         assert_matches(version, arguments, sinks, scale=options.get("v_scale", 1.0), **options)
@@ -173,9 +190,9 @@ def test_query_and_cache_dtypes_may_differ(query: str, cache: str, level: str) -
     arguments = random_call("v3", ROWS, (4, 2), 80, (jnp.dtype(query), jnp.dtype(cache)), 8)
     arguments["keys"][:, :, ::3] *= 1000  # past what the 8-bit types hold
     arguments["queries"] = (arguments["queries"] * 0.01).astype(arguments["queries"].dtype)
-    (expected, expected_pages), (output, pages) = call_both("v3", arguments)
-    np.testing.assert_array_equal(bits(pages), bits(expected_pages))
-    np.testing.assert_allclose(output.astype(np.float64), np.asarray(expected, np.float64), rtol=2**-7, atol=2**-5)
+    expected, found = call_both("v3", arguments)
+    np.testing.assert_array_equal(bits(found.pages), bits(expected.pages))
+    np.testing.assert_allclose(found.output.astype(np.float64), expected.output, rtol=2**-7, atol=2**-5)
 
 
 @needs_library
@@ -216,29 +233,50 @@ def test_stored_values_are_rounded_like_numpy(cache: str, level: str) -> None:
     values = np.resize(values, (2, 1, 128))
     arguments = random_call("v3", [(2, 2)], (1, 1), 128, (jnp.float32, jnp.dtype(cache)), 4)
     arguments["keys"], arguments["values"] = np.resize(values, (4, 1, 128)), np.resize(values[::-1], (4, 1, 128))
-    (_, expected), (_, pages) = call_both("v3", arguments)
-    mine, theirs = pages.astype(np.float32), expected.astype(np.float32)
+    expected, found = call_both("v3", arguments)
+    mine, theirs = found.pages.astype(np.float32), expected.pages.astype(np.float32)
     np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_array_equal(np.signbit(mine)[~np.isnan(mine)], np.signbit(theirs)[~np.isnan(theirs)])
 
 
-@needs_library
-@pytest.mark.parametrize("seed", range(30))
-def test_hostile_metadata(seed: int) -> None:
-    """Index arrays with anything in them: results are finite, and the cache changes only in its own slots."""
+def hostile_call(version: Version, seed: int) -> dict[str, Any]:
+    """Six sound rows, and about one in ten numbers of the index arrays replaced by an extreme one."""
     random = np.random.default_rng(seed)
-    arguments = random_call("v3", ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
+    arguments = random_call(version, ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
     extremes = np.array([-(2**31), -1, 0, 1, 7, 63, 2**31 - 1], np.int64)
-    for array in (*arguments["index"], arguments["distribution"]):
+    for array in (*arguments["index"], arguments["distribution"], arguments["count"]):
         flat = array.reshape(-1)
-        spoiled = random.random(flat.size) < 0.3
+        spoiled = random.random(flat.size) < 0.1
         flat[spoiled] = random.choice(extremes, int(spoiled.sum()))
-    arrays = (arguments["queries"], arguments["keys"], arguments["values"], arguments["pages"], *arguments["index"])
-    output, pages = ragged_page_attention_v3(
-        *map(jnp.array, arrays), jnp.array(arguments["distribution"]), config="cpu_native"
-    )
-    assert np.isfinite(np.asarray(output)).all()
-    assert pages.shape == arguments["pages"].shape
+    return arguments
+
+
+HOSTILE_SEEDS = range(30)
+
+
+@needs_library
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize("seed", HOSTILE_SEEDS)
+def test_hostile_metadata(seed: int, version: Version) -> None:
+    """Index arrays with anything in them: malformed rows give zeros and write nothing, the others are served."""
+    arguments = hostile_call(version, seed)
+    expected, found = call_both(version, arguments)
+    np.testing.assert_array_equal(bits(found.pages), bits(expected.pages))
+    np.testing.assert_allclose(found.output, expected.output, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(found.output[np.isneginf(expected.lse)], 0.0)
+
+
+def test_hostile_metadata_spoils_some_rows_and_leaves_others() -> None:
+    """What the test above relies on."""
+    served = []
+    for seed in HOSTILE_SEEDS:
+        arguments = hostile_call("v3", seed)
+        expected = next(call_both("v3", arguments))
+        served.append(float(np.isfinite(expected.lse).mean()))
+        assert (expected.pages != arguments["pages"]).any() == (served[-1] > 0)
+    assert 0.2 < np.mean(served) < 0.8
+    assert np.sum([0 < share < 0.9 for share in served]) > 10
 
 
 @needs_library
@@ -246,9 +284,10 @@ def test_rows_that_claim_the_same_tokens_are_served_one_after_the_other() -> Non
     """Each writes them, and the output is the last one's, as in the oracle: no thread runs beside another."""
     arguments = random_call("v3", [(400, 300), (9, 1), (350, 199)], (2, 1), 64, (jnp.float32, jnp.float32), 8)
     arguments["index"][2][:] = [0, 300, 50, 249]  # row 1 runs backwards, row 2 lies inside row 0
-    (expected, expected_pages), (output, pages) = call_both("v3", arguments)
-    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_array_equal(bits(pages), bits(np.asarray(expected_pages)))
+    expected, found = call_both("v3", arguments)
+    np.testing.assert_allclose(found.output, expected.output, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(bits(found.pages), bits(expected.pages))
 
 
 @needs_library
@@ -260,8 +299,7 @@ def test_repeated_calls_give_the_same_bits(shape: list[tuple[int, int]]) -> None
     first = bits(np.asarray(call(*arrays)))
     for _ in range(8):
         np.testing.assert_array_equal(bits(np.asarray(call(*arrays))), first)
-    oracle, kernel = call_both("v2", arguments)
-    np.testing.assert_allclose(kernel[0].astype(np.float64), np.asarray(oracle[0], np.float64), rtol=2**-8, atol=2**-7)
+    assert_matches("v2", arguments)
 
 
 @needs_library
@@ -310,6 +348,19 @@ def test_vmap_runs_each_call() -> None:
 
 
 @needs_library
+@each_level
+def test_a_logsumexp_leaves_the_other_results_as_they_are(level: str) -> None:
+    arguments = random_call("v3", ROWS, (6, 2), 64, (jnp.bfloat16, jnp.bfloat16), 8)
+    arrays = [arguments[name] for name in ("queries", "keys", "values", "pages")]
+    arrays += [*arguments["index"], arguments["distribution"]]
+    call = functools.partial(ragged_page_attention_v3, *map(jnp.array, arrays), config="cpu_native")
+    alone, with_lse = call(), call(return_lse=True)
+    assert (len(alone), len(with_lse)) == (2, 3)
+    for one, other in zip(alone, with_lse, strict=False):
+        np.testing.assert_array_equal(bits(np.asarray(one)), bits(np.asarray(other)))
+
+
+@needs_library
 def test_what_it_refuses_is_named() -> None:
     arguments = random_call("v2", ROWS, (4, 2), 64, (jnp.float32, jnp.float32), 8)
     with jax.enable_x64(True), pytest.raises(Unsupported, match="cpu_native: float64 queries"):
@@ -334,6 +385,9 @@ def test_many_geometries_reuse_one_process() -> None:
 
 def test_cases_cover_the_kernel() -> None:
     """What this file relies on: the shared table has decode, prefill, windows, caps, sinks and 8-bit caches."""
-    names = {field.name for field in dataclasses.fields(Case)}
-    assert {"dtype", "cache_dtype", "sinks"} <= names
+    rows = {row.new == 1 for case in CASES for row in case.rows}
+    assert rows == {True, False}
+    for option in ("sliding_window", "logits_soft_cap"):
+        assert any(option in case.options.given() for case in CASES), option
+    assert any(case.sinks for case in CASES)
     assert any(case.cache_dtype and case.cache_dtype.startswith("float8") for case in CASES)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from native_library import LEVELS, needs_library
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def in_new_process(code: str, **environment: str) -> str:
@@ -85,3 +88,22 @@ print("equal", len(jax.devices()))
 """
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     assert in_new_process(code, XLA_FLAGS=flags) == "equal 8"
+
+
+def instruction_sets() -> list[str]:
+    """Those of every architecture that the library can be built for, as CMake reads them."""
+    listed = (ROOT / "native" / "instruction_sets.cmake").read_text(encoding="utf-8")
+    return re.findall(r"^instruction_set\((\w+)", listed, re.MULTILINE)
+
+
+def test_docs_list_the_instruction_sets_that_are_built() -> None:
+    section = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("## `cpu_native`")[1].split("\n## ")[0]
+    table = section.split("| instruction set |")[1].split("\n\n")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(documented) == sorted(instruction_sets())
+
+
+@needs_library
+def test_the_library_has_no_instruction_set_that_is_not_listed() -> None:
+    assert LEVELS
+    assert set(LEVELS) <= set(instruction_sets())

@@ -34,10 +34,11 @@ __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "se
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
 
-INTERFACE = 1
-"""Version of the arguments and attributes that this file passes; ``easydel_ragged_interface`` of the library."""
+INTERFACE = 2
+"""Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
-TARGETS = {"v2": "easydel_ragged_v2", "v3": "easydel_ragged_v3"}
+TARGET = "easydel_ragged_attention"
+"""The library's function behind XLA's FFI, and the name of the custom call."""
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -151,9 +152,24 @@ _registration = threading.Lock()
 
 @functools.cache
 def _register() -> None:
-    library = _require()
-    for target in TARGETS.values():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(_require(), TARGET)), platform="cpu")
+
+
+def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
+    """The numbers of a call that are known when it is traced: ``RAGGED_ATTRIBUTES`` in ``native/src/problem.h``."""
+    layout = request.layout
+    return {
+        "softmax_scale": np.float32(request.logits_scale),
+        "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
+        "v_scale": np.float32(request.v_scale),
+        "sliding_window": np.int64(request.options.window or 0),
+        "num_kv_heads": np.int64(request.num_kv_heads),
+        "page_size": np.int64(layout.page_size),
+        "token_stride": np.int64(layout.token_stride),
+        "head_stride": np.int64(layout.head_stride),
+        "value_offset": np.int64(layout.value_offset),
+        "padded_head_dim": np.int64(layout.padded_head_dim),
+    }
 
 
 class CpuNativeKernel(Kernel):
@@ -175,7 +191,8 @@ class CpuNativeKernel(Kernel):
                 "compute_dtype",
                 "vmem_limit_bytes",  # it uses none
             }
-        )
+        ),
+        results=frozenset({"lse"}),
     )
     label = "native (this package)"
     color = "#0f766e"
@@ -226,39 +243,34 @@ class CpuNativeKernel(Kernel):
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
         with _registration:
             _register()
-        layout = request.layout
-        attributes = {
-            "softmax_scale": np.float32(request.logits_scale),
-            "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
-            "v_scale": np.float32(request.v_scale),
-            "sliding_window": np.int64(request.options.window or 0),
-            "page_size": np.int64(layout.page_size),
-            "num_kv_heads": np.int64(request.num_kv_heads),
-            "token_stride": np.int64(layout.token_stride),
-            "head_stride": np.int64(layout.head_stride),
-            "value_offset": np.int64(layout.value_offset),
-            "padded_head_dim": np.int64(layout.padded_head_dim),
-        }
-        output = jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype)
-        sinks = jnp.zeros((0,), jnp.float32) if operands.sinks is None else operands.sinks.astype(jnp.float32)
-        index = (operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution)
-        with jax.named_scope("ragged_page_attention_native"):
-            if operands.keys is None or operands.values is None:
-                attend = jax.ffi.ffi_call(TARGETS["v2"], output, vmap_method="sequential")
-                attended = attend(operands.queries, operands.pages, *index, sinks, **attributes)
-                return Attended(attended, operands.pages)
-            keys, values = operands.keys, operands.values
+        nothing = jnp.zeros((0,), jnp.float32)  # an array that is not there
+        arrays = [
+            operands.queries,
+            operands.pages,
+            operands.context_lens,
+            operands.block_tables,
+            operands.query_start_loc,
+            operands.distribution,
+            nothing if operands.sinks is None else operands.sinks.astype(jnp.float32),
+        ]
+        lse_shape = operands.queries.shape[:2] if request.return_lse else nothing.shape
+        results = [
+            jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+        ]
+        aliases = {}
+        keys, values = operands.keys, operands.values
+        if keys is not None and values is not None:
             if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
                 keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-            pages = jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype)
             # Pages in and out are one buffer: where the caller donates them, nothing is copied.
-            update_and_attend = jax.ffi.ffi_call(
-                TARGETS["v3"], (output, pages), vmap_method="sequential", input_output_aliases={3: 1}
-            )
-            attended, updated = update_and_attend(
-                operands.queries, keys, values, operands.pages, *index, sinks, **attributes
-            )
-            return Attended(attended, updated)
+            aliases = {1: 2}
+            arrays += [keys, values]
+            results.append(jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype))
+        call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
+        with jax.named_scope("ragged_page_attention_native"):
+            output, lse, *updated = call(*arrays, **_attributes(request))
+        return Attended(output, updated[0] if updated else operands.pages, lse if request.return_lse else None)
 
 
 KERNEL = CpuNativeKernel()

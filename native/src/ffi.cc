@@ -1,15 +1,27 @@
 // The binding to XLA: turns a call frame into a Problem. Built against the oldest supported jaxlib's headers.
+#include "xla/ffi/api/ffi.h"
+
 #include <sched.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
+#include <optional>
 #include <string>
 #include <utility>
 
-#include "attention.h"
-#include "xla/ffi/api/ffi.h"
+#include "isa.h"
+#include "problem.h"
+#include "run.h"
 
 namespace ffi = xla::ffi;
+
+// Two steps: the list has to be expanded before XLA's macro sees how many members there are.
+#define RAGGED_DECODE_STRUCT(...) XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(__VA_ARGS__)
+#define RAGGED_MEMBER(type, name) , ::xla::ffi::StructMember<type>(#name)
+RAGGED_DECODE_STRUCT(easydel_ragged::Attributes RAGGED_ATTRIBUTES(RAGGED_MEMBER));
+#undef RAGGED_MEMBER
+#undef RAGGED_DECODE_STRUCT
 
 namespace easydel_ragged {
 namespace {
@@ -55,61 +67,57 @@ int usable_processors() {
   return 1 << 20;
 }
 
-struct Attributes {
-  float softmax_scale, logits_soft_cap, v_scale;
-  int64_t sliding_window, page_size, num_kv_heads, token_stride, head_stride, value_offset, padded_head_dim;
-};
-
-ffi::Error attend(ffi::ThreadPool& pool, const ffi::AnyBuffer& queries, const ffi::AnyBuffer* keys,
-                  const ffi::AnyBuffer* values, const ffi::AnyBuffer& pages, const ffi::AnyBuffer& context_lens,
-                  const ffi::AnyBuffer& block_tables, const ffi::AnyBuffer& query_start_loc,
-                  const ffi::AnyBuffer& distribution, const ffi::AnyBuffer& sinks, const Attributes& attributes,
-                  const ffi::AnyBuffer& output) {
+// v2 has no keys, values and updated pages; v3 has all three. Sinks and lse of shape [0] are not there.
+ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries, ffi::AnyBuffer pages,
+                  ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
+                  ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, std::optional<ffi::AnyBuffer> keys,
+                  std::optional<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> output,
+                  ffi::Result<ffi::AnyBuffer> lse, std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
   Problem p;
+  static_cast<Attributes&>(p) = attributes;
   const auto q = queries.dimensions(), tables = block_tables.dimensions(), cache = pages.dimensions();
   if (q.size() != 3 || tables.size() != 2 || cache.size() < 3) return bad("wrong ranks");
   if (!to_dtype(queries.element_type(), p.query_dtype) || !to_dtype(pages.element_type(), p.cache_dtype) ||
-      output.element_type() != queries.element_type())
+      output->element_type() != queries.element_type())
     return bad("an unsupported dtype");
   p.num_tokens = q[0];
   p.num_q_heads = q[1];
   p.head_dim = q[2];
-  p.num_kv_heads = attributes.num_kv_heads;
   p.num_rows = tables[0];
   p.pages_per_row = tables[1];
   p.num_pages = cache[0];
-  p.page_size = attributes.page_size;
-  p.token_stride = attributes.token_stride;
-  p.head_stride = attributes.head_stride;
-  p.value_offset = attributes.value_offset;
-  p.padded_head_dim = attributes.padded_head_dim;
-  p.softmax_scale = attributes.softmax_scale;
-  p.logits_soft_cap = attributes.logits_soft_cap;
-  p.v_scale = attributes.v_scale;
-  p.sliding_window = attributes.sliding_window;
 
-  int64_t slot = 1;
-  for (size_t i = 2; i < cache.size(); ++i) slot *= cache[i];
-  if (cache[1] != p.page_size || slot != p.token_stride) return bad("strides that are not those of the pages");
-  if (!has_shape(output, {p.num_tokens, p.num_q_heads, p.head_dim})) return bad("an output of the wrong shape");
+  int64_t slot_size = 1;
+  for (size_t i = 2; i < cache.size(); ++i) slot_size *= cache[i];
+  if (cache[1] != p.page_size || slot_size != p.token_stride) return bad("strides that are not those of the pages");
+  if (!has_shape(*output, {p.num_tokens, p.num_q_heads, p.head_dim})) return bad("an output of the wrong shape");
   if (!is_index(context_lens) || !is_index(block_tables) || !is_index(query_start_loc) || !is_index(distribution))
     return bad("index arrays that are not int32");
   if (!has_shape(context_lens, {p.num_rows}) || !has_shape(query_start_loc, {p.num_rows + 1}) ||
       !has_shape(distribution, {3}))
     return bad("metadata of the wrong shape");
-  const bool has_sinks = sinks.element_count() > 0;
+  const bool has_sinks = !has_shape(sinks, {0});
   if (sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(sinks, {p.num_q_heads}))) return bad("wrong sinks");
-  if (keys != nullptr) {
+  const bool has_lse = !has_shape(*lse, {0});
+  if (lse->element_type() != ffi::F32 || (has_lse && !has_shape(*lse, {p.num_tokens, p.num_q_heads})))
+    return bad("a wrong lse");
+  if (keys.has_value() != values.has_value() || keys.has_value() != updated_pages.has_value())
+    return bad("keys, values or updated pages without the others");
+  if (keys.has_value()) {
     if (!to_dtype(keys->element_type(), p.new_dtype) || values->element_type() != keys->element_type())
       return bad("keys or values of an unsupported dtype");
-    for (const ffi::AnyBuffer* fresh : {keys, values})
-      if (!has_shape(*fresh, {p.num_tokens, p.num_kv_heads, p.head_dim})) return bad("keys or values of the wrong shape");
+    for (const ffi::AnyBuffer& fresh : {*keys, *values})
+      if (!has_shape(fresh, {p.num_tokens, p.num_kv_heads, p.head_dim}))
+        return bad("keys or values of the wrong shape");
+    // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
+    if ((*updated_pages)->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
     p.keys = keys->untyped_data();
     p.values = values->untyped_data();
   }
   p.queries = queries.untyped_data();
   p.pages = pages.untyped_data();
-  p.output = output.untyped_data();
+  p.output = output->untyped_data();
+  p.lse = has_lse ? lse->typed_data<float>() : nullptr;
   p.context_lens = context_lens.typed_data<int32_t>();
   p.block_tables = block_tables.typed_data<int32_t>();
   p.query_start_loc = query_start_loc.typed_data<int32_t>();
@@ -129,46 +137,6 @@ ffi::Error attend(ffi::ThreadPool& pool, const ffi::AnyBuffer& queries, const ff
   return ffi::Error::Success();
 }
 
-#define RAGGED_ATTRIBUTES                                                                                          \
-  float softmax_scale, float logits_soft_cap, float v_scale, int64_t sliding_window, int64_t page_size,            \
-      int64_t num_kv_heads, int64_t token_stride, int64_t head_stride, int64_t value_offset, int64_t padded_head_dim
-#define RAGGED_ATTRIBUTE_NAMES                                                                                  \
-  Attributes {                                                                                                  \
-    softmax_scale, logits_soft_cap, v_scale, sliding_window, page_size, num_kv_heads, token_stride, head_stride, \
-        value_offset, padded_head_dim                                                                           \
-  }
-
-ffi::Error v2(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer pages, ffi::AnyBuffer context_lens,
-              ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc, ffi::AnyBuffer distribution,
-              ffi::AnyBuffer sinks, RAGGED_ATTRIBUTES, ffi::Result<ffi::AnyBuffer> output) {
-  return attend(pool, queries, nullptr, nullptr, pages, context_lens, block_tables, query_start_loc, distribution, sinks,
-                RAGGED_ATTRIBUTE_NAMES, *output);
-}
-
-ffi::Error v3(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-              ffi::AnyBuffer pages, ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
-              ffi::AnyBuffer query_start_loc, ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, RAGGED_ATTRIBUTES,
-              ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> updated_pages) {
-  // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
-  if (updated_pages->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
-  return attend(pool, queries, &keys, &values, pages, context_lens, block_tables, query_start_loc, distribution, sinks,
-                RAGGED_ATTRIBUTE_NAMES, *output);
-}
-
-template <class Binding>
-auto with_attributes(Binding binding) {
-  return std::move(binding)
-      .template Attr<float>("softmax_scale")
-      .template Attr<float>("logits_soft_cap")
-      .template Attr<float>("v_scale")
-      .template Attr<int64_t>("sliding_window")
-      .template Attr<int64_t>("page_size")
-      .template Attr<int64_t>("num_kv_heads")
-      .template Attr<int64_t>("token_stride")
-      .template Attr<int64_t>("head_stride")
-      .template Attr<int64_t>("value_offset")
-      .template Attr<int64_t>("padded_head_dim");
-}
 }  // namespace
 }  // namespace easydel_ragged
 
@@ -176,39 +144,23 @@ auto with_attributes(Binding binding) {
 
 extern "C" {
 
-RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_v2(XLA_FFI_CallFrame* frame) {
-  using namespace easydel_ragged;
-  static auto* handler = with_attributes(ffi::Ffi::Bind()
-                                             .Ctx<ffi::ThreadPool>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>())
-                             .Ret<ffi::AnyBuffer>()
-                             .To(v2)
-                             .release();
-  return handler->Call(frame);
-}
-
-RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_v3(XLA_FFI_CallFrame* frame) {
-  using namespace easydel_ragged;
-  static auto* handler = with_attributes(ffi::Ffi::Bind()
-                                             .Ctx<ffi::ThreadPool>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>()
-                                             .Arg<ffi::AnyBuffer>())
-                             .Ret<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .To(v3)
+RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Attrs<easydel_ragged::Attributes>()
+                             .Arg<ffi::AnyBuffer>()          // queries
+                             .Arg<ffi::AnyBuffer>()          // pages
+                             .Arg<ffi::AnyBuffer>()          // context_lens
+                             .Arg<ffi::AnyBuffer>()          // block_tables
+                             .Arg<ffi::AnyBuffer>()          // query_start_loc
+                             .Arg<ffi::AnyBuffer>()          // distribution
+                             .Arg<ffi::AnyBuffer>()          // sinks
+                             .OptionalArg<ffi::AnyBuffer>()  // keys
+                             .OptionalArg<ffi::AnyBuffer>()  // values
+                             .Ret<ffi::AnyBuffer>()          // output
+                             .Ret<ffi::AnyBuffer>()          // lse
+                             .OptionalRet<ffi::AnyBuffer>()  // updated_pages
+                             .To(easydel_ragged::attend)
                              .release();
   return handler->Call(frame);
 }
@@ -216,8 +168,8 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_v3(XLA_FFI_CallFrame* frame) {
 // The FFI version that this library was built for, as major * 1000 + minor.
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-// Of the interface between this library and cpu_native.py: arguments, attributes and their order.
-RAGGED_EXPORT int easydel_ragged_interface() { return 1; }
+// Version of what this library and cpu_native.py agree on: functions, arguments, results, attributes.
+RAGGED_EXPORT int easydel_ragged_interface() { return 2; }
 
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }

@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "problems.h"
+#include "run.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace easydel_ragged;

@@ -1,5 +1,6 @@
 // Runs random problems at every instruction set that the machine has, on one thread and on several, and compares the
-// results. Built with sanitizers it also shows that no run-time value leads outside the buffers.
+// results with one another and with the oracle. Built with sanitizers it also shows that no run-time value leads
+// outside the buffers.
 //
 //   ragged_harness [problems] [first seed] [instruction set | all]
 #include <cmath>
@@ -12,7 +13,10 @@
 #include <string>
 #include <thread>
 
+#include "isa.h"
+#include "oracle.h"
 #include "problems.h"
+#include "run.h"
 
 namespace easydel_ragged {
 namespace {
@@ -61,43 +65,63 @@ class Pool {
   bool stopped_ = false;
 };
 
-float element(const std::vector<uint8_t>& all, size_t i, DType dtype) {
-  float result;
-  uint32_t bits;
-  if (dtype == DType::kF32) {
-    std::memcpy(&bits, &all[i * 4], 4);
-  } else {
-    uint16_t half;
-    std::memcpy(&half, &all[i * 2], 2);
-    if (dtype == DType::kF16) {
-      const int exponent = half >> 10 & 31, mantissa = half & 1023;
-      const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                              : exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                              : std::ldexp(float(mantissa + 1024), exponent - 25);
-      return half & 0x8000 ? -magnitude : magnitude;
-    }
-    bits = uint32_t(half) << 16;
-  }
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
 int failures = 0;
 
-void compare(uint32_t seed, const std::string& what, const Problem& p, const Arrays& wanted, const Arrays& got,
-             double tolerance) {
+bool is_close(double wanted, double got, double tolerance) {
+  if (std::isnan(wanted) || std::isnan(got)) return std::isnan(wanted) && std::isnan(got);
+  if (std::isinf(wanted) || std::isinf(got)) return wanted == got;
+  return std::fabs(wanted - got) <= tolerance * (1 + std::fabs(wanted));
+}
+
+// Of results of size 1. Products and sums are float32 at every instruction set, so a logsumexp is as good whatever the
+// dtype of the queries; outputs are rounded to it, and with bfloat16 so may weights be.
+constexpr double kLseTolerance = 2e-5;
+double output_tolerance(const Problem& p) { return p.query_dtype == DType::kF32 ? 2e-4 : 3e-2; }
+
+void fail(uint32_t seed, const std::string& what, const char* array, int64_t i, double got, double wanted) {
+  std::printf("seed %u, %s: %s[%lld] is %.9g, wanted %.9g\n", seed, what.c_str(), array, static_cast<long long>(i), got,
+              wanted);
+  ++failures;
+}
+
+// Compares two runs of one problem.
+void compare(uint32_t seed, const std::string& what, const Problem& p, const Arrays& wanted, const Arrays& got) {
   if (wanted.pages != got.pages) {
     std::printf("seed %u, %s: pages differ\n", seed, what.c_str());
     ++failures;
   }
-  const size_t count = wanted.output.size() / bytes_of(p.query_dtype);
-  for (size_t i = 0; i < count; ++i) {
-    const float a = element(wanted.output, i, p.query_dtype), b = element(got.output, i, p.query_dtype);
-    if (std::isnan(a) && std::isnan(b)) continue;
-    if (a == b || std::fabs(a - b) <= tolerance * (1 + std::fabs(a))) continue;
-    std::printf("seed %u, %s: element %zu is %g, wanted %g\n", seed, what.c_str(), i, b, a);
-    ++failures;
-    return;
+  for (int64_t i = 0; i < p.num_tokens * p.num_q_heads * p.head_dim; ++i) {
+    const double a = element(wanted.output.data(), i, p.query_dtype), b = element(got.output.data(), i, p.query_dtype);
+    if (!is_close(a, b, output_tolerance(p))) return fail(seed, what, "output", i, b, a);
+  }
+  for (size_t i = 0; i < wanted.lse.size(); ++i)
+    if (!is_close(wanted.lse[i], got.lse[i], kLseTolerance))
+      return fail(seed, what, "lse", int64_t(i), got.lse[i], wanted.lse[i]);
+}
+
+// Compares a run with what the call means: all tokens of no row, and of each row the first, middle and last token,
+// where no other row claims them.
+void compare_with_oracle(uint32_t seed, const std::string& level, const Problem& p, const Arrays& got) {
+  const Claims claims(p);
+  for (int64_t token = 0; token < p.num_tokens; ++token) {
+    const int64_t row = claims.row[size_t(token)];
+    if (claims.count[size_t(token)] > 1) continue;
+    if (row >= 0) {
+      const int64_t begin = p.query_start_loc[row], end = p.query_start_loc[row + 1];
+      if (token != begin && token != (begin + end) / 2 && token != end - 1) continue;
+    }
+    for (int64_t head = 0; head < p.num_q_heads; ++head) {
+      const int64_t at = token * p.num_q_heads + head;
+      const Answer wanted =
+          row >= 0 ? attend(p, row, token, head) : Answer{std::vector<double>(size_t(p.head_dim), 0.0), -INFINITY};
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        const double a = wanted.output[size_t(d)], b = element(got.output.data(), at * p.head_dim + d, p.query_dtype);
+        if (!is_close(a, b, row >= 0 ? output_tolerance(p) : 0.0))
+          return fail(seed, level + " and the oracle", "output", at * p.head_dim + d, b, a);
+      }
+      if (p.lse && !is_close(wanted.lse, p.lse[at], kLseTolerance))
+        return fail(seed, level + " and the oracle", "lse", at, p.lse[at], wanted.lse);
+    }
   }
 }
 
@@ -125,17 +149,17 @@ void run_one(uint32_t seed, Pool& pool, const std::vector<std::string>& levels, 
   };
   Arrays wanted;
   const Problem p = attempt(reference, 1, wanted);
-  const bool small = p.query_dtype != DType::kF32;
+  compare_with_oracle(seed, reference, p, wanted);
   for (const std::string& level : levels) {
     Arrays alone, together, again;
     attempt(level, 1, alone);
-    compare(seed, level, p, wanted, alone, small ? 3e-2 : 2e-4);
+    compare(seed, level, p, wanted, alone);
     // Rows that share a page may write one slot from several threads: malformed input, with no defined result.
     if (!orderly) continue;
     attempt(level, 4, together);
-    compare(seed, level + " on 4 threads", p, wanted, together, small ? 3e-2 : 2e-4);
+    compare(seed, level + " on 4 threads", p, wanted, together);
     attempt(level, 4, again);
-    if (together.output != again.output || together.pages != again.pages) {
+    if (together.output != again.output || together.pages != again.pages || together.lse != again.lse) {
       std::printf("seed %u, %s: two runs on 4 threads differ\n", seed, level.c_str());
       ++failures;
     }

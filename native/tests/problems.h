@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "attention.h"
+#include "problem.h"
 
 namespace easydel_ragged {
 
@@ -29,16 +29,14 @@ class Bytes {
   uint64_t state_ = 0x9e3779b97f4a7c15u;
 };
 
-inline size_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : (dtype <= DType::kF16 ? 2 : 1); }
-
 struct Arrays {
   std::vector<uint8_t> queries, keys, values, pages, output;
   std::vector<int32_t> context_lens, block_tables, query_start_loc;
-  std::vector<float> sinks;
+  std::vector<float> sinks, lse;
 };
 
 inline std::vector<uint8_t> random_elements(Bytes& bytes, int64_t count, DType dtype) {
-  std::vector<uint8_t> all(size_t(count) * bytes_of(dtype));
+  std::vector<uint8_t> all(size_t(count) * element_size(dtype));
   uint32_t state = bytes.next32() | 1u;
   for (size_t i = 0; i < size_t(count); ++i) {
     state = state * 1664525u + 1013904223u;
@@ -78,16 +76,17 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   if (bytes.one_in(3)) p.logits_soft_cap = 5.0f;
   if (bytes.one_in(3)) p.sliding_window = bytes.between(1, 90);
   p.softmax_scale = 0.2f;
+  p.v_scale = 1.0f;
   p.padded_head_dim = p.head_dim;
   p.value_offset = p.head_dim;
   p.token_stride = p.num_kv_heads * 2 * p.head_dim;
   if (v3 && p.head_dim != 64) {
     p.padded_head_dim = (p.head_dim + 127) / 128 * 128;
     p.value_offset = p.padded_head_dim;
-    const int64_t pack = int64_t(4 / bytes_of(p.cache_dtype));
+    const int64_t pack = int64_t(4 / element_size(p.cache_dtype));
     p.token_stride = (2 * p.num_kv_heads + pack - 1) / pack * pack * p.padded_head_dim;
   } else if (v3) {
-    const int64_t pack = int64_t(4 / bytes_of(p.cache_dtype));
+    const int64_t pack = int64_t(4 / element_size(p.cache_dtype));
     p.token_stride = (p.num_kv_heads + pack - 1) / pack * pack * 128;
   }
   p.head_stride = p.value_offset + p.padded_head_dim;
@@ -128,8 +127,13 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     p.values = a.values.empty() ? &none : a.values.data();
   }
   if (bytes.one_in(3)) {
-    a.sinks.assign(size_t(p.num_q_heads), 0.5f);
+    for (int64_t h = 0; h < p.num_q_heads; ++h) a.sinks.push_back(float(bytes.between(-8, 24)) / 4);
     p.sinks = a.sinks.data();
+  }
+  if (bytes.one_in(2)) {
+    a.lse.assign(size_t(p.num_tokens * p.num_q_heads), 7.0f);
+    static float no_lse;
+    p.lse = a.lse.empty() ? &no_lse : a.lse.data();
   }
   p.queries = a.queries.data();
   p.output = a.output.data();

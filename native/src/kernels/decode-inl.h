@@ -35,7 +35,7 @@ struct PairDot {
 #endif
 
 // Products of kQueries query vectors with kTokens keys; lane q * kTokens + t of the result is query q, token t.
-// The same part of the tokens `next` is asked from memory on the way: one request for each load, since a burst of them
+// The same part of the tokens `next` is prefetched on the way: one request for each load, since a burst of them
 // would fill the line buffers and stall the arithmetic.
 template <class Dot, int kQueries, int kTokens, class T>
 RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_stride, const T* const* keys,
@@ -98,8 +98,7 @@ RAGGED_INLINE void decode_values(const float* weights, const float* factor, cons
     const T* from = values[t] + offset;
     VecF value[kVectors];
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c)
-      value[c] = kTail ? load_tail(from + c * kLanes, tail) : load(from + c * kLanes);
+    for (int c = 0; c < kVectors; ++c) value[c] = kTail ? load_tail(from + c * kLanes, tail) : load(from + c * kLanes);
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c)
       if (c * kLanes % int(kCacheLine / sizeof(T)) == 0) prefetch(next[t] + offset + c * kLanes);
@@ -168,7 +167,7 @@ struct DecodeScratch {
   typename Dot::Query* queries;  // [q_heads][query_stride], zeros past head_dim
   float* weights;                // of the queries that are worked on, [queries][kDecodeBlock]
   const T** slot;                // addresses of the block's tokens, and after them of tokens that may be read as well
-  const T** next;                // of the next block's, to be asked from memory
+  const T** next;                // of the next block's, to be prefetched
   char* rest;                    // what a way to attend needs for itself
   int64_t query_stride;
   size_t size;
@@ -263,7 +262,7 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
     for (int64_t t = count; t < whole; ++t) s.slot[t] = s.slot[count - 1];
     const int64_t ahead = min64(block, end - begin - count);
     if (ahead > 0) cache.slots(begin + count, ahead, s.next);
-    for (int64_t t = ahead; t < whole; ++t) s.next[t] = s.slot[t];  // nothing left to ask for
+    for (int64_t t = ahead; t < whole; ++t) s.next[t] = s.slot[t];  // nothing is left to prefetch
     heads.start(count);
     for (int64_t h = 0; h < p.num_kv_heads; ++h) heads.attend(h, count);
     begin += count;
@@ -276,7 +275,7 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
 }
 
 #if defined(__AMX_BF16__)
-#include "decode_tiles.h"
+#include "kernels/decode_tiles-inl.h"
 #endif
 
 RAGGED_INLINE bool pairs(const Problem& p) {
@@ -325,6 +324,7 @@ void finish(const Problem& p, const Partial* partials, int64_t count, int64_t to
     float total = p.sinks ? exp2_nonpositive(sink - reference) : 0.0f;
     for (int64_t i = 0; i < count; ++i)
       total += partials[i].total[h] * exp2_nonpositive(partials[i].maximum[h] - reference);
+    if (p.lse) p.lse[token * p.num_q_heads + h] = logsumexp(reference, total);
     const float inverse = total > 0 ? p.v_scale / total : (total == total ? 0.0f : total);
     for (int64_t i = 0; i < count; ++i)
       partials[i].total[h] = exp2_nonpositive(partials[i].maximum[h] - reference) * inverse;

@@ -149,19 +149,19 @@ struct TileHeads {
   float* sums_of(int64_t chunk, int64_t step) const { return tiles.sums + (chunk * steps + step) * 2 * kQueries * 16; }
 
   // Loads keys or values of 16 tokens from the t-th of the block on. Tiles are named by constants.
-#define RAGGED_LOAD_TOKENS(tile, t, offset)                                                                  \
-  do {                                                                                                       \
-    if (regular[(t) / 16]) {                                                                                 \
-      RAGGED_TILE_LOAD(tile, s.slot[t] + (offset), p.token_stride * 2);                                      \
-    } else {                                                                                                 \
-      alignas(64) BF16 copy[16 * 32];                                                                        \
-      for (int i = 0; i < 16; ++i) __builtin_memcpy(copy + i * 32, s.slot[(t) + i] + (offset), 64);          \
-      RAGGED_TILE_LOAD(tile, copy, 64);                                                                      \
-    }                                                                                                        \
+#define RAGGED_LOAD_TOKENS(tile, t, offset)                                                         \
+  do {                                                                                              \
+    if (regular[(t) / 16]) {                                                                        \
+      RAGGED_TILE_LOAD(tile, s.slot[t] + (offset), p.token_stride * 2);                             \
+    } else {                                                                                        \
+      alignas(64) BF16 copy[16 * 32];                                                               \
+      for (int i = 0; i < 16; ++i) __builtin_memcpy(copy + i * 32, s.slot[(t) + i] + (offset), 64); \
+      RAGGED_TILE_LOAD(tile, copy, 64);                                                             \
+    }                                                                                               \
   } while (false)
 
-  // Asks for what stands at the place of these 32 tokens in the next block.
-  inline __attribute__((always_inline)) void ask(int64_t t, int64_t offset) const {
+  // Requests from memory what stands at the place of these 32 tokens in the next block.
+  inline __attribute__((always_inline)) void prefetch_next(int64_t t, int64_t offset) const {
     for (int i = 0; i < 32; ++i) prefetch(s.next[t + i] + offset);
   }
 
@@ -177,7 +177,7 @@ struct TileHeads {
         _tile_dpbf16ps(0, 3, 2);
         RAGGED_LOAD_TOKENS(4, t + 16, offset + k * 32);
         _tile_dpbf16ps(1, 4, 2);
-        ask(t, offset + k * 32);
+        prefetch_next(t, offset + k * 32);
       }
       _tile_stored(0, s.weights + t * kQueries, kQueries * 4);
       _tile_stored(1, s.weights + (t + 16) * kQueries, kQueries * 4);
@@ -239,7 +239,7 @@ struct TileHeads {
         RAGGED_LOAD_TOKENS(4, t + 16, offset + step * 32);
         _tile_dpbf16ps(7, 6, 4);
         _tile_stored(7, sums_of(chunk, step), 64);
-        ask(t, offset + step * 32);
+        prefetch_next(t, offset + step * 32);
       }
     }
   }

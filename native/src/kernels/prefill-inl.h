@@ -131,7 +131,6 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
   const Logits logits(p);
   const Cache<T> cache(p, row);
   const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
-  const int64_t window = p.sliding_window > 0 ? p.sliding_window : INT64_MAX;
 
   with_query_type(p.query_dtype, [&](auto tag) {
     using Source = typename decltype(tag)::type;
@@ -154,17 +153,15 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
   __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
 
   Step::begin();
-  const int64_t begin = position >= window ? position - window + 1 : 0, end = position + count;
-  for (int64_t start = begin; start < end; start += kTile) {
-    const int64_t tokens = min64(kTile, end - start);
+  const KeyRange keys = visible_keys(p, position, count);
+  for (int64_t start = keys.begin; start < keys.end; start += kTile) {
+    const int64_t tokens = min64(kTile, keys.end - start);
     cache.slots(start, tokens, s.slot);
     pack_keys<Step>(s.slot, tokens, offset, p.head_dim, s.depth, s.keys);
     pack_values<Step>(s.slot, tokens, offset + p.value_offset, p.head_dim, s.values);
     // Columns that a row of this query token sees.
-    const auto low = [&](int64_t query) {
-      return position + query >= window ? max64(0, position + query - window + 1 - start) : 0;
-    };
-    const auto high = [&](int64_t query) { return min64(tokens, position + query + 1 - start); };
+    const auto low = [&](int64_t query) { return max64(0, visible_keys(p, position + query, 1).begin - start); };
+    const auto high = [&](int64_t query) { return min64(tokens, visible_keys(p, position + query, 1).end - start); };
     for (int64_t r = 0; r < s.rows; r += Step::kRows) {
       const int64_t last = min64(r + Step::kRows, live) - 1;
       const int64_t from = low(r / group) / (2 * kLanes) * (2 * kLanes);
@@ -196,14 +193,16 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
     using To = typename decltype(tag)::type;
     To* output = static_cast<To*>(p.output) + (token * p.num_q_heads + kv_head * group) * p.head_dim;
     for (int64_t r = 0; r < live; ++r) {
-      float total = s.total[r], rescale = 1.0f;
+      const int64_t head = kv_head * group + r % group;
+      float total = s.total[r], reference = s.maximum[r] == -kInfinity ? 0.0f : s.maximum[r], rescale = 1.0f;
       if (p.sinks) {
-        const float sink = p.sinks[kv_head * group + r % group] * kLog2E;
+        const float sink = p.sinks[head] * kLog2E;
         const float most = sink > s.maximum[r] ? sink : s.maximum[r];
-        const float reference = most == -kInfinity ? 0.0f : most;
+        reference = most == -kInfinity ? 0.0f : most;
         rescale = exp2_nonpositive(s.maximum[r] - reference);
         total = total * rescale + exp2_nonpositive(sink - reference);
       }
+      if (p.lse) p.lse[(token + r / group) * p.num_q_heads + head] = logsumexp(reference, total);
       const float inverse = total > 0 ? p.v_scale * rescale / total : (total == total ? 0.0f : total);
       To* to = output + (r / group * p.num_q_heads + r % group) * p.head_dim;
       for (int64_t d = 0; d < p.head_dim; d += kLanes) {

@@ -1,0 +1,38 @@
+// The loops of one instruction set. CMake makes a unit for each from unit.cc.in; it defines RAGGED_ISA and
+// RAGGED_ISA_NAME, includes this file, and is compiled with that set's options. No function of the standard library may
+// be instantiated here, and everything lives in the unit's own namespace: the linker keeps one copy of a shared inline
+// function, and it might be a wrong one.
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "routines.h"
+#include "visible.h"
+
+namespace easydel_ragged {
+namespace RAGGED_ISA {
+namespace {
+
+// Parts of this file, by subject, which are included nowhere else.
+// clang-format off
+#include "kernels/simd-inl.h"
+#include "kernels/common-inl.h"
+#include "kernels/update-inl.h"
+#include "kernels/decode-inl.h"
+#include "kernels/prefill_products-inl.h"
+#include "kernels/prefill-inl.h"
+// clang-format on
+
+}  // namespace
+
+extern const Routines kRoutines;
+const Routines kRoutines = {RAGGED_ISA_NAME, write,         decode_scratch,  decode,
+                            finish,          prefill_chunk, prefill_scratch, prefill};
+
+}  // namespace RAGGED_ISA
+}  // namespace easydel_ragged
