@@ -201,13 +201,19 @@ class Tuning(Protocol):
     """What ``easydel-ragged tune`` can measure of a kernel.
 
     Attributes:
-        parts: kinds of work that are tuned separately, such as ``("decode", "prefill")``.
+        parts: kinds of work that are tuned separately: ``"decode"``, ``"prefill"`` or both.
+        interpreted: the kernel in an interpreter, which runs on any platform, for trying the command out; or None.
+            Its own ``tuning()`` has few candidates, and saves nothing that a later process would take.
     """
 
-    parts: tuple[str, ...]
+    @property
+    def parts(self) -> tuple[str, ...]: ...
 
-    def candidates(self, part: str, request: AttentionRequest, small: bool) -> Iterator[Any]:
-        """Objects of the kernel's ``config_type`` to measure, the one in use first. ``small``: for an interpreter."""
+    @property
+    def interpreted(self) -> Kernel | None: ...
+
+    def candidates(self, part: str, request: AttentionRequest) -> Iterator[Any]:
+        """Objects of the kernel's ``config_type`` to measure, the one in use first."""
         ...
 
     def save(self, request: AttentionRequest, best: Mapping[str, Any], measured: Mapping[str, Any]) -> Path:

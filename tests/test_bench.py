@@ -26,7 +26,7 @@ from easydel_ragged_plugin.bench.timing import Candidate
 from easydel_ragged_plugin.bench.work import work
 from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
-from easydel_ragged_plugin.testing.cases import Case
+from easydel_ragged_plugin.testing.batches import Case, Version
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_the_case_beyond_the_cache_is(dtype: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.once
 @pytest.mark.usefixtures("quick_machine")
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_calls_in_one_program_are_as_many_as_asked_for(version: str) -> None:
+def test_calls_in_one_program_are_as_many_as_requested(version: Version) -> None:
     """Each takes the result of the one before as its queries."""
     problem = build(bench_cases.with_dtype(bench_cases.by_name()["smoke"], "float32"), version)
     candidate = Candidate(problem, "xla")
@@ -251,7 +251,7 @@ def test_a_figure_needs_a_workload_with_a_limit(report_file: Path, tmp_path: Pat
 
 
 def test_a_figure_without_matplotlib_says_what_to_install(report_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = invoke("bench", "--from-json", str(report_file), "--figure", "never.png")
     assert result.exit_code == 2
     assert "pip install 'easydel-ragged-plugin[bench]'" in result.output

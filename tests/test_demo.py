@@ -6,11 +6,13 @@ import hashlib
 import importlib.util
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from easydel_ragged_plugin.demo import model
+from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
 
 PROMPTS = ("What is the capital of France?", "Name three colours.", "What is 12 + 13?", "Why is the sky blue?")
 MAX_TOKENS = 20
@@ -129,8 +131,6 @@ def expected(folder: str) -> list[tuple[int, ...]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from easydel_ragged_plugin.demo.engine import Engine
-
     gguf = model.fetch()
     tokenizer = model.load_tokenizer(folder)
     network = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
@@ -146,9 +146,7 @@ def expected(folder: str) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def workers(folder: str):
-    from easydel_ragged_plugin.demo.engine import Workers, import_host
-
+def workers(folder: str) -> Iterator[Workers]:
     import_host()
     with Workers(folder) as workers:
         yield workers
@@ -158,8 +156,6 @@ def workers(folder: str):
 @pytest.mark.host
 @pytest.mark.slow
 def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
-    from easydel_ragged_plugin.demo.engine import Engine
-
     tokenizer = model.load_tokenizer(folder)
     text = Engine.as_chat(tokenizer, PROMPTS[0])
     ids = tokenizer(text)["input_ids"]
@@ -173,9 +169,9 @@ def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
 @pytest.mark.host
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_greedy_float32_equals_transformers(version: str, folder: str, expected: list, workers) -> None:
-    from easydel_ragged_plugin.demo.engine import Engine, Settings
-
+def test_greedy_float32_equals_transformers(
+    version: str, folder: str, expected: list[tuple[int, ...]], workers: Workers
+) -> None:
     settings = Settings(f"ragged_page_attention_{version}", max_model_len=128, max_requests=len(PROMPTS))
     with Engine(folder, settings, model.load_tokenizer(folder), workers) as engine:
         answers, _ = engine.chat(PROMPTS, MAX_TOKENS)

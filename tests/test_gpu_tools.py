@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from easydel_ragged_plugin import RaggedPageConfig
-from easydel_ragged_plugin.bench import tune as tuning
+from easydel_ragged_plugin.bench import tune
 from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
 from easydel_ragged_plugin.bench.timing import seconds_per_call
@@ -29,7 +30,8 @@ from easydel_ragged_plugin.bench.work import work
 from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
-from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
+from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning, write_entry
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
 from easydel_ragged_plugin.types import AttentionRequest, Operands
@@ -102,7 +104,7 @@ def test_floor_by_hand() -> None:
 def test_every_timed_call_runs() -> None:
     """Each of them with its own block table, on the output of the one before it."""
     problem, _, _ = answered("v2")
-    seen: list[int] = []
+    seen: list[tuple[int, float]] = []
 
     def step(operands: Any) -> Any:
         jax.debug.callback(lambda page, first: seen.append((int(page), float(first))), operands.block_tables[0, 0],
@@ -125,6 +127,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_to_compile: Non
     return tmp_path / "cache"
 
 
+def two_candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, AttentionRequest], list[tiles.Tiles]]:
+    """Leave two candidates of each part: measuring all takes minutes. Returns what gives all of them."""
+    every = TileTuning.candidates
+    monkeypatch.setattr(TileTuning, "candidates", lambda *arguments: iter(list(every(*arguments))[:2]))
+    tuning = TileTuning(interpreted=PallasGPU(interpret=True), interpret=True)
+    return lambda part, request: list(every(tuning, part, request))
+
+
 TINY = ["--interpret", "--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16"]
 
 
@@ -132,18 +142,18 @@ def test_tune_without_a_gpu_says_so(cache: Path) -> None:
     result = CliRunner().invoke(app, ["tune"])
     assert result.exit_code == 1
     text = " ".join(result.output.split())
-    assert "There is no GPU to tune for: JAX's default backend is 'cpu'" in text
+    assert "There is nothing to tune: JAX's default backend is 'cpu'" in text
+    assert "what can be tuned is pallas_gpu on gpu." in text
     assert "pip install 'jax[cuda12]'" in text
     assert not cache.exists()
 
 
 @pytest.mark.once
 def test_tune_checks_times_and_writes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = tuning.candidates
     # One other candidate for each part will do here; its time is made to win.
-    monkeypatch.setattr(tuning, "candidates", lambda *arguments: list(every(*arguments))[:2])
+    every = two_candidates(monkeypatch)
     times = iter([1.0, 0.5, 1.0, 0.985])
-    monkeypatch.setattr(tuning, "seconds_per_call", lambda *_, **__: (next(times), ()))
+    monkeypatch.setattr(tune, "seconds_per_call", lambda *_, **__: (next(times), ()))
     other = {"format": tiles.FORMAT, "entries": {"another card": {"tiles": {}}}}
     cache.mkdir()
     (cache / "pallas_gpu.json").write_text(json.dumps(other), encoding="utf-8")
@@ -156,34 +166,32 @@ def test_tune_checks_times_and_writes(cache: Path, monkeypatch: pytest.MonkeyPat
     assert entry["decode"]["us"] == 0.5e6
     assert entry["prefill"]["us"] == 1e6  # 1.5 % faster is not enough to change
     written = tiles.tiles_from_json(entry["tiles"])
-    problem = tuning.Geometry(4, 2, 32, 16).problem("decode", "cpu", True)
-    present, second = list(every("decode", problem, True))[:2]
+    request = tune.Geometry(4, 2, 32, 16).problem("decode", True).request
+    present, second = every("decode", request)[:2]
     assert written == dataclasses.replace(second, prefill=present.prefill)
     assert [path.name for path in cache.iterdir()] == ["pallas_gpu.json"]
 
 
 @pytest.mark.once
 def test_tune_never_takes_a_wrong_candidate(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = tuning.candidates
-    monkeypatch.setattr(tuning, "candidates", lambda *arguments: list(every(*arguments))[:2])
-    monkeypatch.setattr(tuning, "seconds_per_call", lambda *_, **__: (1.0, ()))
+    every = two_candidates(monkeypatch)
+    monkeypatch.setattr(tune, "seconds_per_call", lambda *_, **__: (1.0, ()))
     answers = iter([(0.0, True), (0.5, False), (0.0, True), (0.5, False)])
-    monkeypatch.setattr(tuning, "check", lambda *_: next(answers))
+    monkeypatch.setattr(tune, "check", lambda *_: next(answers))
     result = CliRunner().invoke(app, ["tune", *TINY])
     assert result.exit_code == 0, result.output
     assert result.output.count("wrong answer") >= 1
     (entry,) = json.loads((cache / "pallas_gpu.json").read_text(encoding="utf-8"))["entries"].values()
-    assert tiles.tiles_from_json(entry["tiles"]) == next(
-        iter(every("decode", tuning.Geometry(4, 2, 32, 16).problem("decode", "cpu", True), True))
-    )
+    request = tune.Geometry(4, 2, 32, 16).problem("decode", True).request
+    assert tiles.tiles_from_json(entry["tiles"]) == every("decode", request)[0]
 
 
 @pytest.mark.once
 def test_tune_stops_when_the_present_tiles_are_wrong(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "check", lambda *_: (0.5, False))
+    monkeypatch.setattr(tune, "check", lambda *_: (0.5, False))
     result = CliRunner().invoke(app, ["tune", *TINY])
     assert result.exit_code == 1
-    assert "the present tiles fail: wrong answer, off by up to 0.5. Nothing is written." in " ".join(
+    assert "the present sizes fail: wrong answer, off by up to 0.5. Nothing is written." in " ".join(
         result.output.split()
     )
     assert not cache.exists()
@@ -198,7 +206,7 @@ def test_tune_refuses_what_the_kernel_refuses(cache: Path) -> None:
 
 def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tune writes is what a later process on that card reads."""
-    problem = tuning.Geometry().problem("decode", "gpu", True)
+    problem = tune.Geometry().problem("decode", True)
     name = "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(tiles, "card", lambda: (name, tiles.CARDS["H100"]))
     tiles.read_tuned.cache_clear()
@@ -206,7 +214,7 @@ def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.Monkey
         before = tiles.choose(problem.request, RaggedPageConfig())
         wanted = dataclasses.replace(before, programs=7)
         key = tiles.tuned_key(name, problem.request)
-        tuning.write_entry(tiles.tuned_file(), key, {"tiles": dataclasses.asdict(wanted)})
+        write_entry(tiles.tuned_file(), key, {"tiles": dataclasses.asdict(wanted)})
         tiles.read_tuned.cache_clear()
         assert tiles.choose(problem.request, RaggedPageConfig()) == wanted
     finally:

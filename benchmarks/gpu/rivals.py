@@ -81,7 +81,7 @@ def jax_paged_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | s
 
     def step(operands: Any) -> Any:
         keys, values = operands.pages
-        queries = (operands.queries * case.scale).astype(operands.queries.dtype)
+        queries = (operands.queries * case.softmax_scale).astype(operands.queries.dtype)
         output = paged_attention(
             queries, keys, values, operands.block_tables, operands.context_lens,
             k_splits=splits, pages_per_compute_block=block, interpret=dry,
@@ -101,7 +101,7 @@ def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
 
     def step(operands: Any) -> Any:
         output = jax.nn.dot_product_attention(
-            operands.queries[None], *(each[None] for each in operands.pages), scale=case.scale, is_causal=True,
+            operands.queries[None], *(each[None] for each in operands.pages), scale=case.softmax_scale, is_causal=True,
             implementation="xla" if dry else "cudnn",
         )  # fmt: skip
         return output[0], operands.pages

@@ -2,6 +2,7 @@
 
 ========== =====================================================================================================
 tiles.py   sizes of tiles: tables, what was tuned, and what fits a card
+tuning.py  what can be tuned: candidates, and the file of winners
 work.py    which row, and which part of it, each program takes
 attend.py  the attention kernels
 merge.py   the kernel that joins the parts of split contexts
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, plausible_rows
-from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands, Tuning
 from easydel_ragged_plugin.writes import to_cache_dtype
 
 from .tiles import MOST_ROWS, Tiles, card, choose, too_large
@@ -134,6 +135,12 @@ class PallasGPU(Kernel):
             f"The kernel {self.name} has tile sizes from a built-in table, which has not been measured. "
             "'easydel-ragged tune' finds those of this GPU.",
         )
+
+    def tuning(self) -> Tuning:
+        """The sizes of the tiles."""
+        from .tuning import TileTuning
+
+        return TileTuning(interpreted=PallasGPU(interpret=True), interpret=self.interpret)
 
     def update(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
         """The pages with the new keys and values of live tokens, in the same memory where they are donated."""
