@@ -13,48 +13,48 @@ nothing of it is written. ``EASYDEL_RAGGED_CHECK=1`` reports such rows in the lo
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import functools
-import logging
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from . import sharding, validation
+from . import rows, sharding
 from .config import RaggedPageConfig, as_config
-from .layout import PageLayout, Version
+from .layout import Version
+from .options import Options, Window
+from .request import describe
 from .select import Selection, select
 from .sharding import Shards
 from .turboquant import TurboQuantPages
-from .types import AttentionRequest, Kernel, Operands
+from .types import Attended, AttentionRequest, Kernel, Operands
 
-__all__ = ["CHECK_VARIABLE", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
-
-CHECK_VARIABLE = "EASYDEL_RAGGED_CHECK"
-
-PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
-"""JAX's names for a lowering platform, to its names for a backend, which selection goes by."""
-
-logger = logging.getLogger("easydel_ragged_plugin")
+__all__ = ["attend", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
 
 Config = RaggedPageConfig | str | None
-Window = int | tuple[int, int] | None
-Sinks = Float[Array, "q_heads"] | Float[Array, "kv_heads sinks"] | None
+Specs = tuple[PartitionSpec | None, ...] | None
+Sinks = Float[Array, " q_heads"] | Float[Array, "kv_heads sinks"] | None
+Output = Float[Array, "tokens q_heads head_dim"]
+LogSumExp = Float[Array, "tokens q_heads"]
+PagesV2 = Float[Array, "pages page_size kv_heads_x2 head_dim"] | TurboQuantPages
+PagesV3 = Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages
 
 
-def ragged_page_attention_v2(
+# The overloads say what the result is, for type checkers; the arguments are those of the definitions.
+@overload
+def ragged_page_attention_v2(*arrays: Any, return_lse: Literal[True], **keywords: Any) -> tuple[Output, LogSumExp]: ...
+@overload
+def ragged_page_attention_v2(*arrays: Any, return_lse: Literal[False] = False, **keywords: Any) -> Output: ...
+def ragged_page_attention_v2(  # type: ignore[misc]
     queries: Float[Array, "tokens q_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size kv_heads_x2 head_dim"] | TurboQuantPages,
-    context_lens: Int[Array, rows],  # noqa: F821
+    kv_pages: PagesV2,
+    context_lens: Int[Array, " rows"],
     block_tables: Int[Array, "rows pages_per_row"],
-    query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
-    num_seqs: Int[Array, 1] | int,
+    query_start_loc: Int[Array, " rows_plus_1"],
+    num_seqs: Int[Array, " 1"] | int,
     softmax_aux: Sinks = None,
     /,
     *,
@@ -68,11 +68,12 @@ def ragged_page_attention_v2(
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
     mesh: Mesh | None = None,
-    in_specs: tuple[PartitionSpec | None, ...] | None = None,
-) -> Float[Array, "tokens q_heads head_dim"]:
+    in_specs: Specs = None,
+) -> Output | tuple[Output, LogSumExp]:
     """Attention of packed queries over pages that hold their keys and values already.
 
     Args:
@@ -89,48 +90,58 @@ def ragged_page_attention_v2(
         logits_soft_cap: c of ``c * tanh(logits / c)``, applied to the scaled logits.
         compute_dtype: dtype in which the operands of the two products are held, or a wider one where that is
             faster; None for the queries' dtype. Softmax and sums are float32 at least.
-        optimized: hint for the host's TPU kernel; results do not depend on it.
+        optimized: hint for EasyDeL's TPU kernel; results do not depend on it.
         sliding_window: tokens that a query sees, its own included; or a pair (tokens left of it, tokens right of
             it), of which causality cuts the right part. -1 in a pair means no limit.
         mask_value: logit of a masked key. Masked keys have no weight at all here, so only None or a value up to
             -1e9, which says the same, is accepted.
         vmem_limit_bytes: ceiling on the scoped VMEM of a TPU kernel, in bytes. Other kernels use none.
         q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
+        return_lse: whether to return the logsumexp of each token and query head as well: the natural logarithm of the
+            sum of ``exp(logit)`` over the keys that the token sees, sinks included. Two results over parts of a
+            context merge into that of the whole by it.
         config: a RaggedPageConfig, a kernel's name, or ejkernel's config object.
         platform: ``"cpu"``, ``"gpu"`` (or ``"cuda"``, ``"rocm"``) or ``"tpu"``; None for JAX's default backend.
         mesh: mesh to split the call over; needs ``in_specs``.
         in_specs: partition specs of the positional arguments in order. Those of queries and pages are read.
 
     Returns:
-        The attention output in the queries' dtype.
+        The attention output in the queries' dtype. With ``return_lse`` a pair of it and the logsumexp, float32, which
+        is -inf for tokens of no live row.
 
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing.
         Unsupported: the kernel that was named refuses.
     """
-    num_seqs = jnp.asarray(num_seqs, jnp.int32).reshape(-1)
-    if num_seqs.shape != (1,):
-        raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the count of rows to look at.")
-    call = _prepare(
-        "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc,
-        jnp.broadcast_to(num_seqs, (3,)), softmax_aux,
-        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype,
-        optimized=optimized, sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes,
-        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, config=config, platform=platform, mesh=mesh,
-        in_specs=in_specs,
+    options = Options(
+        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
+        sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale,
+        k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    return call.run()[0]
+    attended = attend(
+        "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
+        options, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+    )  # fmt: skip
+    return attended.output if attended.lse is None else (attended.output, attended.lse)
 
 
+@overload
 def ragged_page_attention_v3(
+    *arrays: Any, return_lse: Literal[True], **keywords: Any
+) -> tuple[Output, PagesV3, LogSumExp]: ...
+@overload
+def ragged_page_attention_v3(
+    *arrays: Any, return_lse: Literal[False] = False, **keywords: Any
+) -> tuple[Output, PagesV3]: ...
+def ragged_page_attention_v3(  # type: ignore[misc]
     queries: Float[Array, "tokens q_heads head_dim"],
     keys: Float[Array, "tokens kv_heads head_dim"],
     values: Float[Array, "tokens kv_heads head_dim"],
-    kv_pages: Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages,
-    context_lens: Int[Array, rows],  # noqa: F821
-    block_tables: Int[Array, "rows pages_per_row"] | Int[Array, rows_x_pages_per_row],  # noqa: F821
-    query_start_loc: Int[Array, rows_plus_1],  # noqa: F821
-    distribution: Int[Array, 3],
+    kv_pages: PagesV3,
+    context_lens: Int[Array, " rows"],
+    block_tables: Int[Array, "rows pages_per_row"] | Int[Array, " rows_x_pages_per_row"],
+    query_start_loc: Int[Array, " rows_plus_1"],
+    distribution: Int[Array, " 3"],
     softmax_aux: Sinks = None,
     /,
     *,
@@ -144,14 +155,12 @@ def ragged_page_attention_v3(
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
     mesh: Mesh | None = None,
-    in_specs: tuple[PartitionSpec | None, ...] | None = None,
-) -> tuple[
-    Float[Array, "tokens q_heads head_dim"],
-    Float[Array, "pages page_size groups pack padded_head_dim"] | TurboQuantPages,
-]:
+    in_specs: Specs = None,
+) -> tuple[Output, PagesV3] | tuple[Output, PagesV3, LogSumExp]:
     """Write the new keys and values of each live token into its page, then attend.
 
     Inside ``jax.jit`` with the pages donated, the update is in place and the pages are not copied. Slots of other
@@ -169,20 +178,78 @@ def ragged_page_attention_v3(
         softmax_scale ... in_specs: as for :func:`ragged_page_attention_v2`.
 
     Returns:
-        The attention output in the queries' dtype, and the updated pages.
+        The attention output in the queries' dtype, and the updated pages; with ``return_lse`` the logsumexp as a third.
 
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing: nothing is written.
         Unsupported: the kernel that was named refuses.
     """
-    call = _prepare(
-        "v3", queries, keys, values, kv_pages, context_lens, block_tables, query_start_loc, distribution,
-        softmax_aux, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype,
-        optimized=optimized, sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes,
-        q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, config=config, platform=platform, mesh=mesh,
-        in_specs=in_specs,
+    options = Options(
+        softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
+        sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale,
+        k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    return call.run()
+    attended = attend(
+        "v3", queries, keys, values, kv_pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
+        options, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+    )  # fmt: skip
+    return attended[:2] if attended.lse is None else (attended.output, attended.pages, attended.lse)
+
+
+def attend(
+    version: Version,
+    queries: Any,
+    keys: Any,
+    values: Any,
+    pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    distribution: Any,
+    softmax_aux: Any,
+    options: Options,
+    *,
+    return_lse: bool = False,
+    config: Any = None,
+    platform: str | None = None,
+    mesh: Mesh | None = None,
+    in_specs: Specs = None,
+) -> Attended:
+    """Either operation, with its options as one object: what the public functions and the host's operations call.
+
+    Args:
+        version: which operation.
+        queries, ..., softmax_aux: the positional arguments of :func:`ragged_page_attention_v3`. For v2 ``keys`` and
+            ``values`` are None, and ``distribution`` is ``num_seqs``.
+        options, return_lse: what is requested.
+        config, platform, mesh, in_specs: as for the public functions.
+    """
+    request, operands = describe(
+        version, queries, keys, values, pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
+        options, return_lse=return_lse, platform=platform,
+    )  # fmt: skip
+    shards = sharding.plan(request, operands, mesh, in_specs)
+    kernel, selection = select(sharding.local_request(request, operands, shards), as_config(config))
+    if rows.checking():
+        jax.debug.callback(functools.partial(rows.report_bad_rows, request), *operands[4:8])
+    explained = _explained.get()
+    if explained is not None:  # nothing need be traced further, and these have the right shapes
+        explained.append(selection)
+        lse = jnp.zeros(operands.queries.shape[:2], jnp.float32) if return_lse else None
+        return Attended(operands.queries, operands.pages, lse)
+    return _run(kernel, selection.request, selection.config, shards, operands)
+
+
+# All layers of a model make the same call: jit keeps its trace, so that it is traced and lowered once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=False)
+def _run(
+    kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
+) -> Attended:
+    return sharding.run(lambda local: kernel.forward(request, config, local), request, operands, shards)
+
+
+_explained: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("ragged_explained", default=None)
+"""Where :func:`explain` collects the selection of the call that it traces."""
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selection:
@@ -198,154 +265,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selectio
     if function not in (ragged_page_attention_v2, ragged_page_attention_v3):
         raise ValueError(f"explain: got {function!r}, wanted ragged_page_attention_v2 or ragged_page_attention_v3.")
     found: list[Selection] = []
-    token = _recorder.set(found)
+    token = _explained.set(found)
     try:
         jax.eval_shape(functools.partial(function, **kwargs), *args)
     finally:
-        _recorder.reset(token)
+        _explained.reset(token)
     return found[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A validated call: what to run, and on what."""
-
-    kernel: Kernel
-    selection: Selection
-    shards: Shards
-    operands: Operands
-
-    def run(self) -> tuple[jax.Array, Any]:
-        """Output and pages."""
-        found = _recorder.get()
-        if found is not None:  # explain asks: nothing need be traced further, and these have the right shapes
-            found.append(self.selection)
-            return self.operands.queries, self.operands.pages
-        return _run(self.kernel, self.selection.request, self.selection.config, self.shards, self.operands)
-
-
-# All layers of a model make the same call: jit keeps its trace, so that it is traced and lowered once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=False)
-def _run(
-    kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
-) -> tuple[jax.Array, Any]:
-    return sharding.run(lambda local: kernel.forward(request, config, local), operands, shards)
-
-
-_recorder: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("ragged_recorder", default=None)
-"""Where :func:`explain` collects the selection of the call that it traces."""
-
-
-def _prepare(
-    version: Version,
-    queries: Any,
-    keys: Any,
-    values: Any,
-    pages: Any,
-    context_lens: Any,
-    block_tables: Any,
-    query_start_loc: Any,
-    distribution: Any,
-    softmax_aux: Any,
-    *,
-    softmax_scale: float | None,
-    compute_dtype: Any,
-    sliding_window: Window,
-    mask_value: float | None,
-    logits_soft_cap: float | None,
-    config: Any,
-    platform: str | None,
-    mesh: Mesh | None,
-    in_specs: tuple[PartitionSpec | None, ...] | None,
-    **options: Any,
-) -> _Call:
-    """Validate a call and choose its kernel."""
-    call_config = as_config(config)
-    num_kv_heads = validation.check_shapes(version, queries, keys, values, pages)
-    num_tokens, num_q_heads, head_dim = queries.shape
-    known_lens = context_lens if isinstance(context_lens, np.ndarray) else None
-    context_lens, query_start_loc, block_tables = validation.check_index_arrays(
-        context_lens, query_start_loc, block_tables, distribution
-    )
-    num_rows, pages_per_row = block_tables.shape
-    capacity = pages_per_row * pages.shape[1]
-    if known_lens is not None and known_lens.size and int(known_lens.max()) > capacity:
-        raise ValueError(
-            f"block_tables: a context of {int(known_lens.max())} tokens was given, wanted at most {capacity}: "
-            f"{pages_per_row} pages of {pages.shape[1]}. Widen the block table."
-        )
-    coded = isinstance(pages, TurboQuantPages)
-    cache_dtype = np.dtype(np.uint8 if coded else pages.dtype)
-    request = AttentionRequest(
-        version=version,
-        platform=PLATFORMS.get(platform or "", platform) or jax.default_backend(),
-        num_tokens=num_tokens,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_rows=num_rows,
-        pages_per_row=pages_per_row,
-        num_pages=pages.shape[0],
-        query_dtype=np.dtype(queries.dtype),
-        cache_dtype=cache_dtype,
-        compute_dtype=validation.float_dtype("compute_dtype", compute_dtype, queries.dtype),
-        layout=PageLayout.of_codes(pages.shape[1], num_kv_heads, head_dim)
-        if coded
-        else PageLayout.of(version, pages.shape, num_kv_heads, head_dim, cache_dtype),
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else validation.number("softmax_scale", softmax_scale),
-        sliding_window=validation.window_tokens(sliding_window),
-        logits_soft_cap=None if logits_soft_cap is None else validation.positive("logits_soft_cap", logits_soft_cap),
-        has_sinks=softmax_aux is not None,
-        turboquant=coded,
-        **validation.check_options(options),
-    )
-    validation.check_mask_value(mask_value)
-    validation.check_scales(pages, options)
-    operands = Operands(
-        jnp.asarray(queries),
-        None if keys is None else jnp.asarray(keys),
-        None if values is None else jnp.asarray(values),
-        jax.tree.map(jnp.asarray, pages),
-        context_lens,
-        block_tables,
-        query_start_loc,
-        jnp.asarray(distribution),
-        None if softmax_aux is None else validation.sinks_per_head(softmax_aux, num_q_heads, num_kv_heads),
-    )
-    specs = validation.specs_of(version, mesh, in_specs)
-    shards = sharding.plan(request, operands, mesh, *specs)
-    local = sharding.local_request(request, operands.pages.shape, shards)
-    kernel, selection = select(local, call_config)
-    if os.environ.get(CHECK_VARIABLE, "") not in ("", "0"):
-        jax.debug.callback(functools.partial(_report_bad_rows, request), *operands[4:8])
-    return _Call(kernel, selection, shards, operands)
-
-
-def _report_bad_rows(
-    request: AttentionRequest, context_lens: Any, block_tables: Any, query_start_loc: Any, distribution: Any
-) -> None:
-    """Log what is wrong with each row that a kernel will skip."""
-    lens, tables, starts = (np.asarray(array) for array in (context_lens, block_tables, query_start_loc))
-    total, capacity = int(np.asarray(distribution)[2]), request.pages_per_row * request.page_size
-    if not 0 <= total <= request.num_rows:
-        logger.error("%s: distribution says %d rows, the block table has %d", CHECK_VARIABLE, total, request.num_rows)
-    for row in range(min(max(total, 0), request.num_rows)):
-        start, end, context = int(starts[row]), int(starts[row + 1]), int(lens[row])
-        if start == end:
-            continue
-        problem = None
-        if not 0 <= start < end <= request.num_tokens:
-            problem = f"its tokens are [{start}, {end}) of {request.num_tokens}"
-        elif context < end - start:
-            problem = f"its context of {context} tokens is shorter than its {end - start} new ones"
-        elif context > capacity:
-            problem = f"its context of {context} tokens exceeds the {capacity} of its part of the block table"
-        else:
-            first_query = context - (end - start)
-            first = max(0, first_query - request.sliding_window + 1) if request.sliding_window else 0
-            needed = tables[row, first // request.page_size : -(-context // request.page_size)]
-            outside = needed[(needed < 0) | (needed >= request.num_pages)]
-            if outside.size:
-                problem = f"it needs page {int(outside[0])}, the cache has {request.num_pages}"
-        if problem:
-            logger.error("%s: row %d of %s is skipped: %s", CHECK_VARIABLE, row, request.describe(), problem)

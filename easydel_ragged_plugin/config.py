@@ -56,6 +56,8 @@ class RaggedPageConfig:
         backend: kept for the host's config classes; ``"any"`` or a platform's name.
         from_host: made from one of the host's config classes. The kernel ``ejkernel`` is given such a class, too, even
             where nothing is set: it tunes block sizes only when it is given none.
+        kernel_config: knobs that one kernel alone has, an object of its ``config_type`` (``pallas_gpu``: ``Tiles``);
+            keeps the choice to that kernel.
     """
 
     kernel: str = "auto"
@@ -67,6 +69,7 @@ class RaggedPageConfig:
     platform: str = "auto"
     backend: str = "any"
     from_host: bool = False
+    kernel_config: Any = None
 
     def __post_init__(self) -> None:
         for name in ("kernel", "platform", "backend"):
@@ -79,6 +82,15 @@ class RaggedPageConfig:
                 raise ValueError(
                     f"{name}: got {value!r}, wanted an int of at least 1, or None to let the kernel choose."
                 )
+        if self.kernel_config is not None and not _is_frozen_dataclass(self.kernel_config):
+            raise ValueError(
+                f"kernel_config: got {self.kernel_config!r}, wanted an object of a kernel's config_type, or None."
+            )
+
+
+def _is_frozen_dataclass(value: Any) -> bool:
+    """Whether ``value`` is an object that can be part of the key of a compiled call."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__hash__ is not None
 
 
 def as_config(value: Any) -> RaggedPageConfig | None:

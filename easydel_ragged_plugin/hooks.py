@@ -7,7 +7,7 @@ A plugin is an object or a module with functions marked by :data:`hookimpl`, reg
 
     @hookimpl
     def ragged_config(request):
-        if request.platform == "cpu" and request.sliding_window:
+        if request.platform == "cpu" and request.options.sliding_window:
             return RaggedPageConfig(num_kv_pages_per_block=1)
 
 Implementations are called while a call is traced, never while it runs. The machinery is pluggy's.

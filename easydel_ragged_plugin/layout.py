@@ -92,11 +92,6 @@ class PageLayout:
         return self.page_size * self.token_stride
 
     @classmethod
-    def of_codes(cls, page_size: int, num_kv_heads: int, head_dim: int) -> PageLayout:
-        """A TurboQuant cache has no strides that lead to its numbers: these count the numbers that it stands for."""
-        return cls(page_size, num_kv_heads, head_dim, 2 * num_kv_heads * head_dim, 2 * head_dim, head_dim, head_dim)
-
-    @classmethod
     def of(
         cls, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype
     ) -> PageLayout:

@@ -7,18 +7,21 @@ attention by the name of the class.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from . import api, host, turboquant
-from .config import as_config
+from . import api, host, views
 from .errors import Unsupported
-from .turboquant import TurboQuantConstants, TurboQuantPages
+from .options import Options
 
 _host = host.load()
 _EMPTY, _HEAD, _PREFILL = _host.axes.EMPTY, _host.axes.HEAD, _host.axes.MODE_PREFILL
+
+OPTIONS = frozenset(each.name for each in dataclasses.fields(Options)) - {"sinks"}
+"""Names of the host's arguments that are options of the call. Sinks come as an array."""
 
 __all__ = ["RaggedPageAttnV2", "RaggedPageAttnV3"]
 
@@ -92,7 +95,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             Unsupported: an argument that paged attention can't honour.
             ValueError: wrong shapes, dtypes or values, before anything is written.
         """
-        return self._forward(kernel="xla" if _host.native_runtime_forced() else None, **arguments)
+        return self._forward(portable=_host.native_runtime_forced(), **arguments)
 
     def forward_cpu(self, **arguments: Any) -> Any:
         """See :meth:`forward_native`, which the host's dispatch takes on CPU."""
@@ -121,69 +124,44 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
     def _forward(
         self,
         *,
-        kernel: str | None = None,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
         cache_view: Any,
         cache_metadata: Any,
-        softmax_scale: float | None = None,
-        logits_soft_cap: float | None = None,
-        compute_dtype: Any = None,
-        optimized: bool = False,
-        sliding_window: int | tuple[int, int] | None = None,
         softmax_aux: jax.Array | None = None,
-        mask_value: float | None = None,
-        vmem_limit_bytes: int | None = None,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
-        **host_arguments: Any,
+        portable: bool = False,
+        **arguments: Any,
     ) -> Any:
-        options = {
-            "softmax_scale": softmax_scale,
-            "logits_soft_cap": logits_soft_cap,
-            "sliding_window": sliding_window,
-            "mask_value": mask_value,
-            "vmem_limit_bytes": vmem_limit_bytes,
-            "compute_dtype": compute_dtype,
-            "optimized": optimized,
-            "q_scale": q_scale,
-            "k_scale": k_scale,
-            "v_scale": v_scale,
-        }
-        self._check_host_arguments(host_arguments)
-        pages = self._pages_of(cache_view)
-        name = self.get_impl_name()
-        config = as_config(self.metadata.get_operation_config(name))
-        if isinstance(pages, TurboQuantPages):  # the host keeps a config of its own for them
-            config = as_config(self.metadata.get_operation_config(f"{name}_turboquant")) or config
-        options |= {
-            "config": kernel or config,
-            **self._partitioning(query, pages, cache_view),
-        }
-        rows = (cache_metadata.context_lens, cache_metadata.pages_tables, cache_metadata.query_start_loc)
-        if self.version == "v2":
-            num_seqs = jnp.asarray(cache_metadata.num_seqs).reshape(-1)[:1]
-            output = api.ragged_page_attention_v2(query, pages, *rows, num_seqs, softmax_aux, **options)
-            return _host.AttentionOutput(attention_weights=None, attention_outputs=output)
-        if cache_metadata.request_distribution is None:
+        options = Options(**{name: arguments.pop(name) for name in OPTIONS & arguments.keys()})
+        self._check_host_arguments(arguments)
+        view = views.adapter_of(cache_view)
+        pages = view.read(cache_view, self.version)
+        is_v3 = self.version == "v3"
+        last = cache_metadata.request_distribution if is_v3 else jnp.asarray(cache_metadata.num_seqs).reshape(-1)[:1]
+        if last is None:
             raise ValueError(
                 "cache_metadata.request_distribution: got None, wanted [decode_end, prefill_end, total]. "
                 "Build the metadata with version='v3'."
             )
-        output, pages = api.ragged_page_attention_v3(
-            query, key, value, pages, *rows, cache_metadata.request_distribution, softmax_aux, **options
+        configs = (self.metadata.get_operation_config(name) for name in view.config_names(self.get_impl_name()))
+        attended = api.attend(
+            self.version,
+            query,
+            key if is_v3 else None,
+            value if is_v3 else None,
+            pages,
+            cache_metadata.context_lens,
+            cache_metadata.pages_tables,
+            cache_metadata.query_start_loc,
+            last,
+            softmax_aux,
+            options,
+            config=view.portable_kernel if portable else next((each for each in configs if each is not None), None),
+            **self._partitioning(query, pages, cache_view, view),
         )
-        if isinstance(pages, TurboQuantPages):
-            for field, array in zip(turboquant.ARRAYS, pages.arrays, strict=True):
-                setattr(cache_view, f"{field}_pages", array)
-            return _host.AttentionOutput(attention_weights=None, attention_outputs=output, cache_view=cache_view)
-        cache_view.kv_pages = pages
-        would_be_cast = _host.casts_returned_pages and pages.dtype != jnp.dtype(self.metadata.runtime_dtype)
-        return _host.AttentionOutput(
-            attention_weights=None, attention_outputs=output, cache_view=None if would_be_cast else cache_view
-        )
+        returned = view.write(cache_view, attended.pages, self.metadata.runtime_dtype) if is_v3 else None
+        return _host.AttentionOutput(attention_weights=None, attention_outputs=attended.output, cache_view=returned)
 
     def _check_host_arguments(self, arguments: dict[str, Any]) -> None:
         """Refuse arguments that nobody knows, and values that would change a result and can't be honoured."""
@@ -200,33 +178,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         if arguments.get("dropout_prob") and arguments.get("deterministic") is False:
             raise Unsupported(f"{self.get_impl_name()}: dropout. Serving is deterministic; pass deterministic=True.")
 
-    def _pages_of(self, cache_view: Any) -> jax.Array | TurboQuantPages:
-        view_class = _host.TurboQuantRaggedPagesCacheView
-        if view_class is not None and isinstance(cache_view, view_class):
-            given = cache_view.constants
-            constants = (given.rotation_matrix, given.qjl_projection, given.key_codebook, given.value_codebook)
-            arrays = {field: getattr(cache_view, f"{field}_pages") for field in turboquant.ARRAYS}
-            return TurboQuantPages(**arrays, constants=TurboQuantConstants(*constants))
-        pages = getattr(cache_view, "kv_pages", None)
-        if pages is None:
-            raise ValueError(
-                f"cache_view: got {type(cache_view).__name__}, wanted a view with kv_pages, such as "
-                "RaggedPagesCacheView. The model must be served with a paged cache to use ragged page attention."
-            )
-        if not isinstance(pages, jax.Array):
-            raise Unsupported(
-                f"{self.get_impl_name()}: pages of type {type(pages).__name__}. Choose a cache without a quantizer."
-            )
-        wanted = 4 if self.version == "v2" else 5
-        if pages.ndim != wanted:
-            raise ValueError(
-                f"cache_view: got {type(cache_view).__name__} with pages of shape {pages.shape}, wanted pages of "
-                f"{wanted} axes, as RaggedPagesCacheView has them for {self.version}. Build the cache for the model's "
-                "attn_mechanism, or choose the attn_mechanism that this cache belongs to."
-            )
-        return pages
-
-    def _partitioning(self, query: jax.Array, pages: jax.Array | TurboQuantPages, cache_view: Any) -> dict[str, Any]:
+    def _partitioning(self, query: jax.Array, pages: Any, cache_view: Any, view: views.CacheView) -> dict[str, Any]:
         """Mesh and partition specs from the host's partition manager; nothing on a single device."""
         mesh = self.metadata.mesh
         if mesh is None or mesh.size == 1:
@@ -235,15 +187,11 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         def resolve(axes: list[Any], shape: tuple[int, ...]) -> Any:
             return self.metadata.partition_manager.resolve(axes=axes, mode=_PREFILL, shape=shape)
 
-        cache = cache_view.metadata
-        page_axis = _host.data_parallel_axis if getattr(cache, "data_parallel_size", 1) > 1 else _EMPTY
-        # 0.2.0.2 has no kv_head_shards and always splits the heads of its pages; 0.3.0 says whether it did.
-        head_shards = getattr(cache, "kv_head_shards", None)
-        head_axis = _EMPTY if head_shards == 1 else _HEAD
-        if isinstance(pages, TurboQuantPages):  # always split, and the view says nothing of it
-            head_axis = _host.axes.KV_HEAD
+        data_parallel = getattr(cache_view.metadata, "data_parallel_size", 1) > 1
+        page_axis = _host.data_parallel_axis if data_parallel else _EMPTY
         query_spec = resolve([_EMPTY, _HEAD, _EMPTY], query.shape)
-        page_spec = resolve([page_axis, _EMPTY, head_axis, *[_EMPTY] * (len(pages.shape) - 3)], pages.shape)
+        page_axes = [page_axis, _EMPTY, view.head_axis(cache_view), *[_EMPTY] * (len(pages.shape) - 3)]
+        page_spec = resolve(page_axes, pages.shape)
         if self.version == "v2":
             return {"mesh": mesh, "in_specs": (query_spec, page_spec, None, None, None, None)}
         return {"mesh": mesh, "in_specs": (query_spec, None, None, page_spec, None, None, None, None)}

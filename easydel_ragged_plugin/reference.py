@@ -4,8 +4,9 @@ This is the oracle that every kernel is measured against, so it is slow and simp
 over rows, tokens and heads one at a time (only the keys of one query are handled together), and it
 shares no code with the kernels or with the layout module. It reads nothing that the mask does not need.
 
-The two functions take the arguments of the public functions of the same name. Arguments that choose how
-a result is computed (``config``, ``compute_dtype``, ``mesh``, ...) are accepted and change nothing here.
+The two functions take the arguments of the public functions of the same name, options as keywords or as one
+:class:`~easydel_ragged_plugin.options.Options`. Options that choose how a result is computed (``compute_dtype``,
+``optimized``, ...) change nothing here.
 
 Rules that the oracle fixes:
 
@@ -17,6 +18,8 @@ Rules that the oracle fixes:
   pages it needs. An invalid row writes nothing.
 * v3 writes only the slots of live tokens. There, lanes past ``head_dim`` and heads that exist only to
   fill a group of 32 bits become zeros; every other slot keeps its bytes.
+* The logsumexp of a token and head is the natural logarithm of the softmax's sum before it is divided by: of
+  ``exp(logit)`` over the keys that are seen and the sinks. It is -inf for tokens of no live row.
 * float8 caches saturate at the largest finite number, int8 caches round to the nearest of -127 to 127. Wider caches
   round as NumPy does.
 """
@@ -24,19 +27,23 @@ Rules that the oracle fixes:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from .options import Options
 
 __all__ = ["ragged_page_attention_v2", "ragged_page_attention_v3", "write_tokens"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3")
 
 
-def _first_visible(position: int, window: int | tuple[int, int] | None) -> int:
+def _first_visible(position: int, options: Options) -> int:
     """Lowest position that a query at ``position`` sees."""
-    if window is None:
+    window = options.sliding_window
+    if window is None or (isinstance(window, tuple) and window[0] == -1):
         return 0
     before = window - 1 if isinstance(window, int) else window[0]
     return max(0, position - before)
@@ -91,7 +98,7 @@ def _live_rows(
     block_tables: np.ndarray,
     query_start_loc: np.ndarray,
     total: int,
-    window: int | tuple[int, int] | None,
+    options: Options,
 ) -> list[tuple[int, int, int, int]]:
     """(row, first token, number of queries, context length) of each row that has work and makes sense."""
     rows = []
@@ -102,7 +109,7 @@ def _live_rows(
             continue
         if context < count or context > block_tables.shape[1] * page_size:
             continue
-        lowest = _first_visible(context - count, window)
+        lowest = _first_visible(context - count, options)
         needed = block_tables[row, lowest // page_size : (context - 1) // page_size + 1]
         if np.any(needed < 0) or np.any(needed >= num_pages):
             continue
@@ -120,52 +127,50 @@ def _sinks_of_head(softmax_aux: np.ndarray | None, head: int, group: int) -> np.
 
 def _attend_one(
     query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, soft_cap: float | None, sinks: np.ndarray
-) -> np.ndarray:
-    """One query ``[D]`` over the keys and values ``[n, D]`` that it sees."""
+) -> tuple[np.ndarray, float]:
+    """Output and logsumexp of one query ``[D]`` over the keys and values ``[n, D]`` that it sees."""
     logits = keys @ query * scale
     if soft_cap is not None:
         logits = soft_cap * np.tanh(logits / soft_cap)
     highest = max(logits.max(initial=-np.inf), sinks.max(initial=-np.inf))
     weights = np.exp(logits - highest)
-    return weights @ values / (weights.sum() + np.exp(sinks - highest).sum())
+    total = weights.sum() + np.exp(sinks - highest).sum()
+    return weights @ values / total, highest + math.log(total)
 
 
 def _attend(
     queries: np.ndarray,
-    read: Any,
+    read: Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]],
     num_kv_heads: int,
     page_size: int,
     rows: list[tuple[int, int, int, int]],
     block_tables: np.ndarray,
     softmax_aux: np.ndarray | None,
-    softmax_scale: float | None,
-    logits_soft_cap: float | None,
-    window: int | tuple[int, int] | None,
-    q_scale: float | None,
-    k_scale: float | None,
-    v_scale: float | None,
-) -> np.ndarray:
+    options: Options,
+) -> tuple[np.ndarray, np.ndarray]:
     num_q_heads, head_dim = queries.shape[1:]
     group = num_q_heads // num_kv_heads
-    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
-    q_factor, k_factor, v_factor = (1.0 if s is None else float(s) for s in (q_scale, k_scale, v_scale))
+    scale = 1.0 / math.sqrt(head_dim) if options.softmax_scale is None else options.softmax_scale
+    factors = (1.0 if s is None else s for s in (options.q_scale, options.k_scale, options.v_scale))
+    q_factor, k_factor, v_factor = factors
     output = np.zeros(queries.shape, np.float64)
+    lse = np.full(queries.shape[:2], -np.inf)
     for row, start, count, context in rows:
         for index in range(count):
             position = context - count + index
-            seen = np.arange(_first_visible(position, window), position + 1)
+            seen = np.arange(_first_visible(position, options), position + 1)
             pages, slots = block_tables[row, seen // page_size], seen % page_size
             for head in range(num_q_heads):
                 keys, values = read(pages, slots, head // group)
-                output[start + index, head] = _attend_one(
+                output[start + index, head], lse[start + index, head] = _attend_one(
                     queries[start + index, head].astype(np.float64) * q_factor,
                     keys.astype(np.float64) * k_factor,
                     values.astype(np.float64) * v_factor,
                     scale,
-                    logits_soft_cap,
+                    options.logits_soft_cap,
                     _sinks_of_head(softmax_aux, head, group),
                 )
-    return output
+    return output, lse
 
 
 def ragged_page_attention_v2(
@@ -178,22 +183,10 @@ def ragged_page_attention_v2(
     softmax_aux: np.ndarray | None = None,
     /,
     *,
-    softmax_scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    compute_dtype: Any = None,
-    optimized: bool = False,
-    sliding_window: int | tuple[int, int] | None = None,
-    mask_value: float | None = None,
-    vmem_limit_bytes: int | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    config: Any = None,
-    platform: str | None = None,
-    mesh: Any = None,
-    in_specs: Any = None,
-    out_specs: Any = None,
-) -> np.ndarray:
+    options: Options | None = None,
+    return_lse: bool = False,
+    **keywords: Any,
+) -> Any:
     """Attention over pages ``[pages, page_size, 2 * kv_heads, head_dim]``: K in even heads, V in odd ones.
 
     Args:
@@ -205,10 +198,13 @@ def ragged_page_attention_v2(
         num_seqs: number of live rows, a scalar or ``[1]``.
         softmax_aux: sink logits, ``[q_heads]`` or ``[kv_heads, n]``.
 
+        options, **keywords: the options, as one object or as keywords.
+        return_lse: whether to return the logsumexp, too.
+
     Returns:
-        ``[tokens, q_heads, head_dim]`` float64.
+        ``[tokens, q_heads, head_dim]`` float64; with ``return_lse`` a pair of it and ``[tokens, q_heads]`` float64.
     """
-    del compute_dtype, optimized, mask_value, vmem_limit_bytes, config, platform, mesh, in_specs, out_specs
+    options = Options(**keywords) if options is None else options
     queries, kv_pages = np.asarray(queries), np.asarray(kv_pages)
     context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
     block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
@@ -222,27 +218,15 @@ def ragged_page_attention_v2(
         block_tables,
         query_start_loc,
         int(np.asarray(num_seqs).reshape(-1)[0]),
-        sliding_window,
+        options,
     )
 
     def read(pages: np.ndarray, slots: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
         return kv_pages[pages, slots, 2 * head], kv_pages[pages, slots, 2 * head + 1]
 
-    return _attend(
-        queries,
-        read,
-        combined_heads // 2,
-        page_size,
-        rows,
-        block_tables,
-        softmax_aux,
-        softmax_scale,
-        logits_soft_cap,
-        sliding_window,
-        q_scale,
-        k_scale,
-        v_scale,
-    )
+    heads = combined_heads // 2
+    output, lse = _attend(queries, read, heads, page_size, rows, block_tables, softmax_aux, options)
+    return (output, lse) if return_lse else output
 
 
 def ragged_page_attention_v3(
@@ -257,22 +241,10 @@ def ragged_page_attention_v3(
     softmax_aux: np.ndarray | None = None,
     /,
     *,
-    softmax_scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    compute_dtype: Any = None,
-    optimized: bool = False,
-    sliding_window: int | tuple[int, int] | None = None,
-    mask_value: float | None = None,
-    vmem_limit_bytes: int | None = None,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
-    config: Any = None,
-    platform: str | None = None,
-    mesh: Any = None,
-    in_specs: Any = None,
-    out_specs: Any = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    options: Options | None = None,
+    return_lse: bool = False,
+    **keywords: Any,
+) -> Any:
     """Write the new keys and values of live tokens into a copy of the pages, then attend over it.
 
     Pages are ``[pages, page_size, groups, pack, lanes]``. With groups and pack flattened to stored heads,
@@ -284,12 +256,13 @@ def ragged_page_attention_v3(
         keys, values: ``[tokens, kv_heads, head_dim]``, stored as given after a cast to the cache's dtype.
         kv_pages: pages before the new tokens; not changed.
         distribution: ``[3]``; its last entry is the number of live rows.
-        context_lens, block_tables, query_start_loc, softmax_aux: as for v2.
+        context_lens, block_tables, query_start_loc, softmax_aux, options, **keywords, return_lse: as for v2.
 
     Returns:
-        ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype.
+        ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype; with ``return_lse``
+        ``[tokens, q_heads]`` float64 as a third.
     """
-    del compute_dtype, optimized, mask_value, vmem_limit_bytes, config, platform, mesh, in_specs, out_specs
+    options = Options(**keywords) if options is None else options
     queries, keys, values, kv_pages = (np.asarray(a) for a in (queries, keys, values, kv_pages))
     context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
     block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
@@ -304,7 +277,7 @@ def ragged_page_attention_v3(
         block_tables,
         query_start_loc,
         int(np.asarray(distribution)[2]),
-        sliding_window,
+        options,
     )
     updated = kv_pages.copy()
     flat = updated.reshape(num_pages, page_size, groups * pack, lanes)
@@ -319,19 +292,5 @@ def ragged_page_attention_v3(
             flat[pages, slots, v_head, v_lane : v_lane + head_dim],
         )
 
-    output = _attend(
-        queries,
-        read,
-        num_kv_heads,
-        page_size,
-        rows,
-        block_tables,
-        softmax_aux,
-        softmax_scale,
-        logits_soft_cap,
-        sliding_window,
-        q_scale,
-        k_scale,
-        v_scale,
-    )
-    return output, updated
+    output, lse = _attend(queries, read, num_kv_heads, page_size, rows, block_tables, softmax_aux, options)
+    return (output, updated, lse) if return_lse else (output, updated)

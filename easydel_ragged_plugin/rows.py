@@ -8,33 +8,41 @@ A wrong number in ``query_start_loc`` spoils the rows on both sides of it, and w
 tokens of good rows. Each row is taken at its word: a token that two rows claim is written for both, so the good ones
 keep all of theirs. Its output is that of either.
 
-The functions of single rows take scalars as well as arrays, so they serve inside of a GPU kernel, too.
+What a query sees is defined here, once: :func:`first_visible`, :func:`visible_keys` and :func:`is_visible`. They and
+the functions of single rows take scalars as well as arrays, so they serve inside of a GPU kernel, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+import logging
+import os
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from .types import AttentionRequest, Operands
+from .types import AttentionRequest, Distribution, Operands
 
 __all__ = [
+    "CHECK_VARIABLE",
     "Rows",
-    "before",
-    "first_position",
+    "assign_parts",
+    "checking",
+    "exclusive_sum",
+    "first_visible",
+    "is_visible",
     "live_rows",
     "needed_entries",
     "plausible_rows",
-    "spread",
-    "to_cache_dtype",
-    "write_tokens",
+    "report_bad_rows",
+    "visible_keys",
 ]
 
-State = TypeVar("State")
+CHECK_VARIABLE = "EASYDEL_RAGGED_CHECK"
+
+logger = logging.getLogger("easydel_ragged_plugin")
 
 
 class Rows(NamedTuple):
@@ -45,19 +53,33 @@ class Rows(NamedTuple):
     context: jax.Array
 
 
-def first_position(request: AttentionRequest, position: jax.Array) -> jax.Array:
-    """First key position that a query at ``position`` sees."""
-    if request.sliding_window is None:
-        return jnp.zeros_like(position)
-    return jnp.maximum(position - (request.sliding_window - 1), 0)
+def first_visible(request: AttentionRequest, position: Any, xp: Any = jnp) -> Any:
+    """First key position that a query at ``position`` sees; ``xp`` is the array module to compute it with."""
+    window = request.options.window
+    if window is None:
+        return xp.zeros_like(position)
+    return xp.maximum(position - (window - 1), 0)
+
+
+def visible_keys(request: AttentionRequest, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Key positions ``[begin, end)`` that the queries of a tile, at positions ``[first, last]``, see together."""
+    return first_visible(request, first), last + 1
+
+
+def is_visible(request: AttentionRequest, key: jax.Array, query: jax.Array) -> jax.Array:
+    """Whether queries at positions ``query`` see keys at positions ``key``, which broadcast against them."""
+    visible = key <= query
+    if request.options.window is not None:
+        visible &= key >= first_visible(request, query)
+    return visible
 
 
 def needed_entries(
     request: AttentionRequest, context: jax.Array, num_queries: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """First and last entry of the block table that a row's queries need."""
-    first = lax.div(first_position(request, context - num_queries), jnp.int32(request.page_size))
-    return first, lax.div(context - 1, jnp.int32(request.page_size))
+    begin, end = visible_keys(request, context - num_queries, context - 1)
+    return lax.div(begin, jnp.int32(request.page_size)), lax.div(end - 1, jnp.int32(request.page_size))
 
 
 def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
@@ -65,7 +87,7 @@ def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
     start, end = operands.query_start_loc[:-1], operands.query_start_loc[1:]
     num_queries = end - start
     context = operands.context_lens
-    live = jnp.arange(request.num_rows, dtype=jnp.int32) < operands.distribution[2]
+    live = jnp.arange(request.num_rows, dtype=jnp.int32) < operands.distribution[2]  # Distribution.total
     live &= (start >= 0) & (num_queries > 0) & (end <= request.num_tokens)
     live &= (context >= num_queries) & (context <= request.pages_per_row * request.page_size)
     return Rows(start, jnp.where(live, num_queries, 0), context)
@@ -82,21 +104,22 @@ def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
     return rows._replace(num_queries=jnp.where(bad, 0, rows.num_queries))
 
 
-def before(counts: jax.Array) -> jax.Array:
+def exclusive_sum(counts: jax.Array) -> jax.Array:
     """Sum of the counts of earlier rows, for each row."""
     row = jnp.arange(counts.shape[0], dtype=jnp.int32)
     return jnp.sum(jnp.where(row[None, :] < row[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
 
 
-def spread(
+def assign_parts(
     counts: jax.Array, num_parts: int, first_part: int | jax.Array = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(row, index within the row, whether there is such a part) of ``num_parts`` parts, ``counts[r]`` of row r.
+    """Parts to rows, ``counts[r]`` of them to row r: (row, index within the row, whether there is such a part) of the
+    ``num_parts`` parts from ``first_part`` on.
 
     Comparing all pairs takes the place of ``cumsum`` and ``searchsorted``, which become a dozen small GPU kernels each;
     these become one each.
     """
-    start = before(counts)
+    start = exclusive_sum(counts)
     part = first_part + jnp.arange(num_parts, dtype=jnp.int32)
     row = jnp.sum((start + counts)[None, :] <= part[:, None], axis=1, dtype=jnp.int32)
     live = row < counts.shape[0]
@@ -104,41 +127,36 @@ def spread(
     return row, jnp.where(live, part - start[row], 0), live
 
 
-def write_tokens(
-    request: AttentionRequest,
-    rows: Rows,
-    operands: Operands,
-    write: Callable[[jax.Array, jax.Array, State], State],
-    state: State,
-) -> State:
-    """``state`` after ``write(token, slot, state)`` for every new token of every live row.
-
-    ``token`` and ``slot`` are ``[tokens]``: a token of the batch, and its slot in the cache seen as
-    ``[pages * page_size]``; where there is none, the slot is one past the end, for ``mode="drop"``. Rows that make
-    sense share no token, and one step takes all. Rows that overlap have more, and take more steps.
-    """
-    page_size = jnp.int32(request.page_size)
-
-    def step(trip: jax.Array, state: State) -> State:
-        row, index, live = spread(rows.num_queries, request.num_tokens, trip * request.num_tokens)
-        position = jnp.where(live, rows.context[row] - rows.num_queries[row] + index, 0)
-        page = operands.block_tables[row, lax.div(position, page_size)]
-        slot = page * page_size + lax.rem(position, page_size)
-        slot = jnp.where(live, slot, request.num_pages * request.page_size)
-        return write(jnp.where(live, rows.query_start[row] + index, 0), slot, state)
-
-    total = jnp.sum(rows.num_queries, dtype=jnp.int32)
-    return lax.fori_loop(0, -(-total // request.num_tokens), step, state)
+def checking() -> bool:
+    """Whether ``EASYDEL_RAGGED_CHECK`` requests a report of bad rows."""
+    return os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
 
 
-def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
-    """Cast to the cache's dtype; 8-bit ones saturate, where a plain cast would give NaN, infinity or a wrapped number.
+def report_bad_rows(
+    request: AttentionRequest, context_lens: Any, block_tables: Any, query_start_loc: Any, distribution: Any
+) -> None:
+    """Log what is wrong with each row that a kernel will skip. Takes the values of the index arrays, in NumPy."""
+    lens, tables, starts = (np.asarray(array) for array in (context_lens, block_tables, query_start_loc))
+    total = int(Distribution(*np.asarray(distribution)).total)
+    if not 0 <= total <= request.num_rows:
+        logger.error("%s: distribution says %d rows, the block table has %d", CHECK_VARIABLE, total, request.num_rows)
+    for row in range(min(max(total, 0), request.num_rows)):
+        start, end, context = int(starts[row]), int(starts[row + 1]), int(lens[row])
+        problem = None if start == end else _problem(request, start, end, context, tables[row])
+        if problem is not None:
+            logger.error("%s: row %d of %s is skipped: %s", CHECK_VARIABLE, row, request.describe(), problem)
 
-    Integers are symmetric, so that the least one, which has no opposite, is never written.
-    """
-    if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
-        if jnp.issubdtype(request.cache_dtype, jnp.integer):
-            return jnp.clip(jnp.round(array), -127, 127).astype(request.cache_dtype)
-        limit = float(jnp.finfo(request.cache_dtype).max)
-        array = jnp.clip(array, -limit, limit)
-    return array.astype(request.cache_dtype)
+
+def _problem(request: AttentionRequest, start: int, end: int, context: int, table: np.ndarray) -> str | None:
+    """What is wrong with a row that has tokens ``[start, end)``, or None."""
+    capacity = request.pages_per_row * request.page_size
+    if not 0 <= start < end <= request.num_tokens:
+        return f"its tokens are [{start}, {end}) of {request.num_tokens}"
+    if context < end - start:
+        return f"its context of {context} tokens is shorter than its {end - start} new ones"
+    if context > capacity:
+        return f"its context of {context} tokens exceeds the {capacity} of its part of the block table"
+    first = int(first_visible(request, np.int64(context - (end - start)), np))
+    needed = table[first // request.page_size : -(-context // request.page_size)]
+    outside = needed[(needed < 0) | (needed >= request.num_pages)]
+    return f"it needs page {int(outside[0])}, the cache has {request.num_pages}" if outside.size else None

@@ -12,7 +12,7 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import cpu_native, ejkernel, pallas_gpu, xla
+from .kernels import cpu_native, ejkernel, pallas_gpu, turboquant, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
@@ -20,18 +20,19 @@ __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select
 logger = logging.getLogger("easydel_ragged_plugin")
 
 BUILT_IN: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (cpu_native.KERNEL, pallas_gpu.KERNEL, xla.KERNEL, ejkernel.KERNEL)
+    kernel.name: kernel
+    for kernel in (cpu_native.KERNEL, pallas_gpu.KERNEL, xla.KERNEL, turboquant.KERNEL, ejkernel.KERNEL)
 }
 
 ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu_native", "xla", "ejkernel"),
+    "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
     # Not the host's kernels before the portable one: their v3 lets padding tokens overwrite live pages.
-    "gpu": ("pallas_gpu", "xla", "ejkernel"),
-    "tpu": ("ejkernel", "xla"),
+    "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
+    "tpu": ("ejkernel", "xla", "turboquant"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
 
-ELSEWHERE = ("xla",)
+ELSEWHERE = ("xla", "turboquant")
 """The order on a platform that :data:`ORDER` does not list."""
 
 
@@ -77,7 +78,7 @@ def kernels() -> dict[str, Kernel]:
             if not isinstance(kernel, Kernel):
                 raise ValueError(
                     f"hook ragged_kernels: got {kernel!r}, wanted an object with name, platforms, technologies, "
-                    "refuses and forward (easydel_ragged_plugin.types.Kernel)."
+                    "features, refuses and forward, of a class derived from easydel_ragged_plugin.types.Kernel."
                 )
             if kernel.name in known or kernel.name in BUILT_IN:
                 raise ValueError(
@@ -146,9 +147,11 @@ def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig)
     """Why ``kernel`` can't run ``request`` under ``config``, or None when it can."""
     if request.platform not in kernel.platforms:
         return f"runs on {', '.join(sorted(kernel.platforms))}, not on {request.platform}"
-    # A kernel of a hook need not know that such caches exist.
-    if request.turboquant and not getattr(kernel, "takes_turboquant", False):
-        return "takes no TurboQuant cache"
+    lacking = kernel.features.lacks(request)
+    if lacking is not None:
+        return lacking
+    if config.kernel_config is not None and not isinstance(config.kernel_config, kernel.config_type or ()):
+        return f"the config holds {type(config.kernel_config).__name__}, the knobs of another kernel"
     if config.platform != "auto" and config.platform not in kernel.technologies:
         return f"is {', '.join(sorted(kernel.technologies))}; the config asks for platform {config.platform!r}"
     return kernel.refuses(request)

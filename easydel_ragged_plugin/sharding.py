@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from .layout import PageLayout
+from .layout import Version
 from .select import warn_once
-from .turboquant import TurboQuantPages
-from .types import AttentionRequest, Distribution, Operands
+from .types import Attended, AttentionRequest, Distribution, Operands
 
 __all__ = ["Shards", "local_request", "plan", "run"]
 
@@ -54,6 +53,21 @@ class Shards:
         return not (self.head_axes or self.query_only_axes or self.page_axes)
 
 
+def specs_of(
+    version: Version, mesh: Mesh | None, in_specs: tuple[PartitionSpec | None, ...] | None
+) -> tuple[PartitionSpec | None, PartitionSpec | None]:
+    """Partition specs of queries and pages."""
+    if mesh is None:
+        if in_specs is not None:
+            raise ValueError("in_specs: got specs without a mesh. Pass mesh= as well.")
+        return None, None
+    wanted = (6, 7) if version == "v2" else (8, 9)
+    if in_specs is None or len(in_specs) not in wanted:
+        got = "None" if in_specs is None else f"{len(in_specs)} specs"
+        raise ValueError(f"in_specs: got {got}, wanted one for each of the {wanted[1]} positional arguments, in order.")
+    return in_specs[0], in_specs[1 if version == "v2" else 3]
+
+
 def axes_of(spec: PartitionSpec | None, dimension: int, mesh: Mesh) -> Axes:
     """Mesh axes of more than one device that split ``dimension``."""
     entry = spec[dimension] if spec is not None and len(spec) > dimension else None
@@ -65,10 +79,9 @@ def plan(
     request: AttentionRequest,
     operands: Operands,
     mesh: Mesh | None,
-    query_spec: PartitionSpec | None,
-    page_spec: PartitionSpec | None,
+    in_specs: tuple[PartitionSpec | None, ...] | None,
 ) -> Shards:
-    """How to split ``request``, from the partition specs of queries and pages.
+    """How to split ``request``, from the partition specs of the public function's positional arguments.
 
     Heads are split over the axes of the queries when kv heads divide among them and a shard of the pages holds
     whole heads. One kv head is kept on every shard, and query heads alone are split. Otherwise heads are not split,
@@ -76,8 +89,10 @@ def plan(
     by JAX on each call; that is in the warning, too.
 
     Raises:
-        ValueError: rows or pages do not divide among the shards of the page axis.
+        ValueError: specs without a mesh or not one for each argument; or rows or pages do not divide among the shards
+            of the page axis.
     """
+    query_spec, page_spec = specs_of(request.version, mesh, in_specs)
     if mesh is None or mesh.size == 1:
         return Shards()
     page_axes = axes_of(page_spec, 0, mesh)
@@ -125,46 +140,34 @@ def why_not_heads(
     return None
 
 
-def local_request(request: AttentionRequest, pages_shape: tuple[int, ...], shards: Shards) -> AttentionRequest:
+def local_request(request: AttentionRequest, operands: Operands, shards: Shards) -> AttentionRequest:
     """The request as one shard sees it."""
     if shards.is_single:
         return request
     over_heads, over_pages = shards.size(shards.head_axes), shards.size(shards.page_axes)
     num_kv_heads = request.num_kv_heads // over_heads
-    shape = (pages_shape[0] // over_pages, pages_shape[1], pages_shape[2] // over_heads, *pages_shape[3:])
-    layout = (
-        PageLayout.of_codes(request.page_size, num_kv_heads, request.head_dim)
-        if request.turboquant
-        else PageLayout.of(request.version, shape, num_kv_heads, request.head_dim, request.cache_dtype)
-    )
+    whole = operands.pages.shape
+    shape = (whole[0] // over_pages, whole[1], whole[2] // over_heads, *whole[3:])
     return dataclasses.replace(
         request,
         num_q_heads=request.num_q_heads // (over_heads * shards.size(shards.query_only_axes)),
         num_kv_heads=num_kv_heads,
         num_rows=request.num_rows // over_pages,
         num_pages=shape[0],
-        layout=layout,
+        layout=request.cache_format.layout(request.version, shape, num_kv_heads, request.head_dim, request.cache_dtype),
     )
 
 
 def run(
-    forward: Callable[[Operands], tuple[jax.Array, Any]], operands: Operands, shards: Shards
-) -> tuple[jax.Array, Any]:
-    """``forward`` on each shard of ``operands``; output and pages come back as they went in."""
+    forward: Callable[[Operands], Attended], request: AttentionRequest, operands: Operands, shards: Shards
+) -> Attended:
+    """``forward`` on each shard of ``operands``; the results are split as the operands were."""
     if shards.is_single:
         return forward(operands)
     q_heads = (shards.head_axes + shards.query_only_axes) or None
     kv_heads, page_axes = shards.head_axes or None, shards.page_axes or None
     queries, keys = PartitionSpec(None, q_heads, None), PartitionSpec(None, kv_heads, None)
-
-    def page_spec(array: jax.Array) -> PartitionSpec:
-        return PartitionSpec(page_axes, None, kv_heads, *[None] * (array.ndim - 3))
-
-    pages: Any = (
-        jax.tree.map(lambda _: PartitionSpec(), operands.pages).with_arrays(map(page_spec, operands.pages.arrays))
-        if isinstance(operands.pages, TurboQuantPages)
-        else page_spec(operands.pages)
-    )
+    pages = request.cache_format.specs(operands.pages, shards.page_axes, shards.head_axes)
     specs: Any = {
         "queries": queries,
         "keys": keys if operands.keys is not None else None,
@@ -176,20 +179,26 @@ def run(
         "distribution": PartitionSpec(),
         "sinks": PartitionSpec(q_heads) if operands.sinks is not None else None,
     }
-    specs = Operands(**specs)
+    lse = PartitionSpec(None, q_heads) if request.return_lse else None
 
-    def body(local: Operands) -> tuple[jax.Array, Any]:
+    def body(local: Operands) -> Attended:
         if not shards.page_axes:
             return forward(local)
         local = local_rows(local, shards)
-        output, new_pages = forward(local)
+        attended = forward(local)
         # Each token is one shard's. Not every kernel leaves zeros for tokens of no row.
-        output = jnp.where(tokens_of_rows(local)[:, None, None], output, 0)
-        return jax.lax.psum(output, shards.page_axes), new_pages
+        mine = tokens_of_rows(local)[:, None]
+        output = jax.lax.psum(jnp.where(mine[:, :, None], attended.output, 0), shards.page_axes)
+        attended = attended._replace(output=output)
+        if attended.lse is None:
+            return attended
+        return attended._replace(lse=jax.lax.pmax(jnp.where(mine, attended.lse, -jnp.inf), shards.page_axes))
 
-    return jax.shard_map(body, mesh=shards.mesh, in_specs=(specs,), out_specs=(queries, pages), check_vma=False)(
-        operands
+    results: dict[str, Any] = {"output": queries, "pages": pages, "lse": lse}
+    split = jax.shard_map(
+        body, mesh=shards.mesh, in_specs=(Operands(**specs),), out_specs=Attended(**results), check_vma=False
     )
+    return split(operands)
 
 
 def local_rows(operands: Operands, shards: Shards) -> Operands:

@@ -1,4 +1,4 @@
-"""The arrays of a TurboQuant cache, as EasyDeL 0.3.0 keeps them for one layer.
+"""The TurboQuant cache format: the arrays of one layer as EasyDeL 0.3.0 keeps them, and what depends on their form.
 
 TurboQuant (Zandieh et al., 2025, arXiv 2504.19874) stores a key as the indices of its rotated coordinates in a codebook
 (4 bits each), the signs of a projection of what that leaves (1 bit each), and two norms; a value as indices and a norm.
@@ -14,13 +14,21 @@ next to nothing. The public functions take :class:`TurboQuantPages` in place of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
-__all__ = ["ARRAYS", "TurboQuantConstants", "TurboQuantPages"]
+from .errors import Unsupported
+from .formats import Axes, CacheFormat
+from .layout import PageLayout, Version
+from .options import Options
+
+__all__ = ["ARRAYS", "FORMAT", "TurboQuantConstants", "TurboQuantFormat", "TurboQuantPages"]
 
 ARRAYS = ("key_indices", "key_signs", "key_norms", "value_indices", "value_norms")
 """The arrays of a layer's cache, in EasyDeL's order."""
@@ -100,3 +108,51 @@ class TurboQuantPages(NamedTuple):
             is_code = "norms" not in name
             if (array.dtype == "uint8") != is_code or (not is_code and not jnp.issubdtype(array.dtype, jnp.floating)):
                 raise ValueError(f"{name}: got dtype {array.dtype}, wanted {'uint8' if is_code else 'a float dtype'}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TurboQuantFormat(CacheFormat):
+    """Codes in place of numbers: :class:`TurboQuantPages`."""
+
+    name = "turboquant"
+    label = "TurboQuant"
+
+    def holds(self, cache: Any) -> bool:
+        """Whether ``cache`` is a :class:`TurboQuantPages`."""
+        return isinstance(cache, TurboQuantPages)
+
+    def dtype(self, cache: Any) -> np.dtype:
+        """That of the codes."""
+        return np.dtype(np.uint8)
+
+    def check(self, version: Version, cache: Any, head_dim: int) -> None:
+        """See :meth:`TurboQuantPages.check`. Both versions have the same arrays."""
+        cache.check(head_dim)
+
+    def check_options(self, cache: Any, options: Options) -> None:
+        """Refuse scales: the cache has norms of its own."""
+        given = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(options, name) is not None]
+        if given:
+            raise Unsupported(f"{' and '.join(given)} with a TurboQuant cache, which keeps norms of its own.")
+
+    def num_kv_heads(self, version: Version, cache: Any) -> int:
+        """The third axis of each array."""
+        return int(cache.shape[2])
+
+    def layout(
+        self, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype
+    ) -> PageLayout:
+        """Strides of the numbers that the codes stand for: none leads into the arrays."""
+        if num_kv_heads != shape[2]:
+            raise ValueError(f"keys: got {num_kv_heads} kv heads, wanted the {shape[2]} of the TurboQuant cache.")
+        token_stride, head_stride = 2 * num_kv_heads * head_dim, 2 * head_dim
+        return PageLayout(shape[1], num_kv_heads, head_dim, token_stride, head_stride, head_dim, head_dim)
+
+    def specs(self, cache: Any, page_axes: Axes, head_axes: Axes) -> Any:
+        """The five arrays alike; the constants are on every device."""
+        whole = jax.tree.map(lambda _: PartitionSpec(), cache)
+        leading = (page_axes or None, None, head_axes or None)
+        return whole.with_arrays(PartitionSpec(*leading, *[None] * (array.ndim - 3)) for array in cache.arrays)
+
+
+FORMAT = TurboQuantFormat()

@@ -45,11 +45,11 @@ class Broken:
         wrong = self.mistake
 
         def compute(operation: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-            return wrong(super(broken, operation).compute, *args)
+            return wrong(functools.partial(right.compute, operation), *args)
 
+        right: Any = oracle_operation(version)
         member = compute if self.replaces == "compute" else wrong
-        broken = type("BrokenOperation", (oracle_operation(version),), {self.replaces: member})
-        return broken
+        return type("BrokenOperation", (right,), {self.replaces: member})
 
 
 def mistake(
@@ -431,14 +431,6 @@ def float32_result(operation: Any, **arguments: Any) -> Any:
     return output
 
 
-@mistake(
-    "requirements left empty",
-    caught_by="test_requirements",
-    select="requirements",
-    says="required metadata",
-    replaces="get_requirements",
-)
-@classmethod
 def any_cache(cls: type, mode: Any = None) -> Any:
     from easydel_ragged_plugin import host
 
@@ -446,6 +438,13 @@ def any_cache(cls: type, mode: Any = None) -> Any:
     return loaded.RequirementsBuilder("broken").support_cache(loaded.CacheType.RAGGED_PAGES).build()
 
 
+mistake(
+    "requirements left empty",
+    caught_by="test_requirements",
+    select="requirements",
+    says="required metadata",
+    replaces="get_requirements",
+)(classmethod(any_cache))
 mistake(
     "objects without a hash",
     caught_by="test_objects_are_hashable",

@@ -74,11 +74,9 @@ CARDS = {
 @contextlib.contextmanager
 def described_gpu(kind: str = CARDS["H100"].kind) -> Iterator[None]:
     """From JAX 0.11 on lowering asks which GPU it is for; before, it does not."""
-    from jax._src.mesh import AbstractDevice  # JAX has no public name for a device that is described, not there
+    from jax_private import described_device
 
-    fields: dict[str, Any] = {"device_kind": kind, "num_cores": 132, "platform": "gpu"}
-    known = {field.name for field in dataclasses.fields(AbstractDevice)}
-    device = AbstractDevice(**{name: value for name, value in fields.items() if name in known})
+    device = described_device(kind, 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         yield
 

@@ -11,6 +11,7 @@ from easydel_ragged_plugin import page_shape
 from easydel_ragged_plugin.kernels.pallas_gpu import work
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile, Tiles
 from easydel_ragged_plugin.layout import PageLayout
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.rows import Rows
 from easydel_ragged_plugin.testing.cases import Batch
 from easydel_ragged_plugin.types import AttentionRequest
@@ -31,14 +32,15 @@ def request_for(
     page_size: int = 128,
     tokens: int = 64,
     pages: int = 4096,
-    **fields: Any,
+    platform: str = "gpu",
+    **options: Any,
 ) -> AttentionRequest:
     dtype, cache = np.dtype(dtype), np.dtype(cache or dtype)
     shape = page_shape("v3", pages, page_size, kv_heads, head_dim, cache)
     layout = PageLayout.of("v3", shape, kv_heads, head_dim, cache)
-    fields = {"compute_dtype": dtype, "platform": "gpu", **fields}
     return AttentionRequest(
         version="v3",
+        platform=platform,
         num_tokens=tokens,
         num_q_heads=q_heads,
         num_kv_heads=kv_heads,
@@ -49,8 +51,7 @@ def request_for(
         query_dtype=dtype,
         cache_dtype=cache,
         layout=layout,
-        softmax_scale=1.0,
-        **fields,
+        options=Options(**{"softmax_scale": 1.0, **options}),
     )
 
 

@@ -13,22 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 
 
 @functools.cache
-def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def compiled(version: str, kernel: str, options: Options) -> Callable[..., Any]:
     """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
     if version == "v2":
 
         def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-            return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **dict(options)), pages
+            return ragged_page_attention_v2(
+                queries, pages, *index, last, sinks, config=kernel, **options.keywords()
+            ), pages
 
         return jax.jit(call)
 
     def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
         return ragged_page_attention_v3(
-            queries, keys, values, pages, *index, last, sinks, config=kernel, **dict(options)
+            queries, keys, values, pages, *index, last, sinks, config=kernel, **options.keywords()
         )
 
     return jax.jit(call, donate_argnums=0)
@@ -37,7 +40,7 @@ def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) ->
 def run_batch(batch: Batch, kernel: str) -> tuple[np.ndarray, np.ndarray]:
     """Output and pages of the public function on ``batch``, with this kernel."""
     is_v2 = batch.version == "v2"
-    call = compiled(batch.version, kernel, tuple(sorted(batch.case.options.items())))
+    call = compiled(batch.version, kernel, batch.case.options)
     output, pages = call(
         jnp.array(batch.updated_pages if is_v2 else batch.pages),
         jnp.array(batch.queries),

@@ -90,7 +90,7 @@ def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry) -> tu
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
 
     def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any) -> tuple[Any, Any]:
-        options: dict[str, Any] = {**batch.case.options, "config": kernel}
+        options: dict[str, Any] = {**batch.case.options.keywords(), "config": kernel}
         if mesh is not None:
             before = (None, None) if batch.version == "v3" else ()
             options |= {"mesh": mesh, "in_specs": (query_spec, *before, page_spec, *[None] * 4)}

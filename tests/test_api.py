@@ -176,7 +176,7 @@ def test_explain_names_choice_and_refusals() -> None:
     selection = explain(ragged_page_attention_v3, *ARRAYS.values(), sliding_window=3, config="xla", platform="cpu")
     assert selection.kernel == "xla"
     assert selection.config == RaggedPageConfig(kernel="xla")
-    assert selection.request.sliding_window == 3
+    assert selection.request.options.sliding_window == 3
     assert "ejkernel" in {refusal.kernel for refusal in selection.refusals}
     assert all(refusal.reason for refusal in selection.refusals)
     assert "sliding_window=3" in str(selection)
@@ -220,7 +220,7 @@ def test_check_is_silent_on_a_healthy_batch(monkeypatch: pytest.MonkeyPatch, cap
     call = (batch.queries, batch.keys, batch.values, batch.pages)
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
     with caplog.at_level(logging.ERROR, logger="easydel_ragged_plugin"):
-        ragged_page_attention_v3(*call, *index, sliding_window=batch.case.sliding_window)
+        ragged_page_attention_v3(*call, *index, sliding_window=batch.case.options.sliding_window)
         jax.effects_barrier()
     assert not caplog.records
 

@@ -211,11 +211,11 @@ def test_functions_take_scales(case: Case, version: str) -> None:
     query, key, value = (jnp.array(a) for a in (batch.queries, batch.keys, batch.values))
     if version == "v2":
         output = easydel_ragged_plugin.ragged_page_attention_v2(
-            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), **case.options
+            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), **case.options.keywords()
         )
     else:
         output, new_pages = easydel_ragged_plugin.ragged_page_attention_v3(
-            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), **case.options
+            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), **case.options.keywords()
         )
         assert np.array_equal(np.asarray(new_pages).view(np.uint8), pages.view(np.uint8))
     assert_close(np.asarray(output), expected, case)

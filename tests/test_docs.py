@@ -1,4 +1,4 @@
-"""Runs the examples of README.md and docs/: every ``python`` block, in order, one process for each page.
+"""Runs the examples of the pages, in the root and in docs/: every ``python`` block, in order, a process for each page.
 
 A page's blocks share their names. A comment in the line above a block says what to do with it::
 
@@ -17,7 +17,7 @@ import pytest
 from conftest import RunPython
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- example: (?P<mark>.+?) -->\n)?(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,

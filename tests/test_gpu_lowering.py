@@ -115,8 +115,7 @@ def names(lowered: Any) -> list[str]:
 @contextlib.contextmanager
 def triton_module(lowered: Any, name: str) -> Iterator[Any]:
     """The Triton program of one kernel. Its operations can be looked at within the ``with`` block."""
-    from jax._src.lib.mlir import ir
-    from jax._src.pallas.triton.lowering import _new_ir_context
+    from jax_private import _new_ir_context, ir
 
     (config,) = [
         call.attributes["mhlo.backend_config"]

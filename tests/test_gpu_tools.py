@@ -26,6 +26,7 @@ from easydel_ragged_plugin.cli import tune as tuning
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
 from easydel_ragged_plugin.types import AttentionRequest, Operands
 
@@ -46,7 +47,9 @@ def answer(request: AttentionRequest, operands: Operands) -> tuple[jax.Array, ja
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("fields", [{}, {"sliding_window": 20, "sinks": "heads"}, {"wider": 4}, {"dtype": "float32"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"options": Options(sliding_window=20), "sinks": "heads"}, {"wider": 4}, {"dtype": "float32"}]
+)
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_a_right_answer_is_found_right(version: Any, fields: dict[str, Any]) -> None:
     problem, output, pages = answered(version, **fields)
@@ -84,7 +87,8 @@ def test_floor_by_hand() -> None:
     # Keys and values of 16 tokens, 2 heads, 64 elements of 2 bytes; queries and outputs of 4 tokens, 4 heads.
     assert found.read_bytes == 2 * 16 * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert found.flops == 4 * (10 + 4 + 5 + 6) * 4 * 64
-    windowed = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), sliding_window=4, **SMALL))
+    window = Options(sliding_window=4)
+    windowed = workload.floor(workload.workload("w", (Row(10, 1), Row(6, 3)), options=window, **SMALL))
     # The last 4 of 10; of 6, the first of the 3 new ones sees from the second on... 5 of them.
     assert windowed.read_bytes == 2 * (4 + 6) * 2 * 64 * 2 + 2 * 4 * 4 * 64 * 2
     assert windowed.flops == 4 * (4 + 4 + 4 + 4) * 4 * 64

@@ -14,7 +14,7 @@ from kernel_calls import WRONG_STARTS, bits, compiled, overlapping_rows, run_bat
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
-from easydel_ragged_plugin.select import ORDER
+from easydel_ragged_plugin.select import BUILT_IN, ORDER
 from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Case, build_batch, case_named, spoil_row
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -26,7 +26,7 @@ KERNELS = [
         name, marks=pytest.mark.skipif(name == "cpu_native" and NO_LIBRARY is not None, reason=str(NO_LIBRARY))
     )
     for name in ORDER["cpu"]
-    if name != "ejkernel"
+    if not BUILT_IN[name].is_hosts and "plain" in BUILT_IN[name].features.cache_formats
 ]
 VERSIONS = ("v2", "v3")
 

@@ -63,7 +63,7 @@ def test_registry_serves_ours_and_keeps_the_hosts() -> None:
 
 def test_requirements_equal_the_hosts() -> None:
     for version in VERSIONS:
-        previous = startup.original(f"ragged_page_attention_{version}")
+        previous: Any = startup.original(f"ragged_page_attention_{version}")
         assert previous is not None
         ours = operation_class(version)
         for mode in host.load().ExecutionMode:
@@ -77,7 +77,7 @@ def test_requirements_equal_the_hosts() -> None:
         ("causal", False, "causal=False"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
+def test_what_cannot_be_honored_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         call(driver, **{argument: value})
 
@@ -218,9 +218,9 @@ def test_every_argument_of_the_attention_layer_is_known() -> None:
             if {"query", "cache_view", "cache_metadata"} <= names:
                 passed |= names
     assert passed, "the attention layer builds its arguments another way now: read it again"
-    from easydel_ragged_plugin.operations import RaggedPageAttnV3
+    from easydel_ragged_plugin.operations import OPTIONS, RaggedPageAttnV3
 
-    ours = set(inspect.signature(RaggedPageAttnV3._forward).parameters)
+    ours = OPTIONS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
     assert passed <= ours | host.PASSED_ARGUMENTS
 
 

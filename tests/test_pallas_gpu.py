@@ -24,6 +24,7 @@ from easydel_ragged_plugin import ragged_page_attention_v3 as v3
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, work
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile, Tiles
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Batch, Case, Row, build_batch, case_named, spoil_row
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -70,7 +71,7 @@ def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Callable[...
 
 def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     is_v2 = batch.version == "v2"
-    output, pages = compiled(batch.version, tuple(sorted({**batch.case.options, **options}.items())))(
+    output, pages = compiled(batch.version, tuple(sorted({**batch.case.options.keywords(), **options}.items())))(
         jnp.array(batch.updated_pages if is_v2 else batch.pages),
         jnp.array(batch.queries),
         jnp.array(batch.keys),
@@ -132,9 +133,7 @@ SPLIT = [
         pages_per_row=64,
         num_pages=None,
         sinks="heads",
-        logits_soft_cap=2.0,
-        sliding_window=70,
-        v_scale=0.5,
+        options=Options(logits_soft_cap=2.0, sliding_window=70, v_scale=0.5),
     ),
     # More parts than one step of a merge takes.
     Case("split-into-63", (Row(1000, 1), Row(40, 1)), pages_per_row=256, num_pages=None, query_gain=3.0, sinks="heads"),
@@ -175,8 +174,8 @@ def test_row_that_lacks_a_page_gives_zeros_in_every_part(interpreted: Callable[[
 def test_tiles_do_not_change_results(sizes: Tiles, interpreted: Callable[[PallasGPU], None]) -> None:
     interpreted(PallasGPU(interpret=True, tiles=sizes))
     rows = (Row(250, 1), Row(9, 1), Row(170, 40), Row(33, 33))
-    fields = {"num_tokens": 80, "pages_per_row": 64, "num_pages": None, "sliding_window": 60, "sinks": "heads"}
-    check(build_batch(Case("tiles", rows, **fields), "v3"))
+    fields = {"num_tokens": 80, "pages_per_row": 64, "num_pages": None, "sinks": "heads"}
+    check(build_batch(Case("tiles", rows, options=Options(sliding_window=60), **fields), "v3"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from easydel_ragged_plugin import Unsupported, explain, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -19,11 +20,11 @@ ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(32, 1))
 
 # A step of an int8 cache is 1/25 of the size of a key, so that five sizes fit. Floats store the numbers themselves.
 STEP = 1 / 25
-INT8 = Case("int8", ROWS, cache_dtype="int8", stored_gain=1 / STEP, k_scale=STEP, v_scale=STEP)
+INT8 = Case("int8", ROWS, cache_dtype="int8", stored_gain=1 / STEP, options=Options(k_scale=STEP, v_scale=STEP))
 
 
 def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    options = {**batch.case.options, **options}
+    options = {**batch.case.options.keywords(), **options}
     index = [jnp.asarray(each) for each in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
     if batch.version == "v2":
@@ -42,7 +43,11 @@ def run(batch: Batch, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         {},
         {"head_dim": 64, "q_heads": 9, "kv_heads": 3},
         {"head_dim": 128, "dtype": "bfloat16"},
-        {"sliding_window": 5, "sinks": "heads", "logits_soft_cap": 3.0, "table": "stale"},
+        {
+            "options": dataclasses.replace(INT8.options, sliding_window=5, logits_soft_cap=3.0),
+            "sinks": "heads",
+            "table": "stale",
+        },
     ],
     ids=["plain", "gqa-9-3-head-dim-64", "bfloat16", "options"],
 )
@@ -62,7 +67,7 @@ def test_int8_cache_rounds_and_saturates() -> None:
     live = np.flatnonzero(batch.live_tokens)
     keys, values = np.zeros_like(batch.keys), np.zeros_like(batch.values)
     keys[live], values[live] = 1000.0, -1000.0
-    keys[live, 0], values[live, 0] = 1.5, -2.6  # halves go to the even neighbour, as in IEEE 754
+    keys[live, 0], values[live, 0] = 1.5, -2.6  # halves go to the even neighbor, as in IEEE 754
     _, pages = run(dataclasses.replace(batch, keys=keys, values=values))
     written = pages[batch.written_slots].reshape(len(live), -1, 128)[..., : INT8.head_dim]
     assert set(np.unique(written)) == {2, 127, -3, -127}
@@ -78,7 +83,7 @@ LOSS = {"int8": 0.1, "float8_e4m3fn": 0.25, "float8_e5m2": 0.5, "bfloat16": 0.02
 def test_what_storing_loses_is_bounded(dtype: str, version: Any) -> None:
     exact = build_batch(Case("loss", ROWS, poison="finite"), version)
     scale = STEP if dtype == "int8" else None
-    case = dataclasses.replace(exact.case, cache_dtype=dtype, k_scale=scale, v_scale=scale)
+    case = dataclasses.replace(exact.case, cache_dtype=dtype, options=Options(k_scale=scale, v_scale=scale))
     factor = np.float32(1 / scale if scale else 1)
     cast = build_batch(dataclasses.replace(case, stored_gain=factor), version)  # same seed: same numbers, scaled
     np.testing.assert_array_equal(cast.block_tables, exact.block_tables)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from easydel_ragged_plugin.reference import ragged_page_attention_v2, ragged_page_attention_v3, write_tokens
+from easydel_ragged_plugin.testing.batches import Fault
 from easydel_ragged_plugin.testing.cases import CASES, FAULTS, Case, build_batch, case_named, spoil_row
 
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Queries, keys and values."""
 
-def one_row(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **options: object) -> np.ndarray:
+
+def one_row(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, **options: Any) -> np.ndarray:
     """v2 on one request whose tokens are all new, in pages of two tokens in reverse order."""
     tokens, heads, lanes = keys.shape
     table = np.arange(-(-tokens // 2))[::-1].reshape(1, -1)
@@ -43,19 +49,20 @@ def dense(
 
 
 @pytest.fixture
-def request_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def request_arrays() -> Arrays:
     random = np.random.default_rng(7)
-    return tuple(random.standard_normal((7, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
+    queries, keys, values = (random.standard_normal((7, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
+    return queries, keys, values
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("cap", [None, 0.7])
-def test_agrees_with_dense_attention(request_arrays: tuple, window: int | None, cap: float | None) -> None:
+def test_agrees_with_dense_attention(request_arrays: Arrays, window: int | None, cap: float | None) -> None:
     output = one_row(*request_arrays, sliding_window=window, logits_soft_cap=cap)
     np.testing.assert_allclose(output, dense(*request_arrays, window, cap), rtol=1e-12, atol=1e-14)
 
 
-def test_window_pair_counts_tokens_before_the_query(request_arrays: tuple) -> None:
+def test_window_pair_counts_tokens_before_the_query(request_arrays: Arrays) -> None:
     pair = one_row(*request_arrays, sliding_window=(2, 5))
     assert np.array_equal(pair, one_row(*request_arrays, sliding_window=3))
 
@@ -70,7 +77,7 @@ def test_a_sink_takes_its_share_and_gives_nothing() -> None:
     assert np.allclose(one_row(query, key, value, sinks=np.log([[3.0, 4.0]]))[0, :, 0], [1.0, 1.0])
 
 
-def test_scales_make_stored_numbers_real(request_arrays: tuple) -> None:
+def test_scales_make_stored_numbers_real(request_arrays: Arrays) -> None:
     query, key, value = request_arrays
     scaled = one_row(query, key, value, q_scale=0.5, k_scale=3.0, v_scale=0.25)
     np.testing.assert_allclose(scaled, one_row(query * 0.5, key * 3.0, value * 0.25), rtol=1e-6, atol=1e-7)
@@ -88,7 +95,7 @@ def test_v3_places(head_dim: int, dtype: type, places: dict[tuple[int, int], str
     """Where v3 keeps each head, and zeros in lanes and heads that hold nothing."""
     stored = 3 if head_dim == 64 else 6
     pack = 4 // np.dtype(dtype).itemsize
-    pages = np.full((2, 4, -(-stored // pack), pack, 128), np.nan, dtype)
+    pages: np.ndarray = np.full((2, 4, -(-stored // pack), pack, 128), np.nan, dtype)
     keys = np.ones((1, 3, head_dim)) * np.array([1, 2, 3])[:, None]
     write_tokens(pages, np.array([1]), 2, keys, -keys)
     slot = pages[1, 2].reshape(-1, 128).astype(np.float32)
@@ -126,7 +133,7 @@ def test_same_arguments_same_batch() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_invalid_rows_give_zeros_and_write_nothing(fault: str) -> None:
+def test_invalid_rows_give_zeros_and_write_nothing(fault: Fault) -> None:
     batch = spoil_row(build_batch(case_named("mixed"), "v3"), fault)
     output, pages = batch.expected()
     assert not output[~batch.live_tokens].any()

@@ -20,7 +20,7 @@ from easydel_ragged_plugin.types import AttentionRequest
 
 F4 = np.dtype("float32")
 LAYOUT = PageLayout.of("v3", page_shape("v3", 8, 4, 2, 32, F4), 2, 32, F4)
-REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, F4, LAYOUT, 1.0)
+REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, LAYOUT)
 
 
 class Picky(XlaKernel):
@@ -74,10 +74,10 @@ def chosen(request: AttentionRequest = REQUEST, config: RaggedPageConfig | None 
 @pytest.mark.parametrize(
     ("platform", "order"),
     [
-        ("cpu", ["cpu_native", "xla", "ejkernel"]),
-        ("gpu", ["pallas_gpu", "xla", "ejkernel"]),
-        ("tpu", ["ejkernel", "xla"]),
-        ("tt", ["xla"]),
+        ("cpu", ["cpu_native", "xla", "turboquant", "ejkernel"]),
+        ("gpu", ["pallas_gpu", "xla", "turboquant", "ejkernel"]),
+        ("tpu", ["ejkernel", "xla", "turboquant"]),
+        ("tt", ["xla", "turboquant"]),
     ],
 )
 def test_order_of_each_platform(platform: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

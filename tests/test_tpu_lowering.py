@@ -26,10 +26,9 @@ ROWS, WIDTH, PAGES, PAGE_SIZE, TOKENS = 4, 8, 32, 16, 16
 
 
 def device_mesh(kind: str) -> AbstractMesh:
-    from jax._src.mesh import AbstractDevice  # a TPU that is described, not there; JAX has no public name for it
+    from jax_private import described_device
 
-    device = AbstractDevice(device_kind=kind, num_cores=TPUS[kind][0])
-    return AbstractMesh((1,), ("x",), abstract_device=device)
+    return AbstractMesh((1,), ("x",), abstract_device=described_device(kind, TPUS[kind][0], "tpu"))
 
 
 def has_params(request: pytest.FixtureRequest) -> bool:
@@ -208,7 +207,7 @@ def test_numbers_of_v2_in_interpret_mode(options: dict[str, Any], monkeypatch: p
     batch = build_batch(case, "v2", poison="finite")
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
     arrays = [jnp.asarray(each) for each in (batch.queries, batch.updated_pages, *index)]
-    output = np.asarray(ragged_page_attention_v2(*arrays, platform="tpu", **case.options))
+    output = np.asarray(ragged_page_attention_v2(*arrays, platform="tpu", **case.options.keywords()))
     assert calls
     live, bound = batch.live_tokens, tolerance_for(case)
     np.testing.assert_allclose(output[live], batch.expected()[0][live], rtol=bound.rtol, atol=bound.atol)

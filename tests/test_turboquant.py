@@ -15,6 +15,8 @@ from turboquant_oracle import check_written, constants, expected_output, random_
 
 from easydel_ragged_plugin import Unsupported, explain, override_config, ragged_page_attention_v2, select
 from easydel_ragged_plugin import ragged_page_attention_v3 as v3
+from easydel_ragged_plugin.kernels.xla import XlaKernel
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import FAULTS, Batch, Case, Row, build_batch, spoil_row
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 from easydel_ragged_plugin.turboquant import TurboQuantPages
@@ -23,7 +25,7 @@ from easydel_ragged_plugin.turboquant import TurboQuantPages
 CASE = Case("turboquant", (Row(9, 1), Row(21, 6), Row(12, 12), Row(1, 1), Row(0, 0)), num_tokens=24, num_rows=6)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "all-options": {"sliding_window": 7, "logits_soft_cap": 2.0, "sinks": "heads", "softmax_scale": 0.3},
+    "all-options": {"options": Options(sliding_window=7, logits_soft_cap=2.0, softmax_scale=0.3), "sinks": "heads"},
     "sinks-of-kv-heads": {"sinks": "groups"},
     "head-dim-64-mqa": {"head_dim": 64, "kv_heads": 1},
     "bfloat16": {"dtype": "bfloat16"},
@@ -41,7 +43,7 @@ def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def run(batch: Batch, pages: TurboQuantPages, version: str = "v3", **options: Any) -> tuple[np.ndarray, Any]:
-    call = compiled(version, tuple(sorted({**batch.case.options, **options}.items())))
+    call = compiled(version, tuple(sorted({**batch.case.options.keywords(), **options}.items())))
     output, pages = call(
         pages,
         *(jnp.asarray(each) for each in (batch.queries, batch.keys, batch.values)),
@@ -119,13 +121,13 @@ def test_malformed_row_gives_zeros_and_writes_nothing(fault: Any) -> None:
     batch = build_batch(CASE, "v3")
     pages = random_pages(batch.case, len(batch.pages))
     whole, _ = run(batch, pages)
-    # The last row is idle: the one before it is spoilt.
+    # The last row is idle: the one before it is spoiled.
     rows = dataclasses.replace(batch.case, rows=batch.case.rows[:3])
-    spoilt = spoil_row(dataclasses.replace(batch, case=rows, num_seqs=np.array([3], np.int32)), fault)
-    spoilt = dataclasses.replace(spoilt, distribution=np.array([0, 3, 3], np.int32))
-    output, after = run(spoilt, pages)
+    spoiled = spoil_row(dataclasses.replace(batch, case=rows, num_seqs=np.array([3], np.int32)), fault)
+    spoiled = dataclasses.replace(spoiled, distribution=np.array([0, 3, 3], np.int32))
+    output, after = run(spoiled, pages)
     first_dead = batch.query_start_loc[3]
-    live = spoilt.live_tokens & (np.arange(len(output)) < first_dead)
+    live = spoiled.live_tokens & (np.arange(len(output)) < first_dead)
     np.testing.assert_allclose(output[live], whole[live], rtol=2e-5, atol=2e-5)
     assert not output[~live].any()
     changed = np.zeros(pages.shape[:2], bool)
@@ -169,7 +171,7 @@ def expand(mask: np.ndarray, array: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [{"num_kv_pages_per_block": 1}, {"num_queries_per_block": 5}])
 def test_block_sizes_do_not_change_results(block: dict[str, int]) -> None:
-    batch = build_batch(dataclasses.replace(CASE, sliding_window=6), "v3")
+    batch = build_batch(CASE.with_options(sliding_window=6), "v3")
     pages = random_pages(batch.case, len(batch.pages))
     compiled.cache_clear()
     with override_config(**block):
@@ -188,23 +190,19 @@ def arguments_of(pages: Any, tokens: int = 4, rows: int = 4, heads: int = 4) -> 
 def test_which_code_runs_is_explained() -> None:
     pages = random_pages(CASE, 8)
     selection = explain(v3, *arguments_of(pages))
-    assert selection.kernel == "xla"
+    assert selection.kernel == "turboquant"
     assert "TurboQuant cache" in str(selection)
     reasons = {refusal.kernel: refusal.reason for refusal in selection.refusals}
-    assert reasons["cpu_native"] == "takes no TurboQuant cache"
+    assert reasons["cpu_native"] == reasons["xla"] == "takes no TurboQuant cache"
     assert selection.request.describe().endswith("TurboQuant cache")
-    for name in ("cpu_native", "pallas_gpu"):
+    for name in ("cpu_native", "pallas_gpu", "xla"):
         with pytest.raises(Unsupported, match=f"{name}: (takes no TurboQuant cache|runs on gpu)"):
             explain(v3, *arguments_of(pages), config=name)
 
 
-def test_kernels_of_hooks_are_not_asked_to_read_codes() -> None:
-    """They have no ``takes_turboquant``: they were written before there was such a cache."""
-    from easydel_ragged_plugin.kernels.xla import XlaKernel
-
+def test_kernels_of_hooks_are_given_no_codes_unless_they_declare_the_format() -> None:
     class Older(XlaKernel):
         name = "older"
-        takes_turboquant = False
 
     request = explain(v3, *arguments_of(random_pages(CASE, 8))).request
     assert select.why_not(Older(), request, select.resolve_config(request)) == "takes no TurboQuant cache"

@@ -109,7 +109,9 @@ class Served:
     @property
     def pages(self) -> TurboQuantPages:
         """The cache as the functions take it."""
-        return self.drivers["v3"].instance()._pages_of(self.view)
+        from easydel_ragged_plugin import views
+
+        return views.adapter_of(self.view).read(self.view, "v3")
 
     def take(self, other: Served) -> None:
         """Go on with another's cache."""
@@ -122,7 +124,7 @@ def test_results_are_those_of_the_hosts_class() -> None:
     Softmax in another order of sums: 1e-5. What is stored equals the host's but where a coordinate lies between two
     centroids, or a projection at 0; the oracle says which may be stored, and the outputs are compared over one cache.
     """
-    case = dataclasses.replace(PREFILL, sinks="heads", logits_soft_cap=2.0)
+    case = dataclasses.replace(PREFILL.with_options(logits_soft_cap=2.0), sinks="heads")
     batch = build_batch(case, "v3")
     ours, theirs = Served(case), Served(case, ours=False)
     empty = ours.pages
@@ -171,7 +173,7 @@ def test_the_hosts_code_serves_unchanged_where_it_is_named(how: str, monkeypatch
 
 def test_window_holds_for_every_query() -> None:
     """The host's class lets the window of a row's last query hide keys from the earlier ones."""
-    batch = build_batch(dataclasses.replace(PREFILL, sliding_window=5), "v3")
+    batch = build_batch(PREFILL.with_options(sliding_window=5), "v3")
     ours, theirs = Served(batch.case), Served(batch.case, ours=False)
     output, wanted = ours.call(batch), theirs.call(batch)
     np.testing.assert_allclose(output, expected_output(batch, ours.pages), rtol=1e-5, atol=1e-5)
@@ -181,7 +183,7 @@ def test_window_holds_for_every_query() -> None:
 
 
 def test_scales_are_refused() -> None:
-    batch = build_batch(dataclasses.replace(PREFILL, k_scale=2.0), "v3")
+    batch = build_batch(PREFILL.with_options(k_scale=2.0), "v3")
     with pytest.raises(Unsupported, match="k_scale with a TurboQuant cache"):
         Served(batch.case).call(batch)
 

@@ -55,7 +55,7 @@ def expected_output(batch: Batch, pages: TurboQuantPages) -> np.ndarray:
     key_codebook, value_codebook = (np.pad(each, (0, 16 - len(each))) for each in codebooks)
     group = case.q_heads // case.kv_heads
     correction = math.sqrt(math.pi / 2) / len(projection)
-    window = case.sliding_window
+    window, scale = case.window, case.softmax_scale
     output = np.zeros(batch.queries.shape)
     for row in range(int(batch.num_seqs[0])):
         start, end = (int(each) for each in batch.query_start_loc[row : row + 2])
@@ -73,9 +73,9 @@ def expected_output(batch: Batch, pages: TurboQuantPages) -> np.ndarray:
                 signs = 2.0 * bits_of(sign_codes[:, kv], 1) - 1.0
                 norm, rest = key_norms[:, kv].astype(np.float64).T
                 logits = norm * (centroids @ (rotation @ query))
-                logits = (logits + correction * rest * (signs @ (projection @ query))) * case.scale
-                if case.logits_soft_cap is not None:
-                    logits = case.logits_soft_cap * np.tanh(logits / case.logits_soft_cap)
+                logits = (logits + correction * rest * (signs @ (projection @ query))) * scale
+                if case.options.logits_soft_cap is not None:
+                    logits = case.options.logits_soft_cap * np.tanh(logits / case.options.logits_soft_cap)
                 values = value_norms[:, kv, None].astype(np.float64) * (
                     value_codebook[bits_of(value_codes[:, kv], 4)] @ rotation
                 )

@@ -48,7 +48,9 @@ def call(version: Any, dp: int, tp: int) -> None:
         return ragged_page_attention_v3(queries, keys, values, pages, *index, **options)
 
     compiled = jax.jit(program).lower(pages, *arrays).compile()
-    assert "all-gather" not in compiled.as_text()
+    text = compiled.as_text()
+    assert text is not None
+    assert "all-gather" not in text
     output, new_pages = compiled(pages, *arrays)
     expected, expected_pages = batch.expected()
     bound = tolerance_for(case)

@@ -58,7 +58,7 @@ def unified_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str
         index = (operands.context_lens, operands.block_tables, operands.query_start_loc)
         output = function(
             operands.queries, keys, values, *index, None, None, operands.sinks,
-            softmax_scale=case.scale, sliding_window=case.sliding_window, platform="xla" if dry else "triton",
+            softmax_scale=case.softmax_scale, sliding_window=case.window, platform="xla" if dry else "triton",
         )  # fmt: skip
         return output, operands.pages
 
@@ -68,7 +68,7 @@ def unified_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str
 def jax_paged_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
     """JAX's own example of a paged decode kernel, in Triton, too. It does not scale the logits."""
     case = problem.case
-    if any(row.new != 1 for row in case.rows) or case.sliding_window or case.sinks:
+    if any(row.new != 1 for row in case.rows) or case.window or case.sinks:
         return "takes decode rows without window and sinks"
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
@@ -93,7 +93,7 @@ def jax_paged_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | s
 def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
     """cuDNN's attention over dense keys and values: what paging costs, and what the card gives a prompt."""
     case = problem.case
-    if len(case.rows) != 1 or case.rows[0].context != case.rows[0].new or case.sliding_window or case.sinks:
+    if len(case.rows) != 1 or case.rows[0].context != case.rows[0].new or case.window or case.sinks:
         return "dense: takes one whole prompt without window and sinks"
     flat = problem.operands.pages[problem.tables[0][0]].reshape(-1, 2 * case.kv_heads, case.head_dim)
     dense: Any = tuple(flat[: case.num_tokens, first::2] for first in (0, 1))

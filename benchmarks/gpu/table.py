@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from easydel_ragged_plugin.cli.workload import workload
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row
 
 
@@ -53,7 +54,7 @@ TABLE = (
     Entry(workload("decode-64k-and-31x1k", decodes(1, 64 * K) + decodes(31, K), **GQA), share=0.70),
     Entry(workload("decode-1x8k", decodes(1, 8 * K), **GQA), us=20),
     Entry(workload("decode-64x8k-sinks", decodes(64, 8 * K), **OSS), share=0.75),
-    Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), sliding_window=128, **OSS), us=15),
+    Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), options=Options(sliding_window=128), **OSS), us=15),
     Entry(workload("prefill-8k", (Row(8 * K, 8 * K),), **GQA), share=0.36),
     Entry(workload("chunk-2k-on-32k", (Row(34 * K, 2 * K),), **GQA), share=0.36),
     Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K, K)), **GQA), floors=1.3),
@@ -69,5 +70,5 @@ def shortened(case: Case) -> Case:
     rows = [Row(max(2, row.context // 256), max(1, row.new // 256)) for row in case.rows]
     rows = rows[:1] + (rows[-1:] if len(rows) > 1 else [])
     lanes = {"head_dim": min(case.head_dim, 128), "q_heads": min(case.q_heads, 4), "kv_heads": min(case.kv_heads, 2)}
-    window = None if case.sliding_window is None else 20
-    return workload(case.name, tuple(rows), **lanes, page_size=16, sliding_window=window, sinks=case.sinks)
+    options = Options(sliding_window=None if case.window is None else 20)
+    return workload(case.name, tuple(rows), **lanes, page_size=16, options=options, sinks=case.sinks)

@@ -90,7 +90,7 @@ def _sampled_answer(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarra
     heads = np.arange(case.kv_heads) * (case.q_heads // case.kv_heads)
     queries = problem.queries[tokens][:, heads]
     index = (np.array(contexts), problem.block_tables[rows], np.arange(len(tokens) + 1))
-    options: dict[str, Any] = dict(case.options)
+    options = case.options.keywords()
     if problem.version == "v2":
         answer = reference.ragged_page_attention_v2(queries, problem.updated, *index, len(tokens), **options)
     else:
@@ -118,7 +118,7 @@ class Candidate:
         self._problem = problem
         is_v3 = problem.version == "v3"
         index = [jnp.asarray(a) for a in (problem.context_lens, problem.block_tables, problem.query_start_loc)]
-        options: dict[str, Any] = dict(problem.case.options)
+        options = problem.case.options.keywords()
         new: tuple[Any, ...]
         if is_v3:
             new = (jnp.asarray(problem.keys), jnp.asarray(problem.values))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.batches import Case, Row
 
 from .machine import last_level_cache
@@ -36,7 +37,12 @@ BENCH_CASES = (
     _case("decode-1x16k", "one request, 16384 tokens of context", _decodes(16384), pages_per_row=128),
     _case("decode-8x2k", "8 requests, 2048 tokens each", _decodes(*[2048] * 8)),
     _case("decode-skewed", "one long request among short ones", _decodes(8000, 100, 300, 50, 900, 20, 700, 333)),
-    _case("decode-8x4k-window128", "sliding window of 128 on 4096 tokens", _decodes(*[4096] * 8), sliding_window=128),
+    _case(
+        "decode-8x4k-window128",
+        "sliding window of 128 on 4096 tokens",
+        _decodes(*[4096] * 8),
+        options=Options(sliding_window=128),
+    ),
     _case("prefill-1k", "one prompt of 1024 tokens", (Row(1024, 1024),)),
     _case("prefill-4k", "one prompt of 4096 tokens", (Row(4096, 4096),)),
     _case("prefill-256-on-4k", "a chunk of 256 tokens after 3840", (Row(4096, 256),)),

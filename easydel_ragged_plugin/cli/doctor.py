@@ -128,6 +128,7 @@ def _selection() -> dict[str, dict[str, Any]]:
     """What a decode step of 8 requests would get: 32 q heads, 8 kv heads, head_dim 128, pages of 128, bfloat16."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from easydel_ragged_plugin import api
     from easydel_ragged_plugin.errors import Unsupported
@@ -138,7 +139,7 @@ def _selection() -> dict[str, dict[str, Any]]:
 
     query, key = array(8, 32, 128), array(8, 8, 128)
     index = [array(*shape, dtype=jnp.int32) for shape in ((8,), (8, 64), (9,))]
-    pages = {version: array(*page_shape(version, 512, 128, 8, 128, jnp.bfloat16)) for version in ("v2", "v3")}
+    pages = {version: array(*page_shape(version, 512, 128, 8, 128, np.dtype(jnp.bfloat16))) for version in ("v2", "v3")}
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "v2": (api.ragged_page_attention_v2, (query, pages["v2"], *index, array(1, dtype=jnp.int32))),
         "v3": (api.ragged_page_attention_v3, (query, key, key, pages["v3"], *index, array(3, dtype=jnp.int32))),
@@ -163,15 +164,17 @@ def _self_check(version: Any) -> str:
     import numpy as np
 
     from easydel_ragged_plugin import api
+    from easydel_ragged_plugin.options import Options
     from easydel_ragged_plugin.testing.batches import Case, Row, build_batch
     from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
     rows = (Row(11, 1), Row(5, 1), Row(9, 9), Row(14, 6))
-    case = Case("doctor", rows, sliding_window=10, num_tokens=20, num_rows=5, num_pages=24)
+    window = Options(sliding_window=10)
+    case = Case("doctor", rows, options=window, num_tokens=20, num_rows=5, num_pages=24)
     batch = build_batch(case, version)
     index: Any = [jnp.asarray(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
     queries, keys, values = (jnp.asarray(a) for a in (batch.queries, batch.keys, batch.values))
-    options: dict[str, Any] = dict(case.options)
+    options = case.options.keywords()
     pages: Any
     if version == "v2":
         pages = jnp.asarray(batch.updated_pages)

@@ -103,7 +103,7 @@ def build(case: Case, version: Version, *, copies: int | None = None, platform: 
         distribution=jnp.array([sum(row.new == 1 for row in case.rows), *[len(case.rows)] * 2], jnp.int32),
         sinks=_normal(seeds[4], (case.q_heads,), np.dtype(np.float32)) if case.sinks else None,
     )
-    request = api.explain(*public_call(version, operands), **case.options, platform=platform).request
+    request = api.explain(*public_call(version, operands), **case.options.keywords(), platform=platform).request
     return Problem(case, version, request, operands, tuple(tables))
 
 
@@ -159,7 +159,7 @@ def check(problem: Problem, output: jax.Array, pages: jax.Array) -> tuple[float,
             np.array([0, 1]),
             1,
             None if operands.sinks is None else np.asarray(operands.sinks[heads]),
-            **case.options,
+            options=case.options,
         )
         difference = np.abs(np.asarray(output[token : token + 1, heads], np.float64) - answer)
         right &= bool((difference <= bound.atol + bound.rtol * np.abs(answer)).all())

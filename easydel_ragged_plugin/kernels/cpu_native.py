@@ -19,13 +19,14 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.types import AttentionRequest, Operands
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
 __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "set_isa"]
 
@@ -154,12 +155,49 @@ def _register() -> None:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
 
 
-class CpuNativeKernel:
+class CpuNativeKernel(Kernel):
     """Ragged page attention v2 and v3 in C++ with SIMD, on all processors that XLA's thread pool has."""
 
     name = "cpu_native"
     platforms = frozenset({"cpu"})
     technologies = frozenset({"cpu", "native"})
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "q_scale",
+                "k_scale",
+                "v_scale",
+                "sinks",
+                "compute_dtype",
+                "vmem_limit_bytes",  # it uses none
+            }
+        )
+    )
+    label = "native (this package)"
+    color = "#0f766e"
+
+    def facts(self) -> dict[str, Any]:
+        """The library, its instruction sets, and the threads that a call may take."""
+        reason = availability()
+        if reason is not None:
+            return {"available": False, "reason": reason}
+        return {
+            "available": True,
+            "reason": None,
+            "library": str(_library_path()),
+            "isa": isa(),
+            "isa_levels": list(isa_levels()),
+            # XLA's thread pool has one for each processor; the kernel takes no more than the process may use.
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+
+    def fingerprint(self) -> str:
+        """The instruction set, or why there is none: numbers differ between them in their last bits."""
+        reason = availability()
+        return isa() if reason is None else f"not available: {reason}"
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
@@ -176,18 +214,16 @@ class CpuNativeKernel:
             return f"head_dim {request.head_dim}, more than {MAX_HEAD_DIM}"
         return None
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
         with _registration:
             _register()
         layout = request.layout
         attributes = {
-            "softmax_scale": np.float32(request.softmax_scale * _factor(request.q_scale) * _factor(request.k_scale)),
-            "logits_soft_cap": np.float32(abs(request.logits_soft_cap or 0.0)),  # tanh is odd: its sign has no effect
-            "v_scale": np.float32(_factor(request.v_scale)),
-            "sliding_window": np.int64(request.sliding_window or 0),
+            "softmax_scale": np.float32(request.logits_scale),
+            "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
+            "v_scale": np.float32(request.v_scale),
+            "sliding_window": np.int64(request.options.window or 0),
             "page_size": np.int64(layout.page_size),
             "num_kv_heads": np.int64(request.num_kv_heads),
             "token_stride": np.int64(layout.token_stride),
@@ -201,7 +237,8 @@ class CpuNativeKernel:
         with jax.named_scope("ragged_page_attention_native"):
             if operands.keys is None or operands.values is None:
                 attend = jax.ffi.ffi_call(TARGETS["v2"], output, vmap_method="sequential")
-                return attend(operands.queries, operands.pages, *index, sinks, **attributes), operands.pages
+                attended = attend(operands.queries, operands.pages, *index, sinks, **attributes)
+                return Attended(attended, operands.pages)
             keys, values = operands.keys, operands.values
             if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
                 keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
@@ -213,11 +250,7 @@ class CpuNativeKernel:
             attended, updated = update_and_attend(
                 operands.queries, keys, values, operands.pages, *index, sinks, **attributes
             )
-            return attended, updated
-
-
-def _factor(scale: float | None) -> float:
-    return 1.0 if scale is None else scale
+            return Attended(attended, updated)
 
 
 KERNEL = CpuNativeKernel()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from importlib import metadata
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.layout import packing
-from easydel_ragged_plugin.turboquant import TurboQuantPages
-from easydel_ragged_plugin.types import AttentionRequest, Operands
+from easydel_ragged_plugin.turboquant import FORMAT as TURBOQUANT
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
 __all__ = ["KERNEL", "EjkernelKernel"]
 
@@ -29,38 +29,74 @@ WIDE_HEAD_PAGES = 8
 """From this head_dim on, more pages in a block than this exceed 16 MiB of scoped VMEM on TPU (the host's own cap)."""
 
 
-class EjkernelKernel:
+def unavailable() -> str | None:
+    """Why there is no ejkernel, or None. Imports nothing."""
+    return None if importlib.util.find_spec("ejkernel") else "ejkernel is not installed (it comes with EasyDeL)"
+
+
+class EjkernelKernel(Kernel):
     """ejkernel's ``ragged_page_attention_v2`` and ``_v3``."""
 
     name = "ejkernel"
     platforms = frozenset({"cpu", "gpu", "tpu"})
     technologies = frozenset({"pallas", "triton", "cuda", "cute", "xla"})
-    takes_turboquant = True
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "q_scale",  # v3 alone
+                "k_scale",  # v3 alone
+                "v_scale",  # v3 alone
+                "sinks",
+                "compute_dtype",  # v2 alone
+                "vmem_limit_bytes",
+            }
+        ),
+        cache_formats=frozenset({"plain", TURBOQUANT.name}),
+    )
+    label = "EasyDeL"
+    color = "#c9742b"
+    is_hosts = True
+
+    def facts(self) -> dict[str, Any]:
+        """Its version."""
+        reason = unavailable()
+        if reason is not None:
+            return {"available": False, "reason": reason}
+        return {"available": True, "reason": None, "version": metadata.version("ejkernel")}
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """What the host's calls can't take; whether their results are right is not asked here."""
-        if importlib.util.find_spec("ejkernel") is None:
-            return "ejkernel is not installed (it comes with EasyDeL)"
-        if request.turboquant:
+        """What EasyDeL's calls can't take. Whether their results are right is no part of it."""
+        reason = unavailable()
+        if reason is not None:
+            return reason
+        requested = request.requested_options()
+        if request.cache_format == TURBOQUANT:
             if importlib.util.find_spec("ejkernel.kernels._xla.ragged_page_attention_v3_turboquant") is None:
                 return "this ejkernel reads no TurboQuant cache; that of EasyDeL 0.3.0 does"
             return None
         if request.cache_dtype.name == "int8":
             return "an int8 cache; takes float dtypes"
         if request.version == "v2":
-            scales = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(request, name) is not None]
+            scales = [name for name in ("q_scale", "k_scale", "v_scale") if name in requested]
             if scales:
                 return f"v2 takes no {', '.join(scales)}"
+            if "compute_dtype" in requested and host_platform(request, RaggedPageConfig()) == "pallas":
+                return "v2 on TPU computes in the inputs' dtype; takes no compute_dtype"
             return None
+        if "compute_dtype" in requested:
+            return "v3 takes no compute_dtype"
         if request.page_size % packing(request.cache_dtype):
             return f"v3 needs a page_size that {packing(request.cache_dtype)} divides, got {request.page_size}"
         if request.head_dim == 64 and request.platform != "tpu":
             return "v3 runs head_dim 64 on TPU alone"
         return None
 
-    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, Any]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        if request.turboquant:
+        if request.cache_format == TURBOQUANT:
             return turboquant_forward(request, config, operands)
         from ejkernel.modules import ragged_page_attention_v2, ragged_page_attention_v3
 
@@ -68,15 +104,15 @@ class EjkernelKernel:
         block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
         options: dict[str, Any] = {
             "softmax_scale": request.softmax_scale,
-            "logits_soft_cap": request.logits_soft_cap,
-            "sliding_window": request.sliding_window,
-            "vmem_limit_bytes": request.vmem_limit_bytes,
+            "logits_soft_cap": request.options.logits_soft_cap,
+            "sliding_window": request.options.window,
+            "vmem_limit_bytes": request.options.vmem_limit_bytes,
             "cfg": host_config(request, config),
             "platform": host_platform(request, config),
         }
         if request.version == "v2":
             if options["platform"] != "pallas":  # that kernel computes in the inputs' dtype and refuses to be told
-                options |= {"compute_dtype": request.compute_dtype.type, "optimized": request.optimized}
+                options |= {"compute_dtype": request.compute_dtype.type, "optimized": request.options.optimized}
             output = ragged_page_attention_v2(
                 operands.queries,
                 operands.pages,
@@ -87,10 +123,10 @@ class EjkernelKernel:
                 operands.sinks,
                 **options,
             )
-            return output, operands.pages
+            return Attended(output, operands.pages)
         assert operands.keys is not None
         assert operands.values is not None
-        return ragged_page_attention_v3(
+        output, pages = ragged_page_attention_v3(
             operands.queries,
             operands.keys.astype(request.cache_dtype),
             operands.values.astype(request.cache_dtype),
@@ -100,27 +136,26 @@ class EjkernelKernel:
             operands.query_start_loc,
             operands.distribution,
             None if operands.sinks is None else operands.sinks.astype(jnp.float32),
-            q_scale=request.q_scale,
-            k_scale=request.k_scale,
-            v_scale=request.v_scale,
+            q_scale=request.options.q_scale,
+            k_scale=request.options.k_scale,
+            v_scale=request.options.v_scale,
             **options,
         )
+        return Attended(output, pages)
 
 
-def turboquant_forward(
-    request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-) -> tuple[jax.Array, TurboQuantPages]:
+def turboquant_forward(request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
     """The host's calls for TurboQuant caches. There is one implementation, so its platform is named."""
     from ejkernel.modules.operations.ragged_page_attention_v2_turboquant import ragged_page_attention_v2_turboquant
     from ejkernel.modules.operations.ragged_page_attention_v3_turboquant import ragged_page_attention_v3_turboquant
 
-    pages: TurboQuantPages = operands.pages
+    pages = operands.pages
     constants = pages.constants
     block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
     options: dict[str, Any] = {
         "softmax_scale": request.softmax_scale,
-        "logits_soft_cap": request.logits_soft_cap,
-        "sliding_window": request.sliding_window,
+        "logits_soft_cap": request.options.logits_soft_cap,
+        "sliding_window": request.options.window,
         "bits": (constants.value_codebook.shape[0] - 1).bit_length(),
         "qjl_dim": constants.projection.shape[0],
         "cfg": host_config(request, config),
@@ -131,7 +166,7 @@ def turboquant_forward(
         output = ragged_page_attention_v2_turboquant(
             operands.queries, *pages.arrays, *index, operands.distribution[2:], *constants, operands.sinks, **options
         )
-        return output, pages
+        return Attended(output, pages)
     index = (operands.context_lens, block_tables.reshape(-1), operands.query_start_loc)
     output, *arrays = ragged_page_attention_v3_turboquant(
         operands.queries,
@@ -144,7 +179,7 @@ def turboquant_forward(
         operands.sinks,
         **options,
     )
-    return output, pages.with_arrays(arrays)
+    return Attended(output, pages.with_arrays(arrays))
 
 
 def host_platform(request: AttentionRequest, config: RaggedPageConfig) -> str:
@@ -163,7 +198,7 @@ def host_config(request: AttentionRequest, config: RaggedPageConfig) -> Any:
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
 
     host_class: Any = RaggedPageAttentionv2Config if request.version == "v2" else RaggedPageAttentionv3Config
-    if request.turboquant:
+    if request.cache_format == TURBOQUANT:
         from ejkernel.modules.operations import configs
 
         host_class = getattr(configs, f"RaggedPageAttention{request.version}TurboQuantConfig")

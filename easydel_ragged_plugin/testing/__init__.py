@@ -1,6 +1,7 @@
-"""A contract kit for ragged page attention operations of EasyDeL, for anyone who writes one.
+"""Contract kits for anyone who writes a kernel, or an operation of EasyDeL.
 
-Start with :class:`RaggedPageAttentionContract`. The cases and the oracle also serve alone: they need NumPy only.
+:class:`KernelContract` tests a kernel and needs no EasyDeL. :class:`RaggedPageAttentionContract` tests an operation in
+EasyDeL. The cases and the oracle also serve alone: they need NumPy only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ __all__ = [
     "Batch",
     "Capabilities",
     "Case",
+    "KernelContract",
     "RaggedPageAttentionContract",
     "Row",
     "build_batch",
@@ -23,7 +25,7 @@ __all__ = [
 # The contract's assertions are to explain themselves, as those in test files do. Only pytest can arrange that, and only
 # before the modules are imported.
 if "pytest" in sys.modules:
-    _MODULES = ("compare", "contract_base", "contract_calls", "contract_laws")
+    _MODULES = ("compare", "contract_base", "contract_calls", "contract_laws", "kernel_contract")
     sys.modules["pytest"].register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 _FROM_CONTRACT = ("Capabilities", "RaggedPageAttentionContract")
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from . import contract
 
         return getattr(contract, name)
+    if name == "KernelContract":
+        from .kernel_contract import KernelContract
+
+        return KernelContract
     if name == "oracle_operation":
         from . import oracle
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.layout import page_shape
+from easydel_ragged_plugin.options import NO_OPTIONS, Options
 
 __all__ = ["FAULTS", "Batch", "Case", "Fault", "Row", "Version", "build_batch", "spoil_row"]
 
@@ -62,10 +63,8 @@ class Case:
         num_pages: pages in the cache, the null page 0 included. None: what the rows need and five more.
         dtype: of queries, new keys and new values.
         cache_dtype: of the pages. None: ``dtype``.
-        softmax_scale: None for ``head_dim ** -0.5``.
-        sliding_window, logits_soft_cap: options of the call.
+        options: options of the call.
         sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
-        q_scale, k_scale, v_scale: factors on stored queries, keys and values. The host never passes them.
         query_gain, value_mean: size of queries, mean of values.
         stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
         free_left_of_window: pages that no query can see any more are not the row's any longer.
@@ -90,13 +89,8 @@ class Case:
     num_pages: int | None = 64
     dtype: str = "float32"
     cache_dtype: str | None = None
-    softmax_scale: float | None = None
-    sliding_window: int | tuple[int, int] | None = None
-    logits_soft_cap: float | None = None
+    options: Options = NO_OPTIONS
     sinks: Literal["heads", "groups"] | None = None
-    q_scale: float | None = None
-    k_scale: float | None = None
-    v_scale: float | None = None
     query_gain: float = 2.0
     value_mean: float = 0.0
     stored_gain: float = 1.0
@@ -119,22 +113,18 @@ class Case:
         return np.dtype(_DTYPES[self.cache_dtype or self.dtype])
 
     @property
-    def scale(self) -> float:
+    def softmax_scale(self) -> float:
         """The softmax scale as a number, which is how the host passes it."""
-        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the functions for this case, those that are set."""
-        names = ("sliding_window", "logits_soft_cap", "q_scale", "k_scale", "v_scale")
-        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {"softmax_scale": self.scale, **options}
+        return self.options.softmax_scale or self.head_dim**-0.5
 
     @property
     def window(self) -> int | None:
         """The sliding window as a number of tokens."""
-        window = self.sliding_window
-        return window[0] + 1 if isinstance(window, tuple) else window
+        return self.options.window
+
+    def with_options(self, **changes: Any) -> Case:
+        """The case with some of its options changed."""
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,22 +156,23 @@ class Batch:
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """(output in float64, pages after the call) of the oracle."""
+        output, pages, _ = self.expected_with_lse()
+        return output, pages
+
+    def expected_with_lse(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(output, pages, logsumexp ``[tokens, q_heads]`` in float64) of the oracle."""
         index = (self.context_lens, self.block_tables, self.query_start_loc)
+        how: Any = {"options": self.case.options, "return_lse": True}
         if self.version == "v2":
-            output = reference.ragged_page_attention_v2(
-                self.queries, self.updated_pages, *index, self.num_seqs, self.sinks, **self.case.options
+            output, lse = reference.ragged_page_attention_v2(
+                self.queries, self.updated_pages, *index, self.num_seqs, self.sinks, **how
             )
-            return output, self.updated_pages
-        return reference.ragged_page_attention_v3(
-            self.queries,
-            self.keys,
-            self.values,
-            self.pages,
-            *index,
-            self.distribution,
-            self.sinks,
-            **self.case.options,
+            return output, self.updated_pages, lse
+        new = (self.queries, self.keys, self.values)
+        output, pages, lse = reference.ragged_page_attention_v3(
+            *new, self.pages, *index, self.distribution, self.sinks, **how
         )
+        return output, pages, lse
 
 
 def _pages_needed(case: Case, row: Row) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from .batches import Case
 
 __all__ = ["Capabilities"]
 
+SCALES = {"q_scale", "k_scale", "v_scale"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
@@ -65,11 +67,11 @@ class Capabilities:
             (case.dtype not in self.dtypes, f"dtype {case.dtype}"),
             (cache_dtype not in self.cache_dtypes, f"cache dtype {cache_dtype}"),
             (not self.mixed_dtypes and cache_dtype != case.dtype, f"{case.dtype} on a {cache_dtype} cache"),
-            (not self.sliding_window and case.sliding_window is not None, "sliding_window"),
-            (not self.window_pairs and isinstance(case.sliding_window, tuple), "sliding_window as a pair"),
-            (not self.soft_cap and case.logits_soft_cap is not None, "logits_soft_cap"),
+            (not self.sliding_window and case.options.sliding_window is not None, "sliding_window"),
+            (not self.window_pairs and isinstance(case.options.sliding_window, tuple), "sliding_window as a pair"),
+            (not self.soft_cap and case.options.logits_soft_cap is not None, "logits_soft_cap"),
             (case.sinks is not None and case.sinks not in self.sinks, f"sinks of the form {case.sinks!r}"),
-            (not self.scales and (case.q_scale or case.k_scale or case.v_scale) is not None, "q/k/v scales"),
+            (not self.scales and bool(SCALES & case.options.given().keys()), "q/k/v scales"),
             (not self.any_row_order and not case.decode_first, "rows in any order"),
             (not self.garbage_table_entries and case.table == "garbage", "garbage in unused table entries"),
         )

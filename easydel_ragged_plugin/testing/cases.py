@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from easydel_ragged_plugin.options import Options
+
 from .batches import FAULTS, Batch, Case, Row, build_batch, spoil_row
 
 __all__ = ["CASES", "FAULTS", "Batch", "Case", "Row", "build_batch", "case_named", "spoil_row"]
@@ -61,39 +63,51 @@ CASES: tuple[Case, ...] = (
     Case("rows-in-any-order", _rows((17, 6), (9, 1), (8, 8), (30, 1)), "prefill before decode", decode_first=False),
     Case("repeated-page", _rows((7, 2), (9, 1)), "a table that names a page twice loses new keys", repeat_page=True),
     # The same geometry: options.
-    Case("softmax-scale", _MIXED, "softmax_scale is not head_dim ** -0.5", softmax_scale=0.31),
-    Case("window-1", _MIXED, "each query sees itself alone", sliding_window=1),
-    Case("window-3", _MIXED, "off by one, or measured from the row's last query", sliding_window=3),
-    Case("window-7", _MIXED, "a window across pages", sliding_window=7),
-    Case("window-past-context", _MIXED, "a window that hides nothing", sliding_window=100),
-    Case("window-pair", _MIXED, "(left, right) as Gemma 4 passes it", sliding_window=(2, 0)),
-    Case("window-freed-zeros", _MIXED, "entries left of the window are 0", sliding_window=3, free_left_of_window=True),
+    Case("softmax-scale", _MIXED, "softmax_scale is not head_dim ** -0.5", options=Options(softmax_scale=0.31)),
+    Case("window-1", _MIXED, "each query sees itself alone", options=Options(sliding_window=1)),
+    Case("window-3", _MIXED, "off by one, or measured from the row's last query", options=Options(sliding_window=3)),
+    Case("window-7", _MIXED, "a window across pages", options=Options(sliding_window=7)),
+    Case("window-past-context", _MIXED, "a window that hides nothing", options=Options(sliding_window=100)),
+    Case("window-pair", _MIXED, "(left, right) as Gemma 4 passes it", options=Options(sliding_window=(2, 0))),
+    Case(
+        "window-freed-zeros",
+        _MIXED,
+        "entries left of the window are 0",
+        options=Options(sliding_window=3),
+        free_left_of_window=True,
+    ),
     Case(
         "window-freed-stale",
         _MIXED,
         "entries left of the window belong to another row",
-        sliding_window=3,
+        options=Options(sliding_window=3),
         free_left_of_window=True,
         table="stale",
     ),
-    Case("soft-cap", _MIXED, "logits_soft_cap ignored", logits_soft_cap=1.5),
+    Case("soft-cap", _MIXED, "logits_soft_cap ignored", options=Options(logits_soft_cap=1.5)),
     Case("sinks", _MIXED, "one sink logit per query head", sinks="heads"),
     Case("sinks-per-kv-head", _MIXED, "two sink logits for each query head of a kv head", sinks="groups"),
     Case(
         "all-options",
         _MIXED,
         "options together",
-        sliding_window=7,
-        logits_soft_cap=2.0,
+        options=Options(sliding_window=7, logits_soft_cap=2.0, softmax_scale=0.3),
         sinks="heads",
-        softmax_scale=0.3,
     ),
     # Geometry.
     *(
         Case(f"head-dim-{d}", _PAIR, "lanes of a padded or packed head", head_dim=d, **_SMALL)
         for d in (64, 80, 96, 128, 192, 256)
     ),
-    Case("head-dim-64-window-sinks", _PAIR, "gpt-oss", head_dim=64, sliding_window=4, sinks="heads", **_SMALL),
+    Case(
+        "head-dim-64-window-sinks",
+        _PAIR,
+        "gpt-oss",
+        head_dim=64,
+        options=Options(sliding_window=4),
+        sinks="heads",
+        **_SMALL,
+    ),
     Case("mqa", _PAIR, "one kv head", kv_heads=1, **_SMALL),
     Case("mha-5-heads", _PAIR, "odd number of heads, no groups", q_heads=5, kv_heads=5, **_SMALL),
     Case("gqa-9-3-head-dim-64", _PAIR, "SmolLM2", q_heads=9, kv_heads=3, head_dim=64, **_SMALL),
@@ -137,7 +151,7 @@ CASES: tuple[Case, ...] = (
         num_tokens=16,
         num_rows=4,
         num_pages=None,
-        sliding_window=5,
+        options=Options(sliding_window=5),
     ),
     Case(
         "long-context",
@@ -190,13 +204,15 @@ CASES: tuple[Case, ...] = (
         head_dim=64,
         dtype="bfloat16",
         cache_dtype="float8_e4m3fn",
-        q_scale=0.5,
-        k_scale=1.75,
-        v_scale=0.25,
+        options=Options(q_scale=0.5, k_scale=1.75, v_scale=0.25),
         **_SMALL,
     ),
     Case(
-        "float32-scales", _PAIR, "a scale forgotten or applied twice", q_scale=0.5, k_scale=1.75, v_scale=0.25, **_SMALL
+        "float32-scales",
+        _PAIR,
+        "a scale forgotten or applied twice",
+        options=Options(q_scale=0.5, k_scale=1.75, v_scale=0.25),
+        **_SMALL,
     ),
 )
 

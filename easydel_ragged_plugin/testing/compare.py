@@ -8,7 +8,7 @@ import pytest
 from .batches import Case
 from .tolerances import tolerance_for
 
-__all__ = ["assert_close", "slot_bytes"]
+__all__ = ["assert_close", "assert_lse_close", "slot_bytes"]
 
 
 def slot_bytes(pages: np.ndarray) -> np.ndarray:
@@ -33,3 +33,19 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, case: Case, what: str
             f"wanted {expected[token, head, lane]:.6g}; wrong tokens {wrong.tolist()}",
             pytrace=False,
         )
+
+
+def assert_lse_close(actual: np.ndarray, expected: np.ndarray, case: Case) -> None:
+    """Fail unless ``actual`` ``[tokens, q_heads]`` is -inf where ``expected`` is, and near it elsewhere.
+
+    An error of the logits is one of their logsumexp, so the bound is that of the output with the size of the logits in
+    place of the values'.
+    """
+    nothing = np.isneginf(expected)
+    wrong = np.unique(np.argwhere(np.isneginf(actual) != nothing)[:, 0])
+    assert not wrong.size, f"logsumexp: -inf in the wrong places, tokens {wrong.tolist()}"
+    bound = tolerance_for(case)
+    seen = ~nothing
+    error = np.abs(actual[seen].astype(np.float64) - expected[seen])
+    excess = error - (bound.atol + bound.rtol * np.abs(expected[seen]))
+    assert not (excess > 0).any(), f"logsumexp: largest error {error.max():.3g} ({bound.reason})"

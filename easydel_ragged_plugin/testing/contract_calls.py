@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 
-from .batches import FAULTS, Case, Fault, spoil_row
+from .batches import FAULTS, Batch, Case, Fault, spoil_row
+from .capabilities import Capabilities
 from .cases import case_named
 from .compare import assert_close, slot_bytes
 from .contract_base import LAW_CASE, ContractBase
-from .driver import Driver
+from .driver import Driver, Outcome
 
-__all__ = ["CallTests"]
+__all__ = ["CallTests", "OperationBase"]
 
 
-class CallTests(ContractBase):
+@functools.lru_cache(maxsize=1)
+def _driver_for(operation: type[Any], contract: str) -> Driver:
+    """One driver at a time: pytest runs class by class, and outcomes hold whole caches."""
+    return Driver(operation)
+
+
+class OperationBase(ContractBase):
+    """An operation of the host is under test."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    @pytest.fixture
+    def operation(self) -> type:
+        """The operation class under test; the same class each time."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define the fixture `operation`, returning an operation class"
+        )
+
+    @pytest.fixture
+    def driver(self, operation: type) -> Driver:
+        """Calls the operation as the host does. Tests of one class share it, with its programs and outcomes."""
+        return _driver_for(operation, f"{type(self).__module__}.{type(self).__qualname__}")
+
+    @property
+    def any_row_order(self) -> bool:  # type: ignore[override]
+        """As the operation declares."""
+        return self.capabilities.any_row_order
+
+    @property
+    def _poison(self) -> Literal["nan", "finite"]:
+        return "nan" if self.capabilities.nan_in_dead_slots else "finite"
+
+    def _missing(self, driver: Driver, case: Case) -> str | None:
+        missing = self.capabilities.lacks(case)
+        return None if missing is None else f"the operation does not declare: {missing}"
+
+    def _call(self, driver: Driver, batch: Batch, **how: Any) -> Outcome:
+        if not self.capabilities.compute_dtype_none_keeps_precision:
+            how.setdefault("compute_dtype", batch.case.np_dtype)
+        return driver.call(batch, **how)
+
+
+class CallTests(OperationBase):
     """Tests of the contract that look at one call."""
 
     # Values and pages, for each case.
@@ -174,7 +218,7 @@ class CallTests(ContractBase):
             pytest.skip("the operation does not declare: invalid_rows")
         if window is not None and not self.capabilities.sliding_window:
             pytest.skip("the operation does not declare: sliding_window")
-        case = dataclasses.replace(LAW_CASE, sliding_window=window)
+        case = LAW_CASE.with_options(sliding_window=window)
         batch = spoil_row(self._build(driver, case), fault)
         expected, pages = batch.expected()
         outcome = self._call(driver, batch)

@@ -15,6 +15,7 @@ from easydel_ragged_plugin import host as host_versions
 from easydel_ragged_plugin.layout import page_shape
 
 from .batches import Batch, Case, Version
+from .capabilities import SCALES
 
 __all__ = ["Driver", "ForwardingView", "Outcome"]
 
@@ -184,13 +185,13 @@ class Driver:
         return {
             "mask_info": MaskInfo.from_segments(jnp.ones((1, num_tokens), jnp.int32)),
             "bias": None,
-            "sliding_window": case.sliding_window,
+            "sliding_window": case.options.sliding_window,
             "init_bias": _nothing,
             "causal": True,
             "deterministic": True,
             "dropout_rng": None,
-            "softmax_scale": case.scale,
-            "logits_soft_cap": case.logits_soft_cap,
+            "softmax_scale": case.softmax_scale,
+            "logits_soft_cap": case.options.logits_soft_cap,
             "dropout_prob": 0.0,
             "precision": jax.lax.Precision.DEFAULT,
             "prevent_cse": True,
@@ -203,12 +204,12 @@ class Driver:
             "mask_value": None,
             "vmem_limit_bytes": None,
             "policy": jax.checkpoint_policies.nothing_saveable,
-            **{
-                name: getattr(case, name)
-                for name in ("q_scale", "k_scale", "v_scale")
-                if getattr(case, name) is not None
-            },
+            **{name: value for name, value in case.options.given().items() if name in SCALES},
         }
+
+    def expected(self, batch: Batch, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+        """The oracle's output and pages for a call on ``batch``."""
+        return batch.expected()
 
     def call(
         self,
@@ -238,7 +239,7 @@ class Driver:
             forwarding_view,
             host_writes,
             case.dtype,
-            tuple(sorted(case.options.items())),
+            case.options,
             tuple(sorted((extra or {}).items())),
         )
         if key not in self._programs:

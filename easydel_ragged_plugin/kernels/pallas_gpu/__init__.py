@@ -15,15 +15,18 @@ and imported when a GPU needs them.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import Rows, plausible_rows, to_cache_dtype
-from easydel_ragged_plugin.types import AttentionRequest, Operands
+from easydel_ragged_plugin.rows import Rows, plausible_rows
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.writes import to_cache_dtype
 
 from .tiles import MOST_ROWS, Tiles, card, choose, too_large
+from .tiles import read_tuned as tuned
 
 __all__ = ["KERNEL", "PallasGPU"]
 
@@ -36,7 +39,7 @@ LEAST_CAPABILITY_FLOAT8_E4M3 = (8, 9)
 """NVIDIA cards below it have no conversion from e4m3; that from e5m2 needs none."""
 
 
-class PallasGPU:
+class PallasGPU(Kernel):
     """Ragged page attention v2 and v3 on NVIDIA and AMD GPUs.
 
     Args:
@@ -47,6 +50,24 @@ class PallasGPU:
     name = "pallas_gpu"
     platforms = frozenset({"gpu"})
     technologies = frozenset({"triton", "pallas"})
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "q_scale",
+                "k_scale",
+                "v_scale",
+                "sinks",
+                "compute_dtype",
+                "vmem_limit_bytes",  # a TPU's; it uses none
+            }
+        )
+    )
+    label = "Triton (this package)"
+    color = "#0f766e"
+    config_type = Tiles
 
     def __init__(self, *, interpret: bool = False, tiles: Tiles | None = None) -> None:
         self.interpret, self.tiles = interpret, tiles
@@ -82,9 +103,7 @@ class PallasGPU:
                 return f"a {request.cache_dtype.name} cache on compute capability {version}, less than {wanted}"
         return too_large(request)
 
-    def forward(
-        self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
         tiles = self.tiles or choose(request, config)
         with jax.named_scope("ragged_page_attention_gpu"):
@@ -92,7 +111,29 @@ class PallasGPU:
             pages = operands.pages
             if operands.keys is not None:
                 pages = self.update(request, tiles, rows, operands)
-            return self.attend(request, tiles, rows, operands._replace(pages=pages)), pages
+            return Attended(self.attend(request, tiles, rows, operands._replace(pages=pages)), pages)
+
+    def facts(self) -> dict[str, Any]:
+        """The card, and whether its tile sizes were measured on it."""
+        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+            return {"available": False, "reason": f"JAX {jax.__version__} has no Pallas backend for Triton"}
+        name, _ = card()
+        return {"available": True, "reason": None, "card": name or None, "tuned": sum(name in key for key in tuned())}
+
+    def fingerprint(self) -> str:
+        """The tile sizes that were tuned on this card: they decide about the order of sums."""
+        name, _ = card()
+        tuned_here = {key: str(tiles) for key, tiles in sorted(tuned().items()) if name and name in key}
+        return f"{super().fingerprint()} {tuned_here}" if tuned_here else super().fingerprint()
+
+    def notes(self, platform: str) -> tuple[str, ...]:
+        """On a GPU, that tiles can be tuned."""
+        if platform != "gpu" or tuned():
+            return ()
+        return (
+            f"The kernel {self.name} has tile sizes from a built-in table, which has not been measured. "
+            "'easydel-ragged tune' finds those of this GPU.",
+        )
 
     def update(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
         """The pages with the new keys and values of live tokens, in the same memory where they are donated."""

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from easydel_ragged_plugin.rows import first_position, needed_entries
+from easydel_ragged_plugin.rows import first_visible, is_visible, needed_entries
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tile, power_of_two
@@ -202,9 +202,9 @@ def walk(
 ) -> Softmax:
     """The softmax of a tile of queries over the blocks of keys ``[begin, end)``."""
     lanes, size = power_of_two(request.head_dim), tile.keys
-    first_key = first_position(request, queries.first)
-    scale = request.softmax_scale * (request.q_scale or 1.0) * (request.k_scale or 1.0)
-    cap = request.logits_soft_cap
+    first_key = first_visible(request, queries.first)
+    scale = request.logits_scale
+    cap = request.options.logits_soft_cap
 
     def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
         position = block * size + iota(size)
@@ -216,10 +216,7 @@ def walk(
         if masked:
             shape = logits.shape
             key, query = grid_of(position, 1, shape), grid_of(queries.position, 0, shape)
-            visible = key <= query
-            if request.sliding_window is not None:
-                visible &= key > query - request.sliding_window
-            logits = jnp.where(visible, logits, -jnp.inf)
+            logits = jnp.where(is_visible(request, key, query), logits, -jnp.inf)
         maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
         reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
         weights = jnp.exp2(logits - reference[:, None])
@@ -239,8 +236,8 @@ def walk(
         jnp.zeros((tile.rows,), jnp.float32),
         jnp.zeros((tile.rows, lanes), jnp.float32),
     )
-    if request.sliding_window is not None:
-        last_first = first_position(request, queries.last)
+    if request.options.window is not None:
+        last_first = first_visible(request, queries.last)
         whole = jnp.clip(lax.div(last_first + (size - 1), jnp.int32(size)), begin, end)
         diagonal = jnp.maximum(diagonal, whole)
         state = lax.fori_loop(begin, whole, functools.partial(step, True), state)
@@ -257,7 +254,7 @@ def normalize(request: AttentionRequest, state: Softmax, sink: jax.Array | None)
         reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         kept = jnp.exp2(state.maximum - reference)
         total = total * kept + jnp.exp2(sink - reference)
-    factor = kept * (request.v_scale or 1.0) / jnp.where(total == 0, 1.0, total)
+    factor = kept * request.v_scale / jnp.where(total == 0, 1.0, total)
     return (state.weighted * factor[:, None]).astype(request.query_dtype)
 
 
@@ -283,10 +280,10 @@ def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     filled = jnp.where(there, jnp.minimum(count - offset, tile.rows // request.group_size), 0)
     # The end of a row is not the tile's: another query of the row may fill what the heads of a group leave.
     queries = load_queries(request, tile.rows, queries_ref, kv_head, start + offset, filled, context - count + offset)
-    first = lax.div(first_position(request, queries.first), jnp.int32(tile.keys))
+    first = lax.div(first_visible(request, queries.first), jnp.int32(tile.keys))
     end = jnp.where(filled > 0, lax.div(queries.last, jnp.int32(tile.keys)) + 1, first)
     state = walk(request, tile, tables, pages, row, kv_head, queries, first, end)
-    sink = pltriton.load(rest[0].at[queries.head]) if request.has_sinks else None
+    sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
     store_output(request, out, queries, normalize(request, state, sink), queries.there)
 
 
@@ -300,7 +297,7 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     there = row_has_pages(request, tables, row, context, count)
     queries = load_queries(request, tile.rows, queries_ref, kv_head, start, count, context - count)
     state = walk(request, tile, tables, pages, row, kv_head, queries, first, jnp.where(there, end, first))
-    sink = pltriton.load(rest[0].at[queries.head]) if request.has_sinks else None
+    sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
     store_output(request, out, queries, normalize(request, state, sink), queries.there & (parts == 1))
 
     several = queries.there & (parts > 1)

@@ -58,7 +58,7 @@ def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
         nothing = Softmax(jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((lanes,), jnp.float32))
         steps = lax.div(parts + (MERGED_PARTS - 1), jnp.int32(MERGED_PARTS))
         state = lax.fori_loop(0, steps, step, nothing)
-        sink = rest[0][head].reshape(1) if request.has_sinks else None
+        sink = rest[0][head].reshape(1) if request.options.sinks else None
         state = Softmax(state.maximum.reshape(1), state.total.reshape(1), state.weighted.reshape(1, lanes))
         result = normalize(request, state, sink).reshape(lanes)
         tokens, heads = (jnp.broadcast_to(each, lane.shape) for each in (start + offset, head))

@@ -286,7 +286,11 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
         Unsupported: sizes that the config asks for do not fit the card.
     """
     name, found = card()
-    tiles = (read_tuned().get(tuned_key(name, request)) if name else None) or default_tiles(request, found)
+    tiles = (
+        config.kernel_config
+        or (read_tuned().get(tuned_key(name, request)) if name else None)
+        or default_tiles(request, found)
+    )
     changes: dict[str, Any] = {}
     if config.num_kv_pages_per_block is not None:
         wanted = power_of_two(config.num_kv_pages_per_block * request.page_size)

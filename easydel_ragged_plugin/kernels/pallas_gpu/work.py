@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from easydel_ragged_plugin.rows import Rows, before, first_position, spread
+from easydel_ragged_plugin.rows import Rows, assign_parts, exclusive_sum, first_visible
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tiles
@@ -69,7 +69,7 @@ def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: in
     """
     counts = jnp.where(rows.num_queries > more_than, _cdiv(rows.num_queries, tokens), 0)
     num_parts = 2 * (request.num_tokens // tokens) + min(request.num_rows, request.num_tokens)
-    row, index, live = spread(counts, num_parts)
+    row, index, live = assign_parts(counts, num_parts)
     return _table(rows, row, live, FIRST=index * tokens)
 
 
@@ -99,23 +99,23 @@ def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_querie
     most_blocks = -(-request.pages_per_row * request.page_size // block)
     most_parts = -(-most_blocks // tiles.least_blocks)
 
-    first = lax.div(first_position(request, rows.context - rows.num_queries), jnp.int32(block))
+    first = lax.div(first_visible(request, rows.context - rows.num_queries), jnp.int32(block))
     blocks = jnp.where(
         (rows.num_queries > 0) & (rows.num_queries <= most_queries), _cdiv(rows.context, block) - first, 0
     )
     share = jnp.maximum(tiles.least_blocks, _cdiv(jnp.sum(blocks, dtype=jnp.int32), wanted))
     counts = _cdiv(blocks, share)
-    row, index, live = spread(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
+    row, index, live = assign_parts(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
     each = _cdiv(blocks, jnp.maximum(counts, 1))  # the row's own share: its parts are even
     begin = first[row] + index * each[row]
     end = jnp.minimum(begin + each[row], first[row] + blocks[row])
 
     several = counts > 1
-    slots = before(jnp.where(several, counts, 0))
+    slots = exclusive_sum(jnp.where(several, counts, 0))
     # A row of several parts has more than half of a share in each of them on average.
     num_slots = min(2 * wanted, request.num_rows * most_parts)
     parts = _table(rows, row, live, FIRST=begin, END=end, SLOT=slots[row] + index, PARTS=counts[row])
     if most_parts == 1:
         return DecodeWork(parts, None, num_slots)
-    row, _, live = spread(several.astype(jnp.int32), min(request.num_rows, wanted))
+    row, _, live = assign_parts(several.astype(jnp.int32), min(request.num_rows, wanted))
     return DecodeWork(parts, _table(rows, row, live, SLOT=slots[row], PARTS=counts[row]), num_slots)

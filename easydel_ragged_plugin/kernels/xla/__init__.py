@@ -8,10 +8,7 @@ to, computes each one's partial softmax, and merges it into the row's running st
 live blocks, so neither the table's width nor one long row makes the others pay.
 
 *Longer rows* (prefill, chunked prefill) are bound by arithmetic. Each tile of query tokens runs over the blocks
-between the first position that its window reaches and its last causal one, with the online softmax of
-FlashAttention (Dao et al., 2022, arXiv 2205.14135).
-
-TurboQuant caches are read by ``turboquant.py``.
+between the first position that its window reaches and its last causal one, with the online softmax of ``blockwise.py``.
 
 Both parts are always compiled and take zero trips when no row needs them. Pages are read through
 :class:`~easydel_ragged_plugin.layout.PageLayout`, so one program serves every cache shape.
@@ -20,19 +17,30 @@ Both parts are always compiled and take zero trips when no row needs them. Pages
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from easydel_ragged_plugin.blockwise import (
+    Results,
+    Softmax,
+    Tiling,
+    attend_tiles,
+    empty_results,
+    initial_softmax,
+    logits_of,
+    lse_of,
+    pin,
+    rescale,
+    statistics_dtype,
+    weights_of,
+)
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import Rows, first_position, live_rows, to_cache_dtype, write_tokens
-from easydel_ragged_plugin.types import AttentionRequest, Operands
-
-from . import turboquant
-from .slots import select_slots, sources_of_slots
-from .softmax import Softmax, initial_softmax, logits_of, pin, rescale, weights_of
+from easydel_ragged_plugin.rows import Rows, first_visible, live_rows
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.writes import select_slots, sources_of_slots, to_cache_dtype, write_tokens
 
 __all__ = ["KERNEL", "XlaKernel"]
 
@@ -115,11 +123,6 @@ def operand_dtype(request: AttentionRequest) -> jnp.dtype:
     return request.compute_dtype
 
 
-def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
-    """Dtype of softmax statistics and sums: float32, or float64 for float64 queries."""
-    return jnp.promote_types(request.query_dtype, jnp.float32)
-
-
 def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of whole pages: ``[..., pages * page_size, kv_heads, head_dim]`` for ids ``[..., pages]``."""
     layout = request.layout
@@ -137,13 +140,13 @@ def normalize(request: AttentionRequest, state: Softmax) -> jax.Array:
     """Attention output of a finished softmax; zeros where nothing was seen."""
     total = state.total[..., None]
     output = jnp.where(total > 0, state.weighted / jnp.where(total > 0, total, 1.0), 0.0)
-    return (output * (request.v_scale or 1.0)).astype(request.query_dtype)
+    return (output * request.v_scale).astype(request.query_dtype)
 
 
 def attend_decode(
-    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, output: jax.Array
-) -> jax.Array:
-    """Attention of all rows with one query; their tokens of ``output [tokens, kv_heads, group, head_dim]`` are set."""
+    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, results: Results
+) -> Results:
+    """Attention of all rows with one query; their tokens of ``results`` are set."""
     dtype = operand_dtype(request)
     lanes, block_tokens = blocks.lanes, blocks.pages * request.page_size
     num_rows, num_kv_heads, group = request.num_rows, request.num_kv_heads, request.group_size
@@ -152,7 +155,7 @@ def attend_decode(
     order = jnp.argsort(rows.num_queries != 1, stable=True).astype(jnp.int32)
     is_decode = rows.num_queries[order] == 1
     context = jnp.where(is_decode, rows.context[order], 0)
-    first_page = first_position(request, context - 1) // request.page_size
+    first_page = first_visible(request, context - 1) // request.page_size
     num_pages = jnp.where(is_decode, -(-context // request.page_size) - first_page, 0)
     num_blocks = -(-num_pages // blocks.pages)
     last_block = jnp.cumsum(num_blocks)
@@ -174,7 +177,7 @@ def attend_decode(
 
         position = page[:, None] * request.page_size + jnp.arange(block_tokens, dtype=jnp.int32)
         end = context[rank][:, None]
-        visible = taken[:, None] & (position < end) & (position >= first_position(request, end - 1))
+        visible = taken[:, None] & (position < end) & (position >= first_visible(request, end - 1))
         keys = jnp.swapaxes(keys, 1, 2).astype(dtype)
         values = jnp.where(visible[:, :, None, None], values, 0)  # 0 * NaN of a dead slot is NaN
         values = jnp.swapaxes(values, 1, 2).astype(dtype)
@@ -195,9 +198,10 @@ def attend_decode(
     # The state has room for `lanes` ranks after the last row, so that a slice of it never clamps.
     state = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
     state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, state)
-    result = normalize(request, jax.tree.map(lambda leaf: leaf[:num_rows], state))
-    token = jnp.where(is_decode, token, request.num_tokens)  # one past the end: dropped
-    return output.at[token].set(result, mode="drop")
+    state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
+    token = jnp.where(is_decode, token, results.output.shape[0])  # one past the end: dropped
+    lse = None if results.lse is None else results.lse.at[token].set(lse_of(state), mode="drop")
+    return Results(results.output.at[token].set(normalize(request, state), mode="drop"), lse)
 
 
 def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
@@ -221,107 +225,69 @@ def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, base, 0), state, merged)
 
 
-def attend_tiles(
-    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, output: jax.Array
-) -> jax.Array:
-    """Attention of all rows with several queries; ``output`` must have ``tile`` spare tokens at its end."""
-    dtype, stats = operand_dtype(request), statistics_dtype(request)
-    tile, step_pages = blocks.tile, blocks.prefill_pages
-    step_tokens = step_pages * request.page_size
-    num_kv_heads, group, head_dim = request.num_kv_heads, request.group_size, request.head_dim
-
-    num_tiles = jnp.where(rows.num_queries > 1, -(-rows.num_queries // tile), 0)
-    last_tile = jnp.cumsum(num_tiles)
-    padded = jnp.pad(operands.queries, ((0, tile), (0, 0), (0, 0)))
-    padded = padded.reshape(-1, num_kv_heads, group, head_dim)
-
-    def run_tile(index: jax.Array, output: jax.Array) -> jax.Array:
-        row = jnp.minimum(jnp.sum(index >= last_tile, dtype=jnp.int32), request.num_rows - 1)
-        offset = (index - (last_tile[row] - num_tiles[row])) * tile
-        start = rows.query_start[row] + offset
-        filled = jnp.minimum(rows.num_queries[row] - offset, tile)
-        first_query = rows.context[row] - rows.num_queries[row] + offset
-        query_position = first_query + jnp.arange(tile, dtype=jnp.int32)
-        queries = lax.dynamic_slice_in_dim(padded, start, tile)
-        queries = jnp.transpose(queries, (1, 2, 0, 3)).reshape(num_kv_heads, group * tile, head_dim).astype(dtype)
-        begin, end = first_position(request, first_query), first_query + filled
-        first_page = begin // request.page_size
-        table = operands.block_tables[row]
-
-        def step(trip: jax.Array, state: Softmax) -> Softmax:
-            cache, trip = pin(pages, trip)
-            page = first_page + trip * step_pages
-            entries = jnp.minimum(page + jnp.arange(step_pages, dtype=jnp.int32), request.pages_per_row - 1)
-            keys, values = read_pages(request, cache, table[entries])
-            position = page * request.page_size + jnp.arange(step_tokens, dtype=jnp.int32)
-            values = jnp.where(((position >= begin) & (position < end))[:, None, None], values, 0)
-            keys = jnp.swapaxes(keys, 0, 1).astype(dtype)
-            values = jnp.swapaxes(values, 0, 1).astype(dtype)
-            products = jnp.einsum("hmd,htd->hmt", queries, keys, preferred_element_type=stats)
-            logits = logits_of(request, products).reshape(num_kv_heads, group, tile, step_tokens)
-            visible = (position[None, :] <= query_position[:, None]) & (position[None, :] < end)
-            visible &= position[None, :] >= first_position(request, query_position)[:, None]
-            logits = jnp.where(visible, logits, -jnp.inf)
-            maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
-            weights = weights_of(logits, visible, maximum)
-            kept = rescale(state.maximum, maximum)
-            products = jnp.einsum(
-                "hmt,htd->hmd",
-                weights.reshape(num_kv_heads, group * tile, step_tokens).astype(dtype),
-                values,
-                preferred_element_type=stats,
-            )
-            return Softmax(
-                maximum,
-                kept * state.total + jnp.sum(weights, axis=-1),
-                kept[..., None] * state.weighted + products.reshape(state.weighted.shape),
-            )
-
-        state = initial_softmax(request, operands.sinks, (), statistics_dtype(request))
-        state = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
-        )
-        num_pages = -(-end // request.page_size) - first_page
-        state = lax.fori_loop(0, -(-num_pages // step_pages), step, state)
-        result = jnp.transpose(normalize(request, state), (2, 0, 1, 3))
-        there = lax.dynamic_slice_in_dim(output, start, tile)
-        mine = (jnp.arange(tile, dtype=jnp.int32) < filled)[:, None, None, None]
-        return lax.dynamic_update_slice_in_dim(output, jnp.where(mine, result, there), start, 0)
-
-    return lax.fori_loop(0, last_tile[-1], run_tile, output)
+def attend_prefill(
+    request: AttentionRequest, blocks: Blocks, rows: Rows, operands: Operands, pages: jax.Array, results: Results
+) -> Results:
+    """Attention of all rows with several queries; their tokens of ``results`` are set."""
+    several = rows._replace(num_queries=jnp.where(rows.num_queries > 1, rows.num_queries, 0))
+    tiling = Tiling(blocks.tile, blocks.prefill_pages, operand_dtype(request), statistics_dtype(request))
+    queries = operands.queries.reshape(-1, request.num_kv_heads, request.group_size, request.head_dim)
+    return attend_tiles(
+        request,
+        tiling,
+        several,
+        operands,
+        pages,
+        queries,
+        functools.partial(read_pages, request),
+        functools.partial(normalize, request),
+        results,
+    )
 
 
-class XlaKernel:
+class XlaKernel(Kernel):
     """Ragged page attention v2 and v3 in plain JAX."""
 
     name = "xla"
     platforms = frozenset({"cpu", "gpu", "tpu", "tt"})
     technologies = frozenset({"xla"})
-
-    takes_turboquant = True
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "q_scale",
+                "k_scale",
+                "v_scale",
+                "sinks",
+                "compute_dtype",
+                "vmem_limit_bytes",  # it uses none
+            }
+        ),
+        results=frozenset({"lse"}),
+    )
+    label = "XLA (this package)"
+    color = "#7cc5bd"
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """This kernel takes every valid request."""
         return None
 
-    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> tuple[jax.Array, Any]:
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        if request.turboquant:
-            with jax.named_scope("ragged_page_attention_turboquant"):
-                return turboquant.forward(request, config, operands)
         blocks = Blocks.choose(request, config)
         with jax.named_scope("ragged_page_attention_xla"):
             rows = live_rows(request, operands)
             pages = operands.pages
             if operands.keys is not None:
                 pages = update_pages(request, rows, operands)
-            shape = (request.num_tokens + blocks.tile, request.num_kv_heads, request.group_size, request.head_dim)
-            output = jnp.zeros(shape, request.query_dtype)
-            output = attend_decode(request, blocks, rows, operands, pages, output)
+            results = empty_results(request, blocks.tile, request.query_dtype)
+            results = attend_decode(request, blocks, rows, operands, pages, results)
             if request.num_tokens > 1:
-                output = attend_tiles(request, blocks, rows, operands, pages, output)
-            output = output[: request.num_tokens].reshape(operands.queries.shape)
-        return output, pages
+                results = attend_prefill(request, blocks, rows, operands, pages, results)
+            output, lse = results.finished(request)
+        return Attended(output, pages, lse)
 
 
 KERNEL = XlaKernel()

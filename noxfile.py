@@ -1,46 +1,64 @@
-"""Everything that CI runs, each in an environment that nox makes: ``nox -f tests/noxfile.py``.
+"""Every check of this project, each in an environment of its own.
 
-The package is built into a wheel and that wheel is tested, start-up files and all; pytest runs from this folder, so
-that nothing is imported from the checkout. Two hosts are tested in full, because one wheel serves both; the examples
-of README and docs are tests like any other. Pass
-``-- -k name`` to hand options to pytest, ``-s alone`` to run one session, ``-r`` to keep environments.
+``nox`` runs the quick checks, ``nox -t all`` every check, ``nox -l`` lists them; ``-s kernels`` runs one session,
+``-r`` keeps its environment, ``-- -k name`` hands options to pytest.
+
+The package is built into a wheel and the wheel is tested, start-up files included; pytest runs in ``tests/``, so that
+nothing is imported from the checkout. What is installed beside the wheel is in the dependency groups of pyproject.toml.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-HOSTS = ("0.3.0", "0.2.0.2")
-# Between the hosts' and the newest, which `alone` has. Lowering for GPUs uses what JAX changes most often.
-OTHER_JAX = ("0.10.2", "0.11.2")
-# Both judge by rules that change from version to version.
-RUFF, MYPY = "ruff==0.17.6", "mypy==2.4.1"
+ROOT = Path(__file__).resolve().parent
+TESTS = ROOT / "tests"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
-nox.needs_version = ">=2024.4"
+# Two versions of EasyDeL are tested in full, because one wheel serves both. The newest comes first.
+HOSTS = ("0.3.0", "0.2.0.2")
+# Between the hosts' and the newest, which `kernels` has. Lowering for GPUs uses what JAX changes most often.
+OTHER_JAX = ("0.10.2", "0.11.2")
+
+# What the quick sessions run, so that `alone` and `host` leave it out where they would run it a second time.
+KERNELS = (
+    "test_kernels.py",
+    "test_native.py",
+    "test_native_library.py",
+    "test_pallas_gpu.py",
+    "test_pallas_gpu_sizes.py",
+    "test_quantized_caches.py",
+    "test_turboquant.py",
+)
+SERVED = ("test_contract.py", "test_demo.py")
+
+nox.needs_version = ">=2025.2.9"  # dependency groups
 nox.options.default_venv_backend = "uv"
 nox.options.envdir = ROOT / ".nox"
-nox.options.sessions = ["lint", "types", "native", "alone", "gpu", "lowering", "host"]
 nox.options.error_on_missing_interpreters = False
+
+QUICK = ["all"]
+REST = ["all", "rest"]  # `.ci/run` runs the quick sessions, then those of tag `rest`
 
 
 def pip_setting(variable: str, option: str) -> str | None:
-    """What pip was told: uv reads none of pip's settings, and the machine's owner had reasons for them."""
+    """A setting of pip, from its environment variable or its configuration: uv reads neither."""
     if variable in os.environ:
         return os.environ[variable]
     command = [sys.executable, "-m", "pip", "config", "get", f"global.{option}"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None if asked.returncode == 0 else None
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 for variable, pip_variable, option in (
@@ -51,7 +69,7 @@ for variable, pip_variable, option in (
     setting = pip_setting(pip_variable, option)
     if setting:
         os.environ.setdefault(variable, setting)
-os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")  # interpreters are the machine's own
+os.environ.setdefault("UV_PYTHON_DOWNLOADS", "never")  # the machine's interpreters are used, none is downloaded
 os.environ.setdefault("UV_HTTP_TIMEOUT", "180")
 
 # A folder of wheels beside the index holds the CPU build of torch, whose version with "+cpu" counts as newer than
@@ -61,7 +79,7 @@ TORCH = "torch==2.13.0" if HAS_CPU_TORCH else "torch"
 
 
 def newest_python() -> str:
-    """``3.13`` where the machine has it, else the one that runs nox."""
+    """Path of a Python 3.13 where the machine has one, else of the Python that runs nox."""
     on_path = shutil.which("python3.13")
     # What is on PATH may be pyenv's stand-in for a version that is not switched on.
     of_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob("3.13*/bin/python3.13")
@@ -69,6 +87,11 @@ def newest_python() -> str:
         if subprocess.run([candidate, "-c", "import ssl"], capture_output=True, check=False).returncode == 0:
             return candidate
     return sys.executable
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The requirements of a dependency group of pyproject.toml."""
+    return tuple(nox.project.dependency_groups(PYPROJECT, name))
 
 
 @functools.cache
@@ -82,21 +105,22 @@ def wheel() -> Path:
     native = "require" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "auto"
     subprocess.run(command, check=True, env={"EASYDEL_RAGGED_NATIVE_BUILD": native, **os.environ})
     (built,) = folder.glob("*.whl")
-    print(f"built {built.name}", flush=True)
     return built
 
 
 def install(session: nox.Session, extras: str, *others: str) -> None:
-    """Install the wheel with ``extras``, never a cached build of an earlier state of the sources."""
+    """Install the wheel with ``extras``, never a cached build of an earlier state of the sources, and ``others``."""
+    session.log("Building the wheel and its C++, once in a run, and installing it: about 2 minutes")
     session.install(
         "--compile-bytecode",
         "--reinstall-package=easydel-ragged-plugin",
-        f"easydel-ragged-plugin[{extras}] @ {wheel().as_uri()}",
+        f"easydel-ragged-plugin{extras} @ {wheel().as_uri()}",
         *others,
     )
 
 
 def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
+    """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line."""
     session.chdir(TESTS)
     # Processes share what they compile, and nothing that an earlier run or the machine's user has compiled. The host
     # sets a folder of its own, under the home folder, unless COMPILE_FUNC_DIR names one.
@@ -116,24 +140,73 @@ def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
     session.run("pytest", *workers, *arguments, *session.posargs, env=environment)
 
 
-@nox.session
+@contextlib.contextmanager
+def measured(session: nox.Session) -> Iterator[dict[str, str]]:
+    """Environment variables that have coverage of branches measured; below the floor of pyproject.toml it fails.
+
+    Coverage starts with each Python process of the environment, so pytest-xdist's workers, the processes that tests
+    start and the start-up line are measured without more ado.
+    """
+    folder = Path(session.virtualenv.location, "coverage")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    variables = {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_FILE": str(folder / "measured")}
+    yield variables
+    session.chdir(ROOT)
+    session.run("coverage", "combine", "--quiet", env={"COVERAGE_FILE": variables["COVERAGE_FILE"]})
+    # A part of the tests has no floor.
+    floor = ["--fail-under=0"] if session.posargs else []
+    session.run("coverage", "report", *floor, env={"COVERAGE_FILE": variables["COVERAGE_FILE"]})
+
+
+def without(files: tuple[str, ...]) -> list[str]:
+    """pytest's options that leave ``files`` out."""
+    return [f"--ignore={file}" for file in files]
+
+
+# The quick sessions.
+
+
+@nox.session(tags=QUICK)
 def lint(session: nox.Session) -> None:
-    """Style and format."""
-    session.install(RUFF)
+    """Style, format and spelling; what `pre-commit run --all-files` runs."""
+    session.install(*group("lint"))
     session.chdir(ROOT)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("typos", ".")
+    sources = sorted(path for folder in ("src", "tests") for path in (ROOT / "native" / folder).glob("*.*"))
+    session.run("clang-format", "--dry-run", "--Werror", *map(str, sources))
 
 
-@nox.session
+@nox.session(tags=QUICK)
 def types(session: nox.Session) -> None:
-    """Static types, with JAX's and without the host's, which has none."""
-    install(session, "bench,test", MYPY)
+    """Static types of the package, the tests, the benchmarks and the build, without EasyDeL, which is untyped."""
+    session.install(*PYPROJECT["project"]["dependencies"], *group("types"))
     session.chdir(ROOT)
     session.run("mypy")
 
 
-@nox.session(venv_backend="none")
+@nox.session(python=newest_python(), tags=QUICK)
+def kernels(session: nox.Session) -> None:
+    """All kernels on the newest JAX, the GPU kernel in an interpreter."""
+    install(session, "", *group("test"))
+    session.log("Kernels against the float64 oracle: about 4 minutes, the GPU kernel first")
+    pytest(session, *KERNELS)
+
+
+@nox.session(tags=QUICK)
+def easydel(session: nox.Session) -> None:
+    """The newest EasyDeL: the contract of its operations, and a real model against transformers token for token."""
+    install(session, "[demo]", *group("test"), f"easydel=={HOSTS[0]}", TORCH)
+    session.log("A real model through EasyDeL's engine, then the contract kit: about 3 minutes")
+    pytest(session, *SERVED)
+
+
+# The rest.
+
+
+@nox.session(venv_backend="none", default=False, tags=REST)
 def native(session: nox.Session) -> None:
     """The C++ alone, on random problems with metadata of every kind: under sanitizers, fuzzed, under valgrind.
 
@@ -190,14 +263,15 @@ def native(session: nox.Session) -> None:
             each.result()
 
 
-@nox.session(python=newest_python())
+@nox.session(python=newest_python(), default=False, tags=REST)
 def alone(session: nox.Session) -> None:
-    """With JAX alone, the newest there is: the functions and kernels need no host."""
-    install(session, "test")
-    pytest(session)
+    """All that needs no EasyDeL, on the newest JAX; `kernels` has the kernels' files."""
+    install(session, "", *group("test"))
+    session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 5 minutes")
+    pytest(session, *without(KERNELS))
 
 
-@nox.session
+@nox.session(default=False, tags=REST)
 def gpu(session: nox.Session) -> None:
     """The GPU kernels through NVIDIA's compilers, for cards that are described: no GPU, no driver.
 
@@ -205,25 +279,33 @@ def gpu(session: nox.Session) -> None:
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
-    install(session, "test", "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
+    install(session, "", *group("test"), "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 2 minutes")
     # What the compilers print is read: each program has to be compiled.
     variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     pytest(session, "test_gpu_compile.py", **variables)
 
 
-@nox.session(python=newest_python())
+@nox.session(python=newest_python(), default=False, tags=REST)
 @nox.parametrize("version", OTHER_JAX, ids=OTHER_JAX)
 def lowering(session: nox.Session, version: str) -> None:
-    """What the GPU kernels are lowered to, with JAX versions that no other session has."""
-    install(session, "test", f"jax=={version}")
+    """What the GPU kernels are lowered to, with versions of JAX that no other session has."""
+    install(session, "", *group("test"), f"jax=={version}")
+    session.log("Lowering the GPU kernels for CUDA and ROCm: about 2 minutes")
     pytest(session, "test_gpu_lowering.py")
 
 
-@nox.session
+@nox.session(default=False, tags=REST)
 @nox.parametrize("version", HOSTS, ids=HOSTS)
 def host(session: nox.Session, version: str) -> None:
-    """Everything, on one version of EasyDeL."""
-    install(session, "bench,demo,test", f"easydel=={version}", TORCH)
-    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `alone` has them, and all
-    # that is marked `once`. Its lowering is tested with each host's JAX, and so are the operations that run it.
-    pytest(session, "--ignore-glob=test_pallas_gpu*.py", "-m", "not once")
+    """Everything on one version of EasyDeL; of the newest, `easydel` has the contract and the real model."""
+    install(session, "[bench,demo]", *group("test"), f"easydel=={version}", TORCH)
+    session.log("All tests on EasyDeL: about 10 minutes")
+    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `kernels` has them, and
+    # `alone` what is marked `once`. Its lowering is tested with each host's JAX, and so are the operations that run it.
+    arguments = ("--ignore-glob=test_pallas_gpu*.py", "-m", "not once")
+    if version != HOSTS[0]:
+        pytest(session, *arguments)
+        return
+    with measured(session) as variables:
+        pytest(session, *arguments, *without(SERVED), **variables)

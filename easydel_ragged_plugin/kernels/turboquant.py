@@ -16,17 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from easydel_ragged_plugin.blockwise import Results, Softmax, Tiling, attend_tiles, empty_results
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import Rows, first_position, live_rows, write_tokens
-from easydel_ragged_plugin.turboquant import ARRAYS, INDEX_LEVELS, TurboQuantConstants, TurboQuantPages
-from easydel_ragged_plugin.types import AttentionRequest, Operands
+from easydel_ragged_plugin.rows import Rows, live_rows
+from easydel_ragged_plugin.turboquant import ARRAYS, FORMAT, INDEX_LEVELS, TurboQuantConstants, TurboQuantPages
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.writes import select_slots, write_tokens
 
-from .slots import select_slots
-from .softmax import Softmax, initial_softmax, logits_of, pin, rescale, weights_of
-
-__all__ = ["forward"]
+__all__ = ["KERNEL", "TurboQuantKernel"]
 
 BLOCK_TOKENS = 256
 """Key tokens that one step decodes."""
@@ -44,16 +42,6 @@ class Tables(NamedTuple):
     key_pairs: jax.Array  # [256, 2]
     signs: jax.Array  # [256, 8]
     value_pairs: jax.Array  # [256, 2]
-
-
-def forward(
-    request: AttentionRequest, config: RaggedPageConfig, operands: Operands
-) -> tuple[jax.Array, TurboQuantPages]:
-    """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-    rows, pages = live_rows(request, operands), operands.pages
-    if operands.keys is not None and operands.values is not None:
-        pages = update(request, rows, operands)
-    return attend(request, config, rows, operands._replace(pages=pages)), pages
 
 
 def update(request: AttentionRequest, rows: Rows, operands: Operands) -> TurboQuantPages:
@@ -85,7 +73,7 @@ class Written(NamedTuple):
     """What one step of :func:`write` leaves, arrays by name."""
 
     slots: dict[str, jax.Array]  # arrays of the cache that are scattered into, [pages * page_size, ...]
-    source: jax.Array  # as in slots.py, for the others
+    source: jax.Array  # as in writes.py, for the others
     lines: dict[str, jax.Array]  # [tokens, ...] of the others
 
 
@@ -149,20 +137,18 @@ def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
     return Tables(pairs(constants.key_codebook), jnp.asarray(signs, dtype), pairs(constants.value_codebook))
 
 
-def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, operands: Operands) -> jax.Array:
-    """Attention of all live tokens, ``[tokens, q_heads, head_dim]`` in the queries' dtype; all others give zeros."""
+def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, operands: Operands) -> Results:
+    """Attention of all live tokens, in the queries' dtype."""
     pages, constants = operands.pages, operands.pages.constants
     # Codes carry more than the short types hold, and EasyDeL computes in float32, too.
     dtype = jnp.promote_types(jnp.promote_types(request.query_dtype, request.compute_dtype), jnp.float32)
-    heads, group, head_dim = request.num_kv_heads, request.group_size, request.head_dim
     small = request.num_tokens <= DECODE_TILE * request.num_rows
     tile = min(config.num_queries_per_block or (DECODE_TILE if small else PREFILL_TILE), request.num_tokens)
     wanted = config.num_kv_pages_per_block or BLOCK_TOKENS // request.page_size
-    step_pages = max(1, min(wanted, request.pages_per_row))
-    step_tokens = step_pages * request.page_size
+    tiling = Tiling(tile, max(1, min(wanted, request.pages_per_row)), dtype, dtype)
 
-    queries = operands.queries.astype(dtype).reshape(-1, heads, group, head_dim)
-    queries = jnp.pad(queries, ((0, tile), (0, 0), (0, 0), (0, 0)))
+    queries = operands.queries.astype(dtype)
+    queries = queries.reshape(-1, request.num_kv_heads, request.group_size, request.head_dim)
     rotation, projection = constants.rotation.astype(dtype), constants.projection.astype(dtype)
     rotated = jnp.einsum("thgd,ed->thge", queries, rotation, precision="highest")
     projected = jnp.einsum("thgd,md->thgm", queries, projection, precision="highest")
@@ -170,57 +156,17 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
     both = jnp.concatenate([rotated, projected * (math.sqrt(math.pi / 2) / projection.shape[0])], axis=-1)
     tables = tables_of(constants, dtype)
 
-    num_tiles = -(-rows.num_queries // tile)
-    last_tile = jnp.cumsum(num_tiles)
+    def read(cache: tuple[jax.Array, ...], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return decode(cache, ids, tables)
 
-    def run_tile(index: jax.Array, output: jax.Array) -> jax.Array:
-        row = jnp.minimum(jnp.sum(index >= last_tile, dtype=jnp.int32), request.num_rows - 1)
-        offset = (index - (last_tile[row] - num_tiles[row])) * tile
-        start = rows.query_start[row] + offset
-        filled = jnp.minimum(rows.num_queries[row] - offset, tile)
-        first_query = rows.context[row] - rows.num_queries[row] + offset
-        position_of_query = first_query + jnp.arange(tile, dtype=jnp.int32)
-        tile_queries = lax.dynamic_slice_in_dim(both, start, tile)
-        tile_queries = jnp.transpose(tile_queries, (1, 2, 0, 3)).reshape(heads, group * tile, -1)
-        begin, end = first_position(request, first_query), first_query + filled
-        first_page = begin // request.page_size
+    def normalize(state: Softmax) -> jax.Array:
+        return state.weighted / jnp.where(state.total > 0, state.total, 1.0)[..., None]
 
-        def step(trip: jax.Array, state: Softmax) -> Softmax:
-            cache, trip = pin(pages.arrays, trip)
-            page = first_page + trip * step_pages
-            entries = jnp.minimum(page + jnp.arange(step_pages, dtype=jnp.int32), request.pages_per_row - 1)
-            keys, values = decode(cache, operands.block_tables[row][entries], tables)
-            position = page * request.page_size + jnp.arange(step_tokens, dtype=jnp.int32)
-            inside = (position >= begin) & (position < end)
-            values = jnp.where(inside[:, None, None], values, 0)  # 0 * NaN of a dead slot is NaN
-            logits = logits_of(request, jnp.einsum("hmd,thd->hmt", tile_queries, keys))
-            visible = (position[None, :] <= position_of_query[:, None]) & inside[None, :]
-            visible &= position[None, :] >= first_position(request, position_of_query)[:, None]
-            logits = jnp.where(visible, logits.reshape(heads, group, tile, step_tokens), -jnp.inf)
-            maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
-            weights = weights_of(logits, visible, maximum)
-            kept = rescale(state.maximum, maximum)
-            summed = jnp.einsum("hmt,thd->hmd", weights.reshape(heads, group * tile, step_tokens), values)
-            return Softmax(
-                maximum,
-                kept * state.total + jnp.sum(weights, axis=-1),
-                kept[..., None] * state.weighted + summed.reshape(state.weighted.shape),
-            )
-
-        state = initial_softmax(request, operands.sinks, (tile,), dtype)
-        state = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 2), state)
-        num_pages = -(-end // request.page_size) - first_page
-        state = lax.fori_loop(0, -(-num_pages // step_pages), step, state)
-        result = state.weighted / jnp.where(state.total > 0, state.total, 1.0)[..., None]
-        result = jnp.transpose(result, (2, 0, 1, 3))
-        there = lax.dynamic_slice_in_dim(output, start, tile)
-        mine = (jnp.arange(tile, dtype=jnp.int32) < filled)[:, None, None, None]
-        return lax.dynamic_update_slice_in_dim(output, jnp.where(mine, result, there), start, 0)
-
-    output = jnp.zeros((request.num_tokens + tile, heads, group, head_dim), dtype)
-    output = lax.fori_loop(0, last_tile[-1], run_tile, output)[: request.num_tokens]
-    output = jnp.einsum("thge,ed->thgd", output, rotation, precision="highest")
-    return output.reshape(operands.queries.shape).astype(operands.queries.dtype)
+    results = empty_results(request, tile, dtype)
+    results = attend_tiles(request, tiling, rows, operands, pages.arrays, both, read, normalize, results)
+    output = results.output[: request.num_tokens]
+    output = jnp.einsum("thge,ed->thgd", output, rotation, precision="highest").astype(request.query_dtype)
+    return Results(output, results.lse).finished(request)
 
 
 def decode(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
@@ -237,3 +183,43 @@ def decode(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tupl
     rest = look_up(tables.signs, signs) * norms[..., 1:].astype(dtype)
     values = look_up(tables.value_pairs, value_indices) * value_norms[..., None].astype(dtype)
     return jnp.concatenate([keys, rest], axis=-1), values
+
+
+class TurboQuantKernel(Kernel):
+    """Ragged page attention v2 and v3 over TurboQuant caches, in plain JAX."""
+
+    name = "turboquant"
+    platforms = frozenset({"cpu", "gpu", "tpu", "tt"})
+    technologies = frozenset({"xla"})
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "logits_soft_cap",
+                "sinks",
+                "compute_dtype",
+                "vmem_limit_bytes",  # it uses none
+            }
+        ),
+        cache_formats=frozenset({FORMAT.name}),
+        results=frozenset({"lse"}),
+    )
+    label = "TurboQuant (this package)"
+    color = "#4f5d95"
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """This kernel takes every valid request over such a cache."""
+        return None
+
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        with jax.named_scope("ragged_page_attention_turboquant"):
+            rows, pages = live_rows(request, operands), operands.pages
+            if operands.keys is not None:
+                pages = update(request, rows, operands)
+            output, lse = attend(request, config, rows, operands._replace(pages=pages))
+        return Attended(output, pages, lse)
+
+
+KERNEL = TurboQuantKernel()

@@ -1,0 +1,224 @@
+"""Attention of tiles of queries over blocks of pages, in plain JAX: what the kernels ``xla`` and ``turboquant`` share.
+
+The online softmax is FlashAttention's (Dao et al., 2022, arXiv 2205.14135). How a block of pages becomes keys and
+values is the kernel's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .rows import Rows, is_visible, visible_keys
+from .types import AttentionRequest, Operands
+
+__all__ = [
+    "Results",
+    "Softmax",
+    "Tiling",
+    "attend_tiles",
+    "empty_results",
+    "initial_softmax",
+    "logits_of",
+    "lse_of",
+    "pin",
+    "rescale",
+    "statistics_dtype",
+    "weights_of",
+]
+
+
+class Softmax(NamedTuple):
+    """Running state of an online softmax; ``maximum`` and ``total`` lack the last axis of ``weighted``."""
+
+    maximum: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+
+
+def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
+    """Dtype of softmax statistics and sums: float32, or float64 for float64 queries."""
+    return jnp.promote_types(request.query_dtype, jnp.float32)
+
+
+def pin(pages: Any, trip: jax.Array) -> tuple[Any, jax.Array]:
+    """The same values, tied to the trip of a loop.
+
+    Without it XLA moves the conversion of the cache's dtype out of the loop and converts the whole cache.
+    """
+    return lax.optimization_barrier((pages, trip))
+
+
+def logits_of(request: AttentionRequest, products: jax.Array) -> jax.Array:
+    """Scale and cap the products of queries and keys."""
+    logits = products * jnp.asarray(request.logits_scale, products.dtype)
+    cap = request.options.logits_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def weights_of(logits: jax.Array, visible: jax.Array, maximum: jax.Array) -> jax.Array:
+    """``exp(logits - maximum)`` where visible, else 0; ``maximum`` is -inf where nothing has been seen."""
+    reference = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    return jnp.where(visible, jnp.exp(logits - reference[..., None]), 0.0)
+
+
+def rescale(old: jax.Array, new: jax.Array) -> jax.Array:
+    """``exp(old - new)`` with the limit 0 where nothing had been seen."""
+    return jnp.where(jnp.isneginf(old), 0.0, jnp.exp(old - jnp.where(jnp.isneginf(new), 0.0, new)))
+
+
+def lse_of(state: Softmax) -> jax.Array:
+    """Logsumexp of a finished softmax, float32; -inf where nothing was seen."""
+    seen = state.total > 0
+    lse = state.maximum + jnp.log(jnp.where(seen, state.total, 1.0))
+    return jnp.where(seen, lse, -jnp.inf).astype(jnp.float32)
+
+
+def initial_softmax(
+    request: AttentionRequest, sinks: jax.Array | None, leading: tuple[int, ...], dtype: jnp.dtype
+) -> Softmax:
+    """State before any key, ``[*leading, kv_heads, group]``: a sink counts as one key without a value."""
+    heads = (request.num_kv_heads, request.group_size)
+    if sinks is None:
+        maximum, total = jnp.full((*leading, *heads), -jnp.inf, dtype), jnp.zeros((*leading, *heads), dtype)
+    else:
+        maximum = jnp.broadcast_to(sinks.astype(dtype).reshape(heads), (*leading, *heads))
+        total = jnp.ones((*leading, *heads), dtype)
+    return Softmax(maximum, total, jnp.zeros((*leading, *heads, request.head_dim), dtype))
+
+
+class Results(NamedTuple):
+    """Results of a call while they are made, with spare tokens at their end for the last tile."""
+
+    output: jax.Array
+    """``[tokens + spare, kv_heads, group, head_dim]``"""
+    lse: jax.Array | None
+    """``[tokens + spare, kv_heads, group]`` float32, or None where it is not requested."""
+
+    def finished(self, request: AttentionRequest) -> Results:
+        """Without the spare tokens, heads in one axis."""
+        shape = (request.num_tokens, request.num_q_heads)
+        lse = None if self.lse is None else self.lse[: request.num_tokens].reshape(shape)
+        return Results(self.output[: request.num_tokens].reshape(*shape, request.head_dim), lse)
+
+
+def empty_results(request: AttentionRequest, spare: int, dtype: jnp.dtype) -> Results:
+    """What tokens of no live row keep: zeros, and a logsumexp of -inf."""
+    shape = (request.num_tokens + spare, request.num_kv_heads, request.group_size)
+    lse = jnp.full(shape, -jnp.inf, jnp.float32) if request.return_lse else None
+    return Results(jnp.zeros((*shape, request.head_dim), dtype), lse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Static sizes of the loops of :func:`attend_tiles`, and the dtypes that they compute in.
+
+    Attributes:
+        tile: query tokens of a tile.
+        pages: pages that one step reads.
+        operands: dtype of the products' operands.
+        statistics: dtype of the softmax and of sums.
+    """
+
+    tile: int
+    pages: int
+    operands: jnp.dtype
+    statistics: jnp.dtype
+
+
+def attend_tiles(
+    request: AttentionRequest,
+    tiling: Tiling,
+    rows: Rows,
+    operands: Operands,
+    pages: Any,
+    queries: jax.Array,
+    read: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]],
+    finish: Callable[[Softmax], jax.Array],
+    results: Results,
+) -> Results:
+    """Attention of all rows of ``rows`` that have queries, a tile of query tokens at a time.
+
+    Args:
+        request, tiling: static sizes.
+        rows: rows to attend; those with no queries are passed by.
+        operands: block tables and sinks are read.
+        pages: the cache, up to date.
+        queries: ``[tokens, kv_heads, group, width]``.
+        read: takes the cache and page ids ``[pages]``; gives keys ``[slots, kv_heads, width]`` and values
+            ``[slots, kv_heads, head_dim]`` of those pages.
+        finish: output of a finished softmax.
+        results: what is updated; has at least ``tile`` spare tokens.
+    """
+    tile, step_tokens = tiling.tile, tiling.pages * request.page_size
+    num_kv_heads, group, page_size = request.num_kv_heads, request.group_size, request.page_size
+    num_tiles = -(-rows.num_queries // tile)
+    last_tile = jnp.cumsum(num_tiles)
+    queries = jnp.pad(queries, ((0, tile), (0, 0), (0, 0), (0, 0)))
+
+    def run_tile(index: jax.Array, results: Results) -> Results:
+        row = jnp.minimum(jnp.sum(index >= last_tile, dtype=jnp.int32), request.num_rows - 1)
+        offset = (index - (last_tile[row] - num_tiles[row])) * tile
+        start = rows.query_start[row] + offset
+        filled = jnp.minimum(rows.num_queries[row] - offset, tile)
+        first_query = rows.context[row] - rows.num_queries[row] + offset
+        query_position = first_query + jnp.arange(tile, dtype=jnp.int32)
+        mine = jnp.arange(tile, dtype=jnp.int32) < filled
+        tokens = lax.dynamic_slice_in_dim(queries, start, tile)
+        tokens = jnp.transpose(tokens, (1, 2, 0, 3)).reshape(num_kv_heads, group * tile, -1).astype(tiling.operands)
+        begin, end = visible_keys(request, first_query, first_query + filled - 1)
+        first_page = begin // page_size
+        table = operands.block_tables[row]
+
+        def step(trip: jax.Array, state: Softmax) -> Softmax:
+            cache, trip = pin(pages, trip)
+            page = first_page + trip * tiling.pages
+            entries = jnp.minimum(page + jnp.arange(tiling.pages, dtype=jnp.int32), request.pages_per_row - 1)
+            keys, values = read(cache, table[entries])
+            position = page * page_size + jnp.arange(step_tokens, dtype=jnp.int32)
+            needed = (position >= begin) & (position < end)
+            values = jnp.where(needed[:, None, None], values, 0)  # 0 * NaN of a dead slot is NaN
+            keys = jnp.swapaxes(keys, 0, 1).astype(tiling.operands)
+            values = jnp.swapaxes(values, 0, 1).astype(tiling.operands)
+            products = jnp.einsum("hmd,htd->hmt", tokens, keys, preferred_element_type=tiling.statistics)
+            logits = logits_of(request, products).reshape(num_kv_heads, group, tile, step_tokens)
+            visible = is_visible(request, position[None, :], query_position[:, None]) & needed[None, :]
+            logits = jnp.where(visible, logits, -jnp.inf)
+            maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
+            weights = weights_of(logits, visible, maximum)
+            kept = rescale(state.maximum, maximum)
+            weighted = jnp.einsum(
+                "hmt,htd->hmd",
+                weights.reshape(num_kv_heads, group * tile, step_tokens).astype(tiling.operands),
+                values,
+                preferred_element_type=tiling.statistics,
+            )
+            return Softmax(
+                maximum,
+                kept * state.total + jnp.sum(weights, axis=-1),
+                kept[..., None] * state.weighted + weighted.reshape(state.weighted.shape),
+            )
+
+        state = initial_softmax(request, operands.sinks, (), tiling.statistics)
+        state = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
+        )
+        num_pages = -(-end // page_size) - first_page
+        state = lax.fori_loop(0, -(-num_pages // tiling.pages), step, state)
+
+        def put(into: jax.Array, value: jax.Array) -> jax.Array:
+            """``value [kv_heads, group, tile, ...]`` at the tokens of the tile that there are."""
+            value = jnp.moveaxis(value, 2, 0).astype(into.dtype)
+            there = lax.dynamic_slice_in_dim(into, start, tile)
+            value = jnp.where(jnp.expand_dims(mine, range(1, value.ndim)), value, there)
+            return lax.dynamic_update_slice_in_dim(into, value, start, 0)
+
+        lse = None if results.lse is None else put(results.lse, lse_of(state))
+        return Results(put(results.output, finish(state)), lse)
+
+    return lax.fori_loop(0, last_tile[-1], run_tile, results)

@@ -1,0 +1,207 @@
+"""From the arguments of a call to ``(request, operands)``: all validation, once.
+
+:func:`describe` raises ValueError with what was got, what was wanted and what to do next. All of it runs while a call
+is traced, so nothing has been written when it raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import turboquant
+from .formats import PLAIN, CacheFormat
+from .layout import Version
+from .options import Options, is_wide_float
+from .types import AttentionRequest, Operands
+
+__all__ = ["FORMATS", "describe"]
+
+FORMATS: tuple[CacheFormat, ...] = (turboquant.FORMAT, PLAIN)
+"""Every cache format. The first that holds a cache is taken: what is no cache at all is refused as plain pages."""
+
+PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+"""JAX's names for a lowering platform, to its names for a backend, which selection goes by."""
+
+
+def describe(
+    version: Version,
+    queries: Any,
+    keys: Any,
+    values: Any,
+    pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    distribution: Any,
+    softmax_aux: Any,
+    options: Options,
+    *,
+    return_lse: bool = False,
+    platform: str | None = None,
+) -> tuple[AttentionRequest, Operands]:
+    """The static description of a call, and its arrays in the form that kernels take.
+
+    Args:
+        version: which operation.
+        queries, ..., softmax_aux: the positional arguments of the public v3 function. For v2 ``keys`` and ``values``
+            are None, and ``distribution`` is the number of rows to look at.
+        options: the options, of which ``sinks`` follows from ``softmax_aux``.
+        return_lse: whether the logsumexp is wanted.
+        platform: see the public functions.
+
+    Raises:
+        ValueError: an argument has a wrong rank, shape or dtype, or its size is not that of another.
+        Unsupported: an option that a cache of this format can't have.
+    """
+    cache_format = next((each for each in FORMATS if each.holds(pages)), PLAIN)
+    _check_heads(queries, keys, values, pages, cache_format)
+    num_tokens, num_q_heads, head_dim = queries.shape
+    cache_format.check(version, pages, head_dim)
+    num_kv_heads = keys.shape[1] if keys is not None else cache_format.num_kv_heads(version, pages)
+    if not num_kv_heads or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"queries: got {num_q_heads} heads over {num_kv_heads} kv heads, wanted a multiple. "
+            "Every kv head serves the same number of query heads."
+        )
+    if version == "v2":
+        distribution = _of_num_seqs(distribution)
+    block_tables = _check_index_arrays(context_lens, query_start_loc, block_tables, distribution)
+    _check_known_lengths(context_lens, block_tables.shape[1], pages.shape[1])
+    cache_format.check_options(pages, options)
+    cache_dtype = cache_format.dtype(pages)
+    request = AttentionRequest(
+        version=version,
+        platform=PLATFORMS.get(platform or "", platform) or jax.default_backend(),
+        num_tokens=num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_rows=block_tables.shape[0],
+        pages_per_row=block_tables.shape[1],
+        num_pages=pages.shape[0],
+        query_dtype=np.dtype(queries.dtype),
+        cache_dtype=cache_dtype,
+        layout=cache_format.layout(version, tuple(pages.shape), num_kv_heads, head_dim, cache_dtype),
+        cache_format=cache_format,
+        options=dataclasses.replace(options, sinks=softmax_aux is not None),
+        return_lse=bool(return_lse),
+    )
+    operands = Operands(
+        queries=jnp.asarray(queries),
+        keys=None if keys is None else jnp.asarray(keys),
+        values=None if values is None else jnp.asarray(values),
+        pages=jax.tree.map(jnp.asarray, pages),
+        context_lens=jnp.asarray(context_lens),
+        block_tables=block_tables,
+        query_start_loc=jnp.asarray(query_start_loc),
+        distribution=jnp.asarray(distribution),
+        sinks=None if softmax_aux is None else _sinks_per_head(softmax_aux, num_q_heads, num_kv_heads),
+    )
+    return request, operands
+
+
+def _check_heads(queries: Any, keys: Any, values: Any, pages: Any, cache_format: CacheFormat) -> None:
+    """Check ranks and dtypes of queries, keys and values, and that they are of one size."""
+    for name, array, form in (
+        ("queries", queries, "[tokens, q_heads, head_dim]"),
+        ("keys", keys, "[tokens, kv_heads, head_dim]"),
+        ("values", values, "[tokens, kv_heads, head_dim]"),
+    ):
+        if array is None:
+            continue
+        if len(array.shape) != 3:
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, wanted {form}. Reshape a batch axis away.")
+        stored = name != "queries" and cache_format.stores(pages, array.dtype)
+        if not (is_wide_float(array.dtype) or stored):
+            raise ValueError(
+                f"{name}: got dtype {array.dtype}, wanted a float dtype of at least 16 bits. "
+                "Cast with .astype(jnp.bfloat16)."
+            )
+    num_tokens, _, head_dim = queries.shape
+    if 0 in queries.shape:
+        raise ValueError(f"queries: got shape {tuple(queries.shape)}, wanted at least one token, head and element.")
+    if keys is None:
+        return
+    if tuple(keys.shape) != tuple(values.shape):
+        raise ValueError(f"values: got shape {tuple(values.shape)}, wanted the keys' {tuple(keys.shape)}.")
+    if (keys.shape[0], keys.shape[2]) != (num_tokens, head_dim):
+        raise ValueError(
+            f"keys: got shape {tuple(keys.shape)}, wanted [{num_tokens}, kv_heads, {head_dim}] as the queries have."
+        )
+
+
+def _of_num_seqs(num_seqs: Any) -> jax.Array:
+    """v2's number of rows as a distribution: kernels read its last entry."""
+    num_seqs = jnp.asarray(num_seqs, jnp.int32).reshape(-1)
+    if num_seqs.shape != (1,):
+        raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the count of rows to look at.")
+    return jnp.broadcast_to(num_seqs, (3,))
+
+
+def _check_index_arrays(context_lens: Any, query_start_loc: Any, block_tables: Any, distribution: Any) -> jax.Array:
+    """Check the metadata; the block table as ``[rows, pages_per_row]``."""
+    for name, array, ranks in (
+        ("context_lens", context_lens, (1,)),
+        ("query_start_loc", query_start_loc, (1,)),
+        ("block_tables", block_tables, (1, 2)),
+        ("distribution", distribution, (1,)),
+    ):
+        if not hasattr(array, "shape") or len(array.shape) not in ranks:
+            raise ValueError(
+                f"{name}: got {getattr(array, 'shape', type(array).__name__)}, wanted an array of rank {ranks[-1]}."
+            )
+        if array.dtype != np.int32:
+            raise ValueError(f"{name}: got dtype {array.dtype}, wanted int32. Cast with .astype(jnp.int32).")
+    num_rows = context_lens.shape[0]
+    if not num_rows:
+        raise ValueError("context_lens: got no rows, wanted at least one. Skip the call for an empty batch.")
+    if query_start_loc.shape != (num_rows + 1,):
+        raise ValueError(
+            f"query_start_loc: got shape {tuple(query_start_loc.shape)}, wanted ({num_rows + 1},): a start for "
+            f"each of the {num_rows} rows, and the end of the last."
+        )
+    if distribution.shape != (3,):
+        raise ValueError(
+            f"distribution: got shape {tuple(distribution.shape)}, wanted (3,): decode_end, prefill_end, total."
+        )
+    size = math.prod(block_tables.shape)
+    if not size or size % num_rows or (len(block_tables.shape) == 2 and block_tables.shape[0] != num_rows):
+        raise ValueError(
+            f"block_tables: got shape {tuple(block_tables.shape)}, wanted [{num_rows}, pages_per_row] (or flat) "
+            "with at least one page for each row of context_lens."
+        )
+    return jnp.asarray(block_tables).reshape(num_rows, size // num_rows)
+
+
+def _check_known_lengths(context_lens: Any, pages_per_row: int, page_size: int) -> None:
+    """Lengths in NumPy are known while tracing: refuse those that the block table has no room for."""
+    if not isinstance(context_lens, np.ndarray) or not context_lens.size:
+        return
+    longest, capacity = int(context_lens.max()), pages_per_row * page_size
+    if longest > capacity:
+        raise ValueError(
+            f"block_tables: a context of {longest} tokens was given, wanted at most {capacity}: "
+            f"{pages_per_row} pages of {page_size}. Widen the block table."
+        )
+
+
+def _sinks_per_head(softmax_aux: Any, num_q_heads: int, num_kv_heads: int) -> jax.Array:
+    """One float32 sink logit for each query head; several sinks of a kv head add up in the softmax's sum."""
+    sinks = jnp.asarray(softmax_aux)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise ValueError(f"softmax_aux: got dtype {sinks.dtype}, wanted a float dtype.")
+    sinks = sinks.astype(jnp.promote_types(sinks.dtype, jnp.float32))
+    if sinks.shape == (num_q_heads,):
+        return sinks
+    if sinks.ndim == 2 and sinks.shape[0] == num_kv_heads and sinks.shape[1] > 0:
+        return jnp.repeat(jax.nn.logsumexp(sinks, axis=1), num_q_heads // num_kv_heads)
+    raise ValueError(
+        f"softmax_aux: got shape {sinks.shape}, wanted ({num_q_heads},): one logit for each query head, or "
+        f"({num_kv_heads}, sinks): the sinks of each kv head."
+    )

@@ -1,0 +1,140 @@
+"""Calls one kernel on a batch: no EasyDeL, no selection, no mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easydel_ragged_plugin import reference
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.request import describe
+from easydel_ragged_plugin.types import AttentionRequest, Kernel, Operands
+
+from .batches import Batch, Case, Version, build_batch
+
+__all__ = ["KernelDriver", "KernelOutcome"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOutcome:
+    """What a call gave.
+
+    Attributes:
+        output: ``[tokens, q_heads, head_dim]``, in the dtype in which it came.
+        pages: the cache after the call, ``[pages, page_size, ...]``.
+        lse: ``[tokens, q_heads]``, or None where the kernel gave none.
+    """
+
+    output: np.ndarray
+    pages: np.ndarray
+    lse: np.ndarray | None
+
+
+class KernelDriver:
+    """Drives one kernel; keeps its compiled programs, so cases of equal shape compile once.
+
+    A subclass makes another cache format of a batch's plain pages, and says what is right for it: :meth:`cache_of`,
+    :meth:`pages_of` and :meth:`expected`.
+
+    Args:
+        kernel: the kernel.
+        version: which operation.
+        config: the configuration that the kernel is given.
+        compiler_options: of ``jax.jit``.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        version: Version,
+        config: RaggedPageConfig | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.version = version
+        self.config = config or RaggedPageConfig()
+        self.outcomes: dict[str, Any] = {}
+        self._compiler_options = compiler_options
+        self._programs: dict[AttentionRequest, Any] = {}
+        self._missing: dict[Case, str | None] = {}
+
+    def cache_of(self, batch: Batch, pages: np.ndarray) -> Any:
+        """The cache that the kernel is given, from pages as :meth:`pages_of` gives them or a batch holds them."""
+        return jnp.array(pages)
+
+    def pages_of(self, cache: Any) -> np.ndarray:
+        """A cache as one array ``[pages, page_size, ...]``, to compare and to reorder."""
+        return np.asarray(cache)
+
+    def expected(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray]:
+        """The oracle's output and pages for a call on ``batch``."""
+        return batch.expected()
+
+    def expected_lse(self, batch: Batch, outcome: KernelOutcome) -> np.ndarray:
+        """The oracle's logsumexp for a call on ``batch``."""
+        return batch.expected_with_lse()[2]
+
+    def missing(self, case: Case) -> str | None:
+        """Why the kernel does not take ``case``, as selection would say it, or None."""
+        if case not in self._missing:
+            self._missing[case] = None
+            if self.version in case.versions:
+                batch = build_batch(case, self.version)
+                request, _ = self._described(batch, batch.pages, False)
+                self._missing[case] = self.kernel.features.lacks(request) or self.kernel.refuses(request)
+        return self._missing[case]
+
+    def call(self, batch: Batch, *, host_writes: bool = False, return_lse: bool = False) -> KernelOutcome:
+        """Run the kernel on ``batch`` inside ``jax.jit``, with the cache donated.
+
+        Args:
+            batch: what to run. Its pages may be those of an earlier outcome.
+            host_writes: for v2, write the batch's new tokens into its pages first, where they are not written yet.
+            return_lse: whether to ask for the logsumexp.
+        """
+        pages = batch.pages
+        if self.version == "v2":
+            pages = self._written(batch) if host_writes else batch.updated_pages
+        request, operands = self._described(batch, pages, return_lse)
+        if request not in self._programs:
+
+            def program(cache: Any, rest: Operands) -> Any:
+                return self.kernel.forward(request, self.config, rest._replace(pages=cache))
+
+            # v2 leaves the cache alone: nothing to donate it to.
+            donated = 0 if self.version == "v3" else ()
+            self._programs[request] = jax.jit(program, donate_argnums=donated, compiler_options=self._compiler_options)
+        attended = self._programs[request](operands.pages, operands._replace(pages=None))
+        lse = None if attended.lse is None else np.asarray(attended.lse)
+        return KernelOutcome(np.asarray(attended.output), self.pages_of(attended.pages), lse)
+
+    def _described(self, batch: Batch, pages: np.ndarray, return_lse: bool) -> tuple[AttentionRequest, Operands]:
+        is_v3 = self.version == "v3"
+        return describe(
+            self.version,
+            jnp.asarray(batch.queries),
+            jnp.asarray(batch.keys) if is_v3 else None,
+            jnp.asarray(batch.values) if is_v3 else None,
+            self.cache_of(batch, pages),
+            jnp.asarray(batch.context_lens),
+            jnp.asarray(batch.block_tables),
+            jnp.asarray(batch.query_start_loc),
+            jnp.asarray(batch.distribution if is_v3 else batch.num_seqs),
+            None if batch.sinks is None else jnp.asarray(batch.sinks),
+            batch.case.options,
+            return_lse=return_lse,
+        )
+
+    def _written(self, batch: Batch) -> np.ndarray:
+        """The batch's pages with the new tokens of its live rows, as v2's host writes them."""
+        pages, total = batch.pages.copy(), int(batch.num_seqs[0])
+        for row, (start, end) in enumerate(itertools.pairwise(batch.query_start_loc[: total + 1])):
+            first = int(batch.context_lens[row]) - int(end - start)
+            new = slice(int(start), int(end))
+            reference.write_tokens(pages, batch.block_tables[row], first, batch.keys[new], batch.values[new])
+        return pages

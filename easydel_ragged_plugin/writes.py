@@ -1,0 +1,83 @@
+"""Where v3's new keys and values go: tokens to slots, and the cast to the cache's dtype. Shared by kernels in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .rows import Rows, assign_parts
+from .types import AttentionRequest, Operands
+
+__all__ = ["select_slots", "sources_of_slots", "to_cache_dtype", "write_tokens"]
+
+State = TypeVar("State")
+
+
+def write_tokens(
+    request: AttentionRequest,
+    rows: Rows,
+    operands: Operands,
+    write: Callable[[jax.Array, jax.Array, State], State],
+    state: State,
+) -> State:
+    """``state`` after ``write(token, slot, state)`` for every new token of every live row.
+
+    ``token`` and ``slot`` are ``[tokens]``: a token of the batch, and its slot in the cache seen as
+    ``[pages * page_size]``; where there is none, the slot is one past the end, for ``mode="drop"``. Rows that make
+    sense share no token, and one step takes all. Rows that overlap have more, and take more steps.
+    """
+    page_size = jnp.int32(request.page_size)
+
+    def step(trip: jax.Array, state: State) -> State:
+        row, index, live = assign_parts(rows.num_queries, request.num_tokens, trip * request.num_tokens)
+        position = jnp.where(live, rows.context[row] - rows.num_queries[row] + index, 0)
+        page = operands.block_tables[row, lax.div(position, page_size)]
+        slot = page * page_size + lax.rem(position, page_size)
+        slot = jnp.where(live, slot, request.num_pages * request.page_size)
+        return write(jnp.where(live, rows.query_start[row] + index, 0), slot, state)
+
+    total = jnp.sum(rows.num_queries, dtype=jnp.int32)
+    return lax.fori_loop(0, -(-total // request.num_tokens), step, state)
+
+
+def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:
+    """Cast to the cache's dtype; 8-bit ones saturate, where a plain cast would give NaN, infinity or a wrapped number.
+
+    Integers are symmetric, so that the least one, which has no opposite, is never written.
+    """
+    if request.cache_dtype.itemsize == 1 and array.dtype != request.cache_dtype:
+        if jnp.issubdtype(request.cache_dtype, jnp.integer):
+            return jnp.clip(jnp.round(array), -127, 127).astype(request.cache_dtype)
+        limit = float(jnp.finfo(request.cache_dtype).max)
+        array = jnp.clip(array, -limit, limit)
+    return array.astype(request.cache_dtype)
+
+
+def sources_of_slots(request: AttentionRequest, rows: Rows, operands: Operands) -> jax.Array:
+    """Token whose key and value each slot takes, ``[pages, page_size]`` int32; the number of tokens for none."""
+
+    def note(token: jax.Array, slot: jax.Array, source: jax.Array) -> jax.Array:
+        return source.at[slot].set(token, mode="drop")
+
+    source = jnp.full(request.num_pages * request.page_size, request.num_tokens, jnp.int32)
+    return write_tokens(request, rows, operands, note, source).reshape(request.num_pages, request.page_size)
+
+
+def select_slots(pages: jax.Array, new: jax.Array, source: jax.Array) -> jax.Array:
+    """One in-place elementwise pass that takes either the old or the new bits of each slot.
+
+    XLA's CPU backend turns a scatter into a loop of updates, in float32 over the whole cache for the short float types,
+    and copies the cache when another loop reads the result. This select is over integers and in the cache's own shape,
+    so it fuses into one loop over slots in place; for a slot that keeps its bits the loop's body is a copy onto itself,
+    which memmove skips.
+    """
+    num_tokens = new.shape[0]
+    bits = jnp.dtype(f"uint{8 * pages.dtype.itemsize}")
+    new = lax.bitcast_convert_type(new, bits).reshape(num_tokens, *pages.shape[2:])
+    written = jnp.expand_dims(source < num_tokens, tuple(range(2, pages.ndim)))
+    merged = jnp.where(written, new[jnp.minimum(source, num_tokens - 1)], lax.bitcast_convert_type(pages, bits))
+    return lax.bitcast_convert_type(merged, pages.dtype)

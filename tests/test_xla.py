@@ -1,0 +1,12 @@
+"""The portable kernel, held to the contract of kernels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from easydel_ragged_plugin.kernels.xla import KERNEL
+from easydel_ragged_plugin.testing import KernelContract
+
+
+class TestXla(KernelContract):
+    kernel: ClassVar = KERNEL
