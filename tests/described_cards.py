@@ -117,6 +117,33 @@ def on(card: str) -> NamedSharding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Code:
+    """PTX of a kernel or of one of its loops: what a thread does, where no loop is inside of it."""
+
+    ptx: str
+
+    @property
+    def has_softmax(self) -> bool:
+        return "ex2.approx" in self.ptx
+
+    @property
+    def tensor_core_products(self) -> int:
+        return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
+
+    @property
+    def multiply_adds(self) -> int:
+        """float32 multiplications with an addition, on no tensor core."""
+        return len(re.findall(r"\bfma\.rn\.f32\b", self.ptx))
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that a thread copies to shared memory asynchronously."""
+        copies = re.findall(r"\bcp\.async\.c[ag]\..*\], (\w+)", self.ptx)
+        assert len(copies) == len(re.findall(r"\bcp\.async\.c[ag]\b", self.ptx)), "a copy whose size can't be read"
+        return sum(int(size, 0) for size in copies)
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """One kernel of a compiled program. ``spilled_bytes`` of each thread, ``shared_bytes`` of each program."""
 
@@ -124,15 +151,57 @@ class Kernel:
     spilled_bytes: int
     shared_bytes: int
     threads: int
-    ptx: str
+    code: Code
 
-    @property
-    def tensor_core_products(self) -> int:
-        return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
+    @functools.cached_property
+    def key_loops(self) -> list[Code]:
+        """Its loops over blocks of keys: no others have a softmax."""
+        return [loop for loop in loops_of(self.code.ptx) if loop.has_softmax]
 
-    @property
-    def asynchronous_copies(self) -> int:
-        return len(re.findall(r"\bcp\.async\.c[ag]\b", self.ptx))
+
+def loops_of(ptx: str) -> list[Code]:
+    """The outermost loops of a kernel, in the order in which they run: blocks that can be reached from one another.
+
+    LLVM's labels begin with ``$L__``. Others belong to inline assembly, which loops within a block.
+    """
+    blocks: list[list[str]] = [[]]
+    position: dict[str, int] = {}
+    for line in map(str.strip, ptx.splitlines()):
+        label = re.match(r"(\$L__\w+):", line)
+        if label is not None:
+            position[label[1]] = len(blocks)
+            blocks.append([])
+        elif line and not line.startswith("//"):
+            blocks[-1].append(line)
+            if re.search(r"\bbra\b.*\$L__", line):
+                blocks.append([])
+
+    following: list[set[int]] = []
+    for index, lines in enumerate(blocks):
+        last = lines[-1] if lines else ""
+        branch = re.fullmatch(r"(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$L__\w+);", last)
+        assert branch is not None or not re.search(r"\bbra\b.*\$L__|\bbrx\b", last), f"can't read: {last}"
+        falls_through = last != "ret;" and (branch is None or branch[1] is not None)
+        following.append({index + 1} if falls_through and index + 1 < len(blocks) else set())
+        if branch is not None:
+            following[-1].add(position[branch[2]])
+
+    reached: list[set[int]] = []
+    for first in following:
+        found, open_blocks = set(first), list(first)
+        while open_blocks:
+            new = following[open_blocks.pop()] - found
+            found |= new
+            open_blocks += new
+        reached.append(found)
+    loops = {
+        tuple(sorted(other for other in reached[block] if block in reached[other]))
+        for block in range(len(blocks))
+        if block in reached[block]
+    }
+    # What comes earlier reaches more.
+    ordered = sorted(loops, key=lambda loop: -len(reached[loop[0]]))
+    return [Code("\n".join(line for block in loop for line in blocks[block])) for loop in ordered]
 
 
 def compile_for(card: str, lowered: Any) -> tuple[Any, dict[str, Kernel]]:
@@ -157,7 +226,7 @@ def compile_for(card: str, lowered: Any) -> tuple[Any, dict[str, Kernel]]:
             for name, body in bodies.items():
                 threads = re.search(r"\.reqntid (\d+)", body)
                 assert threads is not None
-                kernels[name] = Kernel(*taken[name], shared[name], int(threads[1]), body)
+                kernels[name] = Kernel(*taken[name], shared[name], int(threads[1]), Code(body))
     return compiled, kernels
 
 

@@ -1,8 +1,10 @@
 """The GPU kernels through the whole compiler, for cards that are described and not there.
 
 XLA, Triton and ptxas take the programs: what registers and shared memory they need, that 16-bit products run on tensor
-cores, that loads are pipelined, and that the pages are in place. No GPU has run anything here, and nothing here is
-about time or numbers.
+cores, which loops over keys are pipelined, and that the pages are in place. No GPU has run anything here, and nothing
+here is about time or numbers.
+
+``check`` holds a program against all of it. What it must not let pass is at the end of the file.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import functools
 import itertools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from described_cards import CARDS, Kernel, compile_for, device, missing, on
+from described_cards import CARDS, Kernel, compile_for, device, loops_of, missing, on
 
 from easydel_ragged_plugin import (
     RaggedPageConfig,
@@ -29,7 +31,7 @@ from easydel_ragged_plugin import (
     ragged_page_attention_v3,
 )
 from easydel_ragged_plugin.kernels import pallas_gpu
-from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.kernels.pallas_gpu import attend, tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile
 from easydel_ragged_plugin.types import AttentionRequest
 
@@ -59,6 +61,20 @@ HEADS = ((32, 8), (8, 1), (9, 3), (64, 1))
 KERNELS = {"ragged_decode", "ragged_merge", "ragged_prefill"}
 ATTENTION = {"ragged_decode": "decode", "ragged_prefill": "prefill"}
 
+# The loops over keys of an attention kernel, in their order. Blocks that all queries see whole are the bulk of a long
+# context; with a window there are those on its edge before them.
+NO_WINDOW, WINDOW = ("whole", "last"), ("edge", "whole", "last")
+COPIED_STEPS: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {
+    "16-bit pages or smaller": {NO_WINDOW: (1, 0), WINDOW: (1, 0, 0)},
+    "16-bit pages or smaller, one warpgroup of tcgen05": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
+    "float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
+    "float32 products of float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
+    "one stage": {NO_WINDOW: (0, 0), WINDOW: (0, 0, 0)},
+}
+"""Steps whose keys, values and page ids one trip of each of these loops copies asynchronously, while an earlier step is
+computed. Triton pipelines no more than the first loop of a kernel where products take 16-bit operands as they were
+stored, or widened: with a window that is not the one with most trips."""
+
 FEW_BYTES = 64
 """16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 rows of a
 head_dim above 128 take all of them."""
@@ -77,6 +93,22 @@ class Program:
 
     def tile(self, kernel: str) -> Tile:
         return getattr(self.sizes, ATTENTION[kernel])
+
+    def copied_steps(self, kernel: str) -> tuple[int, ...]:
+        """The row of :data:`COPIED_STEPS` for one of the attention kernels."""
+        tile, request = self.tile(kernel), self.request
+        tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.rows >= 64
+        if tile.stages == 1:
+            what = "one stage"
+        elif request.compute_dtype.itemsize > 2:
+            what = "float32 products of float32 pages"
+        elif request.cache_dtype.itemsize > 2:
+            what = "float32 pages"
+        elif tcgen05 and tile.warps == 4:
+            what = "16-bit pages or smaller, one warpgroup of tcgen05"
+        else:
+            what = "16-bit pages or smaller"
+        return COPIED_STEPS[what][NO_WINDOW if request.sliding_window is None else WINDOW]
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +142,11 @@ def build(
     tokens: int = 256,
     sinks: bool = False,
     config: RaggedPageConfig | None = None,
+    donate: bool = True,
+    prepare: Callable[[jax.Array], jax.Array] = lambda pages: pages,
     **options: Any,
 ) -> Program:
-    """A call with its pages donated, compiled for ``card``."""
+    """A call with its pages donated, compiled for ``card``. It attends to ``prepare(pages)``."""
     found = use(card)
     array = functools.partial(jax.ShapeDtypeStruct, sharding=on(card))
     index = functools.partial(array, dtype=jnp.int32)
@@ -122,21 +156,20 @@ def build(
     lengths = [index((rows,)), index((rows, width)), index((rows + 1,))]
     aux = [array((q_heads,), jnp.float32)] if sinks else []
     if version == "v2":
-        function, arguments, donated = ragged_page_attention_v2, [queries, stored, *lengths, index((1,)), *aux], 1
+        function, arguments, at = ragged_page_attention_v2, [queries, stored, *lengths, index((1,)), *aux], 1
     else:
-        function, arguments = ragged_page_attention_v3, [queries, new, new, stored, *lengths, index((3,)), *aux]
-        donated = 3
+        function, arguments, at = ragged_page_attention_v3, [queries, new, new, stored, *lengths, index((3,)), *aux], 3
     options = {**options, "platform": "gpu", "config": config}
     selection = explain(function, *arguments, **options)
     assert selection.kernel == "pallas_gpu", str(selection)
 
     def call(*arrays: Any) -> Any:
         # v2 gives no pages; a caller that donates them has them passed through.
-        output = function(*arrays, **options)
-        return (output, arrays[1]) if version == "v2" else output
+        output = function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], **options)
+        return (output, arrays[at]) if version == "v2" else output
 
     with jax.set_mesh(on(card).mesh):  # where JAX looks, from 0.11 on, for the GPU that it lowers for
-        lowered = jax.jit(call, donate_argnums=donated).trace(*arguments).lower()
+        lowered = jax.jit(call, donate_argnums=at if donate else ()).trace(*arguments).lower()
     compiled, kernels = compile_for(card, lowered)
     sizes = tiles.choose(selection.request, selection.config)
     return Program(compiled, kernels, selection.request, found, sizes, int(np.prod(stored.shape)) * cache.itemsize)
@@ -167,20 +200,34 @@ def check(program: Program, spilled: int = FEW_BYTES) -> None:
     for name, kernel in program.kernels.items():
         assert kernel.spilled_bytes <= spilled, f"{name}: {kernel.spilled_bytes} bytes spilled"
         if name not in ATTENTION:
-            assert not kernel.tensor_core_products
+            assert not kernel.code.tensor_core_products, name
             continue
         tile = program.tile(name)
         about = f"{name} {tile}"
         # An upper bound, and a close one: what it refuses would not have run, and what it gives up was too large.
         bound = tile.shared_bytes(program.request, program.card)
-        assert kernel.shared_bytes <= bound <= program.card.shared_bytes, about
-        assert kernel.threads == 32 * tile.warps, about
-        assert bool(kernel.asynchronous_copies) == (tile.stages > 1), about
-        assert bool(kernel.tensor_core_products) == (program.request.compute_dtype.itemsize == 2), about
+        assert kernel.shared_bytes <= bound <= program.card.shared_bytes, f"shared memory of {about}"
+        assert kernel.threads == 32 * tile.warps, f"threads of {about}"
+        check_loops(program, name)
     # The pages are the caller's memory; what else there is is made of partial results and of work lists.
     memory = program.compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= program.pages_bytes
-    assert memory.temp_size_in_bytes < temporary_bytes(program), memory
+    assert memory.alias_size_in_bytes >= program.pages_bytes, "the pages are not in place"
+    assert memory.temp_size_in_bytes < temporary_bytes(program), f"temporary memory: {memory}"
+
+
+def check_loops(program: Program, name: str) -> None:
+    """Each loop over keys has its products, on the units that they are meant for, and copies what it is known to."""
+    kernel, tile, request = program.kernels[name], program.tile(name), program.request
+    about = f"{name} {tile} for {request.describe()}"
+    lanes = tiles.power_of_two(request.head_dim)
+    for loop in kernel.key_loops:
+        assert bool(loop.tensor_core_products) == (request.compute_dtype.itemsize == 2), f"tensor cores in {about}"
+        if request.compute_dtype.itemsize > 2:
+            assert loop.multiply_adds * kernel.threads >= 2 * tile.rows * tile.keys * lanes, f"products of {about}"
+    # Keys, values and page ids. A thread copies an id at least; those past the step's end are predicated off.
+    step = 2 * tile.keys * lanes * request.cache_dtype.itemsize + 4 * max(tile.keys, kernel.threads)
+    copied = [loop.copied_bytes * kernel.threads for loop in kernel.key_loops]
+    assert copied == [steps * step for steps in program.copied_steps(name)], f"copies of {about}"
 
 
 def temporary_bytes(program: Program) -> int:
@@ -229,11 +276,15 @@ def test_compiles_for_float32(dtypes: str, head_dim: int, options: str, card: st
 
 
 @pytest.mark.parametrize(
-    ("card", "head_dim", "spilled"), [("H100", 256, FEW_BYTES), ("A100", 128, 128), ("A100", 256, 256)]
+    ("card", "head_dim", "spilled"), [("H100", 256, FEW_BYTES), ("A100", 128, FEW_BYTES), ("A100", 256, 256)]
 )
 def test_the_largest_groups_compile(card: str, head_dim: int, spilled: int, described: Any) -> None:
-    """128 query heads for a kv head are more than a thread of an A100 has the registers for."""
-    check(build(described, card, q_heads=128, kv_heads=1, head_dim=head_dim), spilled)
+    """With 128 query heads for a kv head, the widest heads are more than a thread of an A100 has the registers for."""
+    program = build(described, card, q_heads=128, kv_heads=1, head_dim=head_dim)
+    check(program, spilled)
+    if spilled > FEW_BYTES:
+        with pytest.raises(AssertionError, match="bytes spilled"):
+            check(program)
 
 
 def test_what_has_no_room_is_refused_by_name(described: Any) -> None:
@@ -264,15 +315,108 @@ def test_neither_the_cache_nor_the_table_costs_memory(described: Any) -> None:
     assert after.temp_size_in_bytes <= 1.1 * before.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("card", "instruction"), [("H100", "wgmma"), ("B200", "tcgen05"), ("A100", "mma.sync")])
-def test_prompts_run_on_the_tensor_cores_of_the_generation(card: str, instruction: str, described: Any) -> None:
+INSTRUCTIONS = {"H100": "wgmma.mma_async", "B200": "tcgen05.mma", "A100": "mma.sync"}
+
+
+@pytest.mark.parametrize("card", INSTRUCTIONS)
+def test_prompts_run_on_the_tensor_cores_of_the_generation(card: str, described: Any) -> None:
     program = build(described, card)
-    assert f"{instruction}." in program.kernels["ragged_prefill"].ptx
-    # 16 rows are too few for groups of four warps.
-    assert "mma.sync." in program.kernels["ragged_decode"].ptx
+    prefill, decode = (program.kernels[name].key_loops for name in ("ragged_prefill", "ragged_decode"))
+    assert (len(prefill), len(decode)) == (2, 2)
+    for loop in prefill:
+        assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == [INSTRUCTIONS[card]]
+    for loop in decode:  # 16 rows are too few for groups of four warps
+        assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == ["mma.sync"]
 
 
-def test_float8_is_converted_by_an_instruction(described: Any) -> None:
-    program = build(described, "H100", cache=jnp.float8_e4m3fn)
+@pytest.mark.parametrize(("cache", "converted"), [(jnp.float8_e4m3fn, True), (jnp.bfloat16, False)])
+def test_float8_is_converted_by_an_instruction(cache: Any, converted: bool, described: Any) -> None:
+    program = build(described, "H100", cache=cache)
     for name in ATTENTION:
-        assert "cvt.rn.f16x2.e4m3x2" in program.kernels[name].ptx
+        found = ["cvt.rn.f16x2.e4m3x2" in loop.ptx for loop in program.kernels[name].key_loops]
+        assert found == [converted, converted], name
+
+
+# What must not pass.
+
+
+def test_loops_of_ptx_are_found() -> None:
+    """A loop in a loop counts with the outer one, and what a branch jumps over counts with none."""
+    found = loops_of("""
+        cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+        @%p1 bra 	$L__BB0_4;
+    $L__BB0_1:                              // =>This Loop Header: Depth=1
+        cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
+    $L__BB0_2:
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 };
+        {
+        waitLoop:
+        @!complete bra.uni waitLoop;
+        }
+        @%p2 bra 	$L__BB0_2;
+        @!%p3 bra 	$L__BB0_1;
+        bra.uni 	$L__BB0_4;
+    $L__BB0_3:
+        fma.rn.f32 	%r1, %r2, %r3, %r4;
+        ex2.approx.ftz.f32 	%r1, %r2;
+        @%p4 bra 	$L__BB0_3;
+        ret;
+    $L__BB0_4:
+        @%p5 cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+        bra.uni 	$L__BB0_3;
+    """)
+    assert [loop.copied_bytes for loop in found] == [4, 0]
+    assert [loop.tensor_core_products for loop in found] == [1, 0]
+    assert [loop.multiply_adds for loop in found] == [0, 1]
+    assert [loop.has_softmax for loop in found] == [False, True]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_one_stage_is_not_taken_for_a_pipeline(card: str, described: Any) -> None:
+    program = build(described, card, config=RaggedPageConfig(num_stages=1))
+    check(program)
+    staged = {name: dataclasses.replace(program.tile(name), stages=2) for name in ATTENTION}
+    claimed = dataclasses.replace(
+        program,
+        sizes=dataclasses.replace(program.sizes, decode=staged["ragged_decode"], prefill=staged["ragged_prefill"]),
+    )
+    for name in ATTENTION:
+        assert any(claimed.copied_steps(name))
+        with pytest.raises(AssertionError, match="copies of"):
+            check_loops(claimed, name)
+
+
+def test_a_missing_product_is_seen(described: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the dtypes is what the other's program must not be taken for, and so is a kernel that multiplies less."""
+    program, other = build(described, "H100"), build(described, "H100", dtype=jnp.float32)
+    check(program)
+    check(other)
+    for name in ATTENTION:
+        for one, wrong in ((program, other), (other, program)):
+            with pytest.raises(AssertionError, match="tensor cores in"):
+                check_loops(dataclasses.replace(one, request=wrong.request, sizes=wrong.sizes), name)
+    monkeypatch.setattr(
+        attend, "product", lambda left, right, contracted: jnp.zeros((left.shape[0], right.shape[1 - contracted]))
+    )
+    for dtype, reason in ((jnp.bfloat16, "tensor cores in"), (jnp.float32, "products of")):
+        with pytest.raises(AssertionError, match=reason):
+            check(build(described, "H100", dtype=dtype))
+
+
+def test_other_tiles_than_those_compiled_are_seen(described: Any) -> None:
+    program = build(described, "H100")
+    for fields, reason in (({"keys": 32}, "shared memory of"), ({"warps": 8}, "threads of")):
+        wrong = dataclasses.replace(program.sizes, decode=dataclasses.replace(program.sizes.decode, **fields))
+        with pytest.raises(AssertionError, match=reason):
+            check(dataclasses.replace(program, sizes=wrong))
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_pages_that_are_not_in_place_are_seen(version: str, described: Any) -> None:
+    with pytest.raises(AssertionError, match="the pages are not in place"):
+        check(build(described, "H100", version, donate=False))
+
+
+def test_a_copy_of_the_pages_is_seen(described: Any) -> None:
+    with pytest.raises(AssertionError, match="temporary memory"):
+        check(build(described, "H100", "v2", prepare=lambda pages: 2 * pages))

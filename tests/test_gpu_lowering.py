@@ -2,12 +2,17 @@
 
 JAX lowers for CUDA and ROCm on any machine, up to the point where XLA hands Triton's program to the card's compiler.
 So this finds what Pallas or Triton can't express; it does not find what a compiler makes of it.
+
+What a lowered program is held against is in functions named ``check_``. Each of them is also given a program that it
+must not let pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ import pytest
 from described_cards import described_gpu
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels.pallas_gpu import attend
 
 VERSIONS = ("v2", "v3")
 DTYPES = {
@@ -36,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scales": {"q_scale": 0.5, "k_scale": 2.0, "v_scale": 3.0},
     "all": {"sliding_window": 300, "logits_soft_cap": 30.0, "sinks": True, "q_scale": 0.5, "v_scale": 3.0},
 }
+ATTENTION = ("ragged_decode", "ragged_prefill")
 KERNELS = {
     "v2": ["ragged_decode", "ragged_merge", "ragged_prefill"],
     "v3": ["ragged_update", "ragged_decode", "ragged_merge", "ragged_prefill"],
@@ -57,9 +64,11 @@ def lower(
     tokens: int = 64,
     platform: str = "cuda",
     sinks: bool = False,
+    donate: bool = True,
+    prepare: Callable[[jax.Array], jax.Array] = lambda pages: pages,
     **options: Any,
 ) -> Any:
-    """A call with its pages donated, lowered for ``platform``."""
+    """A call with its pages donated, lowered for ``platform``. It attends to ``prepare(pages)``."""
     cache = cache or dtype
     array, index = jax.ShapeDtypeStruct, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     stored = array(page_shape(version, pages, page_size, kv_heads, head_dim, np.dtype(cache)), cache)
@@ -67,39 +76,45 @@ def lower(
     lengths = [index((rows,)), index((rows, width)), index((rows + 1,))]
     aux = [array((q_heads,), jnp.float32)] if sinks else []
     if version == "v2":
-        function = functools.partial(ragged_page_attention_v2, platform=platform, **options)
+        function, at = functools.partial(ragged_page_attention_v2, platform=platform, **options), 1
         arguments, donated = [queries, stored, *lengths, index((1,)), *aux], ()
     else:
-        function = functools.partial(ragged_page_attention_v3, platform=platform, **options)
+        function, at = functools.partial(ragged_page_attention_v3, platform=platform, **options), 3
         arguments, donated = [queries, new, new, stored, *lengths, index((3,)), *aux], (3,)
+
+    def call(*arrays: Any) -> Any:
+        return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :])
+
     with described_gpu():
-        return jax.jit(function, donate_argnums=donated).trace(*arguments).lower(lowering_platforms=(platform,))
+        jitted = jax.jit(call, donate_argnums=donated if donate else ())
+        return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+
+
+def operations(outer: Any) -> Iterator[Any]:
+    """Every operation of a module or of another operation, in order, those inside of others included."""
+    for region in outer.regions:
+        for block in region:
+            for inner in block:
+                yield inner.operation
+                yield from operations(inner.operation)
 
 
 def calls(lowered: Any) -> list[Any]:
     """The Triton calls of a lowered function, in order."""
-    found = []
-
-    def visit(operation: Any) -> None:
-        for region in operation.regions:
-            for block in region:
-                for inner in block:
-                    if inner.operation.name == "stablehlo.custom_call" and "xla.gpu.triton" in str(
-                        inner.attributes["call_target_name"]
-                    ):
-                        found.append(inner)
-                    visit(inner.operation)
-
-    visit(lowered.compiler_ir().operation)
-    return found
+    return [
+        each
+        for each in operations(lowered.compiler_ir().operation)
+        if each.name == "stablehlo.custom_call" and "xla.gpu.triton" in str(each.attributes["call_target_name"])
+    ]
 
 
 def names(lowered: Any) -> list[str]:
     return [call.attributes["mhlo.backend_config"]["name"].value for call in calls(lowered)]
 
 
-def triton(lowered: Any, name: str) -> str:
-    """The Triton program of one kernel, as text."""
+@contextlib.contextmanager
+def triton_module(lowered: Any, name: str) -> Iterator[Any]:
+    """The Triton program of one kernel. Its operations can be looked at within the ``with`` block."""
     from jax_private import _new_ir_context, ir
 
     (config,) = [
@@ -109,7 +124,13 @@ def triton(lowered: Any, name: str) -> str:
     ]
     program = config["ir"].value_bytes
     with _new_ir_context():
-        return str(ir.Module.parse(program))
+        yield ir.Module.parse(program)
+
+
+def triton(lowered: Any, name: str) -> str:
+    """The Triton program of one kernel, as text."""
+    with triton_module(lowered, name) as module:
+        return str(module)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -161,52 +182,136 @@ def loops(program: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["ragged_decode", "ragged_prefill"])
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}], ids=["plain", "window"])
-def test_loops_have_dynamic_bounds_and_load_tiles(kernel: str, options: dict[str, Any]) -> None:
-    program = triton(lower("v3", **options), kernel)
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
+    """Replaces a function that the kernels call. JAX keeps what it has traced, so that is forgotten."""
+
+    def replace(module: Any, name: str, value: Any) -> None:
+        monkeypatch.setattr(module, name, value)
+        jax.clear_caches()
+
+    yield replace
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def products(program: str) -> list[str]:
+    return [line for line in program.splitlines() if re.search(r"= tt\.dot\b", line)]
+
+
+def check_key_loops(program: str, window: bool) -> None:
+    """Three loops over keys with a window and two without, each with both products, dynamic bounds and tiled loads."""
     # `for`, not `while`: Triton prefetches the loads of the former alone.
-    assert "scf.while" not in program
-    attention = [loop for loop in loops(program) if "tt.dot" in loop]
-    # Masked and unmasked blocks; with a window its own edge, too.
-    assert len(attention) == (3 if options else 2)
-    unmasked = 0
+    assert "scf.while" not in program, "a while loop"
+    attention = [loop for loop in loops(program) if products(loop)]
+    assert len(attention) == (3 if window else 2), f"{len(attention)} loops with products"
+    assert len(products(program)) == 2 * len(attention), "products outside of loops"
+    masked = []
     for loop in attention:
         bounds = re.search(r"scf\.for %\w+ = (%[\w#]+) to (%[\w#]+) step", loop)
         assert bounds is not None
         assert not re.search(rf"{re.escape(bounds[2])} = arith\.constant", program), "an end that is fixed"
-        assert loop.count("tt.dot ") == 2
-        loads = [line for line in loop.splitlines() if "tt.load" in line]
-        # One of page ids, keys and values each; all of them tiles of pointers.
-        types = [re.search(r": (.*)$", line)[1] for line in loads]  # type: ignore[index]
-        assert sorted(types) == sorted([f"tensor<{types[1].split('<')[1].split('x')[0]}x!tt.ptr<i32>>", *types[1:]])
-        assert all(re.fullmatch(r"tensor<\d+x128x!tt\.ptr<bf16>>", each) for each in types[1:])
-        assert len(types) == 3
-        unmasked += "arith.select" not in loop
-        # An operand of `tt.load` after the pointer is a mask.
-        masked = [len(re.findall(r"%", line.split("tt.load")[1])) > 1 for line in loads]
-        assert len(set(masked)) == 1
-    assert "tt.dot" in program
+        assert len(products(loop)) == 2, f"{len(products(loop))} products in a loop"
+        loads = re.findall(r"= tt\.load (%.*) : (.*)$", loop, re.MULTILINE)
+        assert loop.count("tt.load") == len(loads) == 3, f"{len(loads)} loads in a loop"
+        # Page ids, keys and values; all of them tiles of pointers.
+        (keys,) = {re.fullmatch(r"tensor<(\d+)x128x!tt\.ptr<bf16>>", kind)[1] for _, kind in loads[1:]}  # type: ignore[index]
+        assert loads[0][1] == f"tensor<{keys}x!tt.ptr<i32>>"
+        # An operand after the pointer is a mask.
+        (is_masked,) = {"," in operands for operands, _ in loads}
+        masked.append(is_masked)
+    assert masked == ([True, False, True] if window else [False, True]), f"masked loads: {masked}"
 
 
-def test_statistics_and_accumulators_are_float32() -> None:
-    for kernel in ("ragged_decode", "ragged_prefill"):
-        program = triton(lower("v3"), kernel)
-        for line in program.splitlines():
-            if "tt.dot " in line:
-                assert re.search(r"-> tensor<\d+x\d+xf32>", line), line
-            if "iter_args" in line and "tt.dot" in program:
-                assert "bf16" not in line.split("->")[-1], line
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}], ids=["plain", "window"])
+def test_loops_have_dynamic_bounds_and_load_tiles(kernel: str, options: dict[str, Any]) -> None:
+    program = triton(lower("v3", **options), kernel)
+    check_key_loops(program, window=bool(options))
+    with pytest.raises(AssertionError, match="loops with products"):
+        check_key_loops(program, window=not options)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "ieee"), (jnp.bfloat16, None)])
-def test_float32_is_not_cut_to_tf32(dtype: Any, precision: str | None) -> None:
-    program = triton(lower("v3", dtype=dtype), "ragged_prefill")
-    products = [line for line in program.splitlines() if "tt.dot " in line]
-    assert products
-    for line in products:
-        # IEEE is Triton's default of that operation's attribute, so it may print nothing.
-        assert "tf32" not in line, line
+def test_a_kernel_without_products_is_seen(spoil: Any) -> None:
+    def nothing(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
+        return jnp.zeros((left.shape[0], right.shape[1 - contracted]), jnp.float32)
+
+    spoil(attend, "product", nothing)
+    lowered = lower("v3")
+    for kernel in ATTENTION:
+        program = triton(lowered, kernel)
+        with pytest.raises(AssertionError, match="0 loops with products"):
+            check_key_loops(program, window=False)
+        with pytest.raises(AssertionError, match="0 products"):
+            check_float32_sums(program, num_products=4)
+        with pytest.raises(AssertionError, match="0 products"):
+            check_ieee_products(program, num_products=4)
+
+
+def test_a_loop_that_does_not_count_is_seen(spoil: Any) -> None:
+    def fori_loop(begin: Any, end: Any, step: Callable[..., Any], state: Any) -> Any:
+        def go_on(carry: Any) -> Any:
+            return (carry[0] < end) & (carry[0] >= begin)
+
+        return jax.lax.while_loop(go_on, lambda carry: (carry[0] + 1, step(carry[0], carry[1])), (begin, state))[1]
+
+    spoil(jax.lax, "fori_loop", fori_loop)
+    with pytest.raises(AssertionError, match="a while loop"):
+        check_key_loops(triton(lower("v3"), "ragged_decode"), window=False)
+
+
+def check_float32_sums(program: str, num_products: int) -> None:
+    """Products and what loops carry from one trip to the next are float32."""
+    found = products(program)
+    assert len(found) == num_products, f"{len(found)} products"
+    for line in found:
+        assert re.search(r"-> tensor<\d+x\d+xf32>", line), line
+    # Maximum, total and weighted values.
+    carried = [re.findall(r"x([a-z]\w+)>", line.split("->")[1]) for line in program.splitlines() if "iter_args" in line]
+    assert [each for each in carried if len(each) == 3] == [["f32"] * 3] * (num_products // 2), f"carried: {carried}"
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_statistics_and_accumulators_are_float32(kernel: str, spoil: Any) -> None:
+    check_float32_sums(triton(lower("v3"), kernel), num_products=4)
+
+    state, walk = attend.Softmax, attend.walk
+
+    def half(maximum: jax.Array, total: jax.Array, weighted: jax.Array) -> attend.Softmax:
+        return state(maximum, total, weighted.astype(jnp.bfloat16))
+
+    def walk_with_half(*arguments: Any) -> attend.Softmax:
+        maximum, total, weighted = walk(*arguments)
+        return state(maximum, total, weighted.astype(jnp.float32))
+
+    spoil(attend, "Softmax", half)
+    spoil(attend, "walk", walk_with_half)
+    with pytest.raises(AssertionError, match="carried"):
+        check_float32_sums(triton(lower("v3"), kernel), num_products=4)
+
+
+def check_ieee_products(program: str, num_products: int) -> None:
+    found = products(program)
+    assert len(found) == num_products, f"{len(found)} products"
+    for line in found:
+        # IEEE is Triton's default of that operation's attribute, so it prints nothing.
+        assert "inputPrecision" not in line, line
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_float32_is_not_cut_to_tf32(kernel: str, spoil: Any) -> None:
+    check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=4)
+
+    def default_precision(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
+        return jax.lax.dot_general(left, right, (((1,), (contracted,)), ((), ())))
+
+    spoil(attend, "product", default_precision)
+    with pytest.raises(AssertionError, match="inputPrecision = tf32"):
+        check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=4)
+
+
+DONATED = r"%arg3: tensor<256x128x8x2x128xbf16> \{tf\.aliasing_output = 1 "
+"""The caller's pages as the memory of the second result."""
 
 
 def test_update_is_in_place_and_so_is_the_output() -> None:
@@ -226,21 +331,65 @@ def test_update_is_in_place_and_so_is_the_output() -> None:
         "ragged_merge": [("", "4")],
         "ragged_prefill": [("", "4")],
     }
-    # And the caller's donated pages are the memory of the result.
-    assert re.search(r"%arg3: tensor<256x128x8x2x128xbf16> \{tf\.aliasing_output = 1 ", lowered.as_text())
+    assert re.search(DONATED, lowered.as_text())
+    assert not re.search(DONATED, lower("v3", donate=False).as_text())
+
+
+def check_nothing_is_as_large_as(elements: int, lowered: Any) -> None:
+    """No copy, gather, conversion or transpose of pages: they are reshaped and handed to the kernels."""
+    sizes: dict[str, int] = {}
+    for each in operations(lowered.compiler_ir().operation):
+        largest = max((int(np.prod(result.type.shape)) for result in each.results), default=0)
+        sizes[each.name] = max(largest, sizes.get(each.name, 0))
+    assert sizes["stablehlo.reshape"] == elements, "pages are not reshaped"
+    large = {name for name, size in sizes.items() if size >= elements / 50}
+    # What a function returns is counted where it is made.
+    large -= {"stablehlo.reshape", "stablehlo.custom_call", "func.call"}
+    assert not large, f"of the cache's size: {large}"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nothing_of_the_caches_size_but_the_cache(version: str) -> None:
-    """No copy, gather, conversion or transpose of pages: they are reshaped and handed to the kernels."""
-    lowered = lower(version, pages=5000, cache=jnp.float32)
-    cache_elements = 5000 * 128 * 2048
-    for line in lowered.as_text().splitlines():
-        operation = re.search(r"stablehlo\.(\w+)", line)
-        if operation is None or operation[1] in ("reshape", "custom_call"):
-            continue
-        for shape in re.findall(r"-> tensor<([\dx]+)x[a-z]", line):
-            assert np.prod([int(size) for size in shape.split("x")]) < cache_elements / 50, line
+    elements, fields = 5000 * 128 * 2048, {"pages": 5000, "cache": jnp.float32}
+    check_nothing_is_as_large_as(elements, lower(version, **fields))
+    copies = {
+        "convert": lambda pages: pages.astype(jnp.bfloat16).astype(pages.dtype),
+        "multiply": lambda pages: 2 * pages,
+        "gather": lambda pages: pages[jnp.arange(5000)],
+        "transpose": lambda pages: pages.swapaxes(0, 1).reshape(pages.shape),
+    }
+    for operation, prepare in copies.items():
+        with pytest.raises(AssertionError, match=rf"of the cache's size: .*stablehlo\.{operation}"):
+            check_nothing_is_as_large_as(elements, lower(version, prepare=prepare, **fields))
+
+
+PAGES = {"ragged_update": (5, 2), "ragged_decode": (2, 4), "ragged_prefill": (2, 4)}
+"""The argument that holds the pages, and how often a kernel computes addresses in it: for keys and for values, once or
+in each of two loops."""
+
+
+def type_of(value: Any) -> str:
+    return str(value.type)
+
+
+def addresses(module: Any, argument: int) -> list[tuple[Any, Any]]:
+    """(pointer, what is added to it) wherever a Triton program computes addresses in one of its arguments."""
+    return [
+        (each.operands[0].owner.operands[0], each.operands[1])
+        for each in operations(module.operation)
+        if each.name == "tt.addptr"
+        and getattr(each.operands[0].owner, "name", "") == "tt.splat"
+        and each.operands[0].owner.operands[0].get_name() == f"%arg{argument}"
+    ]
+
+
+def strides(operation: Any) -> Iterator[Any]:
+    """The products of tiles that an offset is a sum of."""
+    if operation.name == "arith.muli":
+        yield operation.results[0]
+    elif operation.name == "arith.addi":
+        for operand in operation.operands:
+            yield from strides(operand.owner)
 
 
 @pytest.mark.parametrize(
@@ -261,20 +410,15 @@ def test_offsets_reach_the_end_of_large_caches(cache: Any, pages: int, width: in
     assert elements - 1 < 2 ** (width - 1)
     lowered = lower("v3", dtype=dtype, cache=cache, pages=pages)
     stored = {"bfloat16": "bf16", "float32": "f32", "float8_e4m3fn": "f8E4M3FN"}[np.dtype(cache).name]
-    for kernel in ("ragged_update", "ragged_decode", "ragged_prefill"):
-        program = triton(lowered, kernel)
-        pages_argument = {"ragged_update": 5, "ragged_decode": 2, "ragged_prefill": 2}[kernel]
-        pointers = set(re.findall(rf"(%\w+) = tt\.splat %arg{pages_argument} : !tt\.ptr<{stored}>", program))
-        assert pointers, kernel
-        offsets = [
-            line
-            for line in program.splitlines()
-            if "tt.addptr" in line and any(re.search(rf"{re.escape(each)}\b", line) for each in pointers)
-        ]
-        assert offsets, kernel
-        for line in offsets:
-            assert line.endswith(f"xi{width}>"), line
-        if width == 64:
+    for kernel, (argument, accesses) in PAGES.items():
+        with triton_module(lowered, kernel) as module:
+            found = [
+                (type_of(pointer), type_of(offset), {type_of(product) for product in strides(offset.owner)})
+                for pointer, offset in addresses(module, argument)
+            ]
+        assert len(found) == accesses, kernel
+        for pointer, offset, multiplied in found:
+            assert pointer == f"!tt.ptr<{stored}>", kernel
+            assert re.fullmatch(rf"tensor<\d+x128xi{width}>", offset), kernel
             # Page ids are widened before they are multiplied by the stride of a page.
-            assert re.search(r"arith\.muli %\w+, %\w+ : tensor<\d+x128xi64>", program), kernel
-            assert not re.search(r"arith\.muli %\w+, %\w+ : tensor<\d+x128xi32>", offsets[0])
+            assert multiplied == {offset}, kernel

@@ -71,13 +71,27 @@ def chosen(request: AttentionRequest = REQUEST, config: RaggedPageConfig | None 
     return select.select(request, config)[1].kernel
 
 
-@pytest.mark.parametrize(("platform", "first"), [("gpu", "pallas_gpu"), ("tt", "xla"), ("cpu", select.ORDER["cpu"][0])])
-def test_order_of_each_platform(platform: str, first: str) -> None:
+@pytest.mark.parametrize(
+    ("platform", "order"),
+    [
+        ("cpu", ["cpu_native", "xla", "turboquant", "ejkernel"]),
+        ("gpu", ["pallas_gpu", "xla", "turboquant", "ejkernel"]),
+        ("tpu", ["ejkernel", "xla", "turboquant"]),
+        ("tt", ["xla", "turboquant"]),
+    ],
+)
+def test_order_of_each_platform(platform: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel in turn is chosen when those before it refuse, and nothing is left when all do."""
     request = dataclasses.replace(REQUEST, platform=platform)
-    names = list(select.ORDER.get(platform, select.ELSEWHERE))
-    usable = next(name for name in names if select.why_not(select.kernels()[name], request, RaggedPageConfig()) is None)
-    assert chosen(request) == usable
-    assert names[0] == first
+    refusing: set[str] = set()
+    monkeypatch.setattr(select, "why_not", lambda kernel, *_: "it refuses" if kernel.name in refusing else None)
+    chosen_in_turn = []
+    for _ in order:
+        chosen_in_turn.append(chosen(request))
+        refusing.add(chosen_in_turn[-1])
+    assert chosen_in_turn == order
+    with pytest.raises(Unsupported, match="; ".join(f"{name}: it refuses" for name in order)):
+        chosen(request)
 
 
 def test_kernel_of_a_hook_comes_first(plugin: Plugin) -> None:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from typing import Any
 
 import jax
@@ -79,19 +81,52 @@ def lower(version: Version, *geometry: Any, kind: str = V6E, **options: Any) -> 
         return jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments).mlir_module()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 8}, {"logits_soft_cap": 30.0}], ids=["plain", "window", "cap"]
-)
+def kernels(module: str) -> list[str]:
+    """Names of the Pallas kernels that a module calls, in order."""
+    found = re.findall(r'@tpu_custom_call\(.*kernel_name = "([^"]+)"', module)
+    assert len(found) == module.count("tpu_custom_call"), "a call without a name"
+    return found
+
+
+def bodies(module: str) -> list[str]:
+    """The programs of these kernels, encoded."""
+    return re.findall(r'@tpu_custom_call\(.*backend_config = "((?:[^"\\]|\\.)*)"', module)
+
+
+def check_kernels(version: str, head_dim: int, module: str) -> None:
+    """The host has one kernel for v2, one for v3 with head_dim 64, and for other v3 one, or one for each kind of row.
+
+    Keys and values share the lanes of a head of 64, so the kernel for 128 would read both as one key.
+    """
+    if version == "v2":
+        wanted = [[r"ragged_page_attention_kernel"]]
+    elif head_dim == 64:
+        wanted = [[r"RPA-HD_64-.*"]]
+    else:
+        wanted = [[r"RPA-blocksize.*"], [rf"RPA-{rows}-blocksize.*" for rows in "dpm"]]
+    found = kernels(module)
+    assert any(len(found) == len(names) and all(map(re.fullmatch, names, found)) for names in wanted), (
+        f"kernels of {version} with head_dim {head_dim}: {found}"
+    )
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 8}, {"logits_soft_cap": 30.0}], ids=["window", "cap"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.usefixtures("described_tpu")
 def test_v3_lowers_to_the_pallas_kernel(head_dim: int, options: dict[str, Any]) -> None:
-    assert "tpu_custom_call" in lower("v3", 8, 2, head_dim, jnp.bfloat16, **options)
+    plain, again, module = (lower("v3", 8, 2, head_dim, jnp.bfloat16, **each) for each in ({}, {}, options))
+    for each in (plain, module):
+        check_kernels("v3", head_dim, each)
+        assert len(bodies(each)) == len(kernels(each))
+    # An option that is dropped would leave the program as it is without.
+    assert bodies(plain) == bodies(again)
+    assert not set(bodies(plain)) & set(bodies(module))
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.usefixtures("described_tpu")
 def test_v2_lowers_to_the_pallas_kernel(head_dim: int) -> None:
-    assert "tpu_custom_call" in lower("v2", 8, 2, head_dim, jnp.bfloat16)
+    check_kernels("v2", head_dim, lower("v2", 8, 2, head_dim, jnp.bfloat16))
 
 
 @pytest.mark.parametrize("kind", TPUS)
@@ -107,14 +142,21 @@ def test_v2_lowers_to_the_pallas_kernel(head_dim: int) -> None:
 )
 @pytest.mark.usefixtures("described_tpu")
 def test_lowers_for_each_generation(version: Version, head_dim: int, dtype: Any, kind: str) -> None:
-    assert "tpu_custom_call" in lower(version, 8, 2, head_dim, dtype, kind=kind)
+    check_kernels(version, head_dim, lower(version, 8, 2, head_dim, dtype, kind=kind))
 
 
 @pytest.mark.usefixtures("described_tpu")
-def test_head_dim_64_has_a_kernel_of_its_own() -> None:
-    # Keys and values share the lanes of a 64-wide head, so the 128-wide kernel would read both as one key.
-    assert "h64" in lower("v3", 8, 2, 64, jnp.bfloat16)
-    assert "h64" not in lower("v3", 8, 2, 128, jnp.bfloat16)
+def test_other_kernels_are_seen() -> None:
+    modules = {
+        ("v2", 128): lower("v2", 8, 2, 128, jnp.bfloat16),
+        ("v3", 64): lower("v3", 8, 2, 64, jnp.bfloat16),
+        ("v3", 128): lower("v3", 8, 2, 128, jnp.bfloat16),
+        (None, None): lower("v3", 8, 2, 128, jnp.bfloat16, config="xla"),
+    }
+    for (version, head_dim), other in itertools.product(modules, modules):
+        if version is not None and other != (version, head_dim):
+            with pytest.raises(AssertionError, match=f"kernels of {version} with head_dim {head_dim}"):
+                check_kernels(version, head_dim, modules[other])
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
@@ -132,8 +174,12 @@ def test_sinks_are_not_dropped(version: Version) -> None:
     sinks = jax.ShapeDtypeStruct((8,), jnp.float32)
     with jax.sharding.use_abstract_mesh(device_mesh(V6E)):
         exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments, sinks)
-    assert "tpu_custom_call" in exported.mlir_module()
-    assert exported.module_kept_var_idx == tuple(range(len(arguments) + 1))  # JAX drops arguments that nobody reads
+        without = jax.export.export(jax.jit(lambda *arrays: function(*arrays[:-1])), platforms=["tpu"])
+        dropped = without(*arguments, sinks)
+    check_kernels(version, 128, exported.mlir_module())
+    # JAX drops arguments that nobody reads.
+    assert exported.module_kept_var_idx == tuple(range(len(arguments) + 1))
+    assert len(arguments) not in dropped.module_kept_var_idx
 
 
 @pytest.mark.parametrize(
@@ -172,12 +218,12 @@ def test_numbers_of_v2_in_interpret_mode(options: dict[str, Any], monkeypatch: p
 @pytest.mark.usefixtures("described_tpu")
 def test_v2_with_another_head_dim_lowers_without_pallas() -> None:
     # The host's rule: its v2 TPU kernel tiles 128 and 256 alone.
-    assert "tpu_custom_call" not in lower("v2", 8, 2, 64, jnp.bfloat16)
+    assert kernels(lower("v2", 8, 2, 64, jnp.bfloat16)) == []
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_portable_kernel_lowers(version: Version) -> None:
-    assert "tpu_custom_call" not in lower(version, 8, 2, 64, jnp.bfloat16, config="xla")
+    assert kernels(lower(version, 8, 2, 64, jnp.bfloat16, config="xla")) == []
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
