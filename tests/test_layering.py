@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,11 @@ def test_nothing_may_import_what_imports_it() -> None:
 
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def test_only_host_py_touches_the_hosts_registry() -> None:
+    found = {path for path in FILES if re.search(r"[.\"']_registry\b", (ROOT / path).read_text(encoding="utf-8"))}
+    assert found == {"host.py"}, "use host.registry()"
 
 
 @pytest.mark.parametrize("path", FILES)
