@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -198,6 +199,11 @@ def test_imports_point_one_way(path: str) -> None:
 
 def test_the_table_allows_exactly_what_is_used() -> None:
     assert used() == ALLOWED
+
+
+def test_nothing_may_import_what_imports_it() -> None:
+    graph = {part: {other for other in parts if (part, other) not in TYPE_ONLY} for part, parts in ALLOWED.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize(
