@@ -1,7 +1,7 @@
-"""The one file that knows EasyDeL's versions and where each keeps its parts.
+"""EasyDeL's versions, and where each keeps its parts. No other file has import paths of the host.
 
-Importing this module imports nothing but ``sys``: ``startup.py`` reads :data:`OPERATIONS_PACKAGES` in every
-interpreter of the environment. Everything else is resolved inside functions, when the host is wanted.
+Importing this module imports nothing but ``sys``: ``startup.py`` reads :data:`OPERATIONS_PACKAGES` while the host is
+being imported. Everything else is imported inside functions, when it is needed.
 """
 
 import sys
@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-__all__ = ["OPERATIONS_PACKAGES", "OPERATION_NAMES", "SUPPORTED", "host_version", "load", "operations_module"]
+__all__ = [
+    "OPERATIONS_PACKAGES",
+    "OPERATION_NAMES",
+    "SUPPORTED",
+    "host_version",
+    "load",
+    "loaded_operations",
+    "operations_module",
+    "registry",
+]
 
 OPERATIONS_PACKAGES = ("easydel.operations", "easydel.layers.operations")
 """The host's operations package, newest name first. Built-in operations are registered when it has been executed."""
@@ -81,6 +90,35 @@ def host_version() -> str | None:
 def operations_module() -> "ModuleType":
     """The host's operations package, imported when it has not been."""
     return _first_importable(OPERATIONS_PACKAGES)
+
+
+def loaded_operations() -> "ModuleType | None":
+    """The host's operations package if it is in ``sys.modules``, perhaps half imported. Imports nothing."""
+    for name in OPERATIONS_PACKAGES:
+        if sys.modules.get(name) is not None:
+            return sys.modules[name]
+    return None
+
+
+def registry(operations: "ModuleType | None" = None) -> dict[str, type]:
+    """The host's operation classes by name: the dict that the host itself reads, so a change to it counts.
+
+    Args:
+        operations: the host's operations package; None imports it.
+
+    Raises:
+        ModuleNotFoundError: no supported EasyDeL is installed.
+        TypeError: the package has no such dict, or no base class of operations.
+    """
+    if operations is None:
+        operations = operations_module()
+    found = getattr(getattr(operations, "OperationRegistry", None), "_registry", None)
+    if not isinstance(found, dict) or not isinstance(getattr(operations, "OperationImpl", None), type):
+        raise TypeError(
+            f"{operations.__name__} has no OperationRegistry._registry (dict) and OperationImpl (class): this EasyDeL "
+            "is not supported yet; upgrade easydel-ragged-plugin, or set EASYDEL_RAGGED_PLUGIN=0"
+        )
+    return found
 
 
 def load() -> "Any":

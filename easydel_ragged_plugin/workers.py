@@ -54,7 +54,7 @@ def fingerprint() -> dict[str, str]:
     found = {name: _version(name) for name in DISTRIBUTIONS}
     found["platform"] = jax.default_backend()
     if host.host_version() is not None:
-        registry = host.load().OperationRegistry._registry
+        registry = host.registry()
         for name in host.OPERATION_NAMES:
             found[f"operation {name}"] = _path(registry.get(name))
         found["plugin"] = "active" if startup.status().active else "off"

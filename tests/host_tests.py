@@ -36,8 +36,8 @@ def pytest_sessionfinish():
     found = {}
     for name in ("easydel.operations", "easydel.layers.operations"):
         if name in sys.modules:
-            registry = sys.modules[name].OperationRegistry._registry
-            found = {registry[f"ragged_page_attention_{v}"].__module__.partition(".")[0] for v in ("v2", "v3")}
+            registry = sys.modules[name].OperationRegistry
+            found = {registry.get(f"ragged_page_attention_{v}").__module__.partition(".")[0] for v in ("v2", "v3")}
     with open("ragged_witness.txt", "w") as file:
         file.write(" ".join(sorted(found)))
 """

@@ -105,8 +105,8 @@ class Serving:
     def classes(self) -> list[str]:
         """What serves the two operations in this process."""
         operations = next(sys.modules[name] for name in OPERATIONS if name in sys.modules)
-        registry = operations.OperationRegistry._registry
-        return [registry[f"ragged_page_attention_{version}"].__module__ for version in ("v2", "v3")]
+        registry = operations.OperationRegistry
+        return [registry.get(f"ragged_page_attention_{version}").__module__ for version in ("v2", "v3")]
 
 
 def main(folder: str) -> None:

@@ -20,6 +20,10 @@ class OperationRegistry:
         cls._registry[impl.get_impl_name()] = impl
         return impl
 
+    @classmethod
+    def get(cls, name):
+        return cls._registry[name]
+
 @OperationRegistry.register
 class BuiltIn(OperationImpl):
     @classmethod
@@ -42,8 +46,8 @@ class Op(OperationImpl):
         return "op"
 """
 
-HOLDER = "OperationRegistry._registry['op'].__module__"
-"""Code that tells whose class has the name."""
+HOLDER = "OperationRegistry.get('op').__module__"
+"""Code for the module of the class that has the name."""
 
 
 def stand_in(root: Path, package: str = "operations", source: str = HOST) -> str:

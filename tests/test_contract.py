@@ -21,9 +21,9 @@ def built_in(version: str) -> type:
     """The host's own class, whether or not this package has taken its name."""
     from easydel_ragged_plugin import startup
 
-    operations = host.operations_module()
+    registry = host.registry()
     name = f"ragged_page_attention_{version}"
-    return startup.original(name) or operations.OperationRegistry._registry[name]
+    return startup.original(name) or registry[name]
 
 
 def failures(*groups: tuple[str, tuple[str, ...]]) -> dict[str, str]:

@@ -50,8 +50,9 @@ def test_broken_entry_point_is_a_warning_that_names_it(
         """
         from easydel.operations import OperationRegistry
         import easydel_ragged_plugin as plugin
-        print("holders", *(OperationRegistry._registry[name].__module__ for name in ("op", "fine")))
-        assert "other" not in OperationRegistry._registry
+        from easydel_ragged_plugin.host import registry
+        print("holders", *(OperationRegistry.get(name).__module__ for name in ("op", "fine")))
+        assert "other" not in registry()
         print(plugin.status())
         """,
         stand_in(tmp_path),
@@ -166,7 +167,7 @@ def test_class_registered_by_decorator_still_has_a_predecessor(tmp_path: Path, p
         (entry,) = plugin.status().registrations
         assert entry.cls.__module__ == "their_op" and entry.previous is BuiltIn
         plugin.deactivate()
-        assert OperationRegistry._registry["op"] is BuiltIn
+        assert OperationRegistry.get("op") is BuiltIn
         """,
         stand_in(tmp_path),
         third_party(tmp_path, "their-op", "op = their_op:Op", their_op=decorated),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "request": {"formats", "layout", "options", "turboquant", "types"},
     "api": {"config", "layout", "options", "request", "rows", "select", "sharding", "turboquant", "types"},
     "reference": {"options"},
-    "startup": {"host", "registration"},
-    "registration": {"host", "startup"},
+    "import_hook": set(),
+    "registration": set(),
+    "startup_status": {"host", "registration"},
+    "startup": {"host", "import_hook", "registration", "startup_status"},
     "views": {"errors", "host", "turboquant"},
     "operations": {"api", "errors", "host", "options", "views"},
     "testing": {"config", "errors", "host", "layout", "options", "reference", "request", "select", "types"},
@@ -182,6 +186,11 @@ def used() -> dict[str, set[str]]:
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
+def test_only_host_py_touches_the_hosts_registry() -> None:
+    found = {path for path in FILES if re.search(r"[.\"']_registry\b", (ROOT / path).read_text(encoding="utf-8"))}
+    assert found == {"host.py"}, "use host.registry()"
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_imports_point_one_way(path: str) -> None:
     assert part_of(path) in ALLOWED, f"{path}: say in ALLOWED what this new part may import"
@@ -190,6 +199,11 @@ def test_imports_point_one_way(path: str) -> None:
 
 def test_the_table_allows_exactly_what_is_used() -> None:
     assert used() == ALLOWED
+
+
+def test_nothing_may_import_what_imports_it() -> None:
+    graph = {part: {other for other in parts if (part, other) not in TYPE_ONLY} for part, parts in ALLOWED.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize(
@@ -211,6 +225,7 @@ def test_the_table_allows_exactly_what_is_used() -> None:
         ("select.py", "try:\n    from .api import explain\nexcept ImportError:\n    pass"),
         ("types.py", "from .config import RaggedPageConfig"),
         ("startup.py", "from .api import explain"),
+        ("registration.py", "def late():\n    from . import startup"),
         ("reference.py", "from .kernels import xla"),
         ("testing/__init__.py", "import easydel.caching"),
         ("demo/run.py", "from ..bench import figure"),

@@ -27,12 +27,13 @@ def test_registers_when_the_host_has_been_executed(package: str, tmp_path: Path,
         import sys, inspect, pickle, importlib, importlib.resources
         import easydel_ragged_plugin as plugin
         from easydel_ragged_plugin import startup
+        from easydel_ragged_plugin.host import registry as registry_of
         assert "armed" in str(plugin.status()) and startup.original("op") is None
         import easydel
         assert "easydel_ragged_plugin.registration" not in sys.modules or not plugin.status().registrations
         assert "their_op" not in sys.modules
         host = importlib.import_module({name!r})
-        registry = host.OperationRegistry._registry
+        registry = registry_of(host)
         assert registry["op"].__module__ == "their_op", registry
         assert startup.original("op") is host.BuiltIn
         (entry,) = plugin.status().registrations
@@ -68,7 +69,7 @@ def test_registers_when_the_host_has_been_executed(package: str, tmp_path: Path,
         # A reloaded host starts from its own classes again, so it is registered in again.
         del sys.modules["their_op"]
         host = importlib.reload(host)
-        registry = host.OperationRegistry._registry
+        registry = registry_of(host)
         print(plugin.status())
         """,
         host,
@@ -86,7 +87,7 @@ def test_a_purged_host_is_registered_in_again(tmp_path: Path, python: Callable[.
             del sys.modules[name]
         from easydel.operations import OperationRegistry as second
         assert first is not second
-        print(first._registry["op"].__module__, second._registry["op"].__module__)
+        print(first.get("op").__module__, second.get("op").__module__)
         """,
         stand_in(tmp_path),
         third_party(tmp_path, "their-op", "op = their_op:Op", their_op=OPERATION),
@@ -138,7 +139,7 @@ def test_host_that_reads_the_group_itself(tmp_path: Path, python: Callable[..., 
         assert entry.by_host and entry.previous is None
         print(plugin.status())
         plugin.deactivate()  # nothing to give back: it is the host's own doing
-        assert OperationRegistry._registry["op"].__module__ == "their_op"
+        assert OperationRegistry.get("op").__module__ == "their_op"
         """,
         stand_in(tmp_path, source=reads),
         third_party(tmp_path, "their-op", "op = their_op:Op", their_op=OPERATION),
@@ -155,12 +156,12 @@ def test_environment_switch_and_activate(tmp_path: Path, python: Callable[..., s
         assert {name for name in sys.modules if "easydel_ragged_plugin." in name} == {"easydel_ragged_plugin.startup"}
         from easydel.operations import BuiltIn, OperationRegistry
         import easydel_ragged_plugin as plugin
-        assert OperationRegistry._registry["op"] is BuiltIn is plugin.startup.original("op")
+        assert OperationRegistry.get("op") is BuiltIn is plugin.startup.original("op")
         status = plugin.status()
         assert status.disabled_by_environment and not status.armed and status.host_loaded
         print(status)
         plugin.activate()
-        assert OperationRegistry._registry["op"].__module__ == "their_op"
+        assert OperationRegistry.get("op").__module__ == "their_op"
         assert not plugin.status().disabled_by_environment
         """,
         stand_in(tmp_path),
@@ -237,6 +238,44 @@ def test_unknown_host_is_left_alone(tmp_path: Path, python: Callable[..., str]) 
     assert "upgrade easydel-ragged-plugin" in output
 
 
+def test_activate_raises_where_the_host_is_unknown(tmp_path: Path, python: Callable[..., str]) -> None:
+    output = python(
+        """
+        import easydel.operations
+        import easydel_ragged_plugin as plugin
+        try:
+            plugin.activate()
+        except TypeError as error:
+            assert str(error) in plugin.status().error
+            print(error)
+        plugin.deactivate()
+        """,
+        stand_in(tmp_path, source="class OperationImpl: ...\nclass OperationRegistry: ..."),
+        environment={"EASYDEL_RAGGED_PLUGIN": "0"},
+    )
+    assert output.startswith("easydel.operations has no OperationRegistry._registry (dict) and OperationImpl (class)")
+
+
+def test_deactivate_during_registration_wins(tmp_path: Path, python: Callable[..., str]) -> None:
+    output = python(
+        """
+        from easydel.operations import BuiltIn, OperationRegistry
+        import easydel_ragged_plugin as plugin
+        assert OperationRegistry.get("op") is BuiltIn
+        assert plugin.status().deactivated and not plugin.status().registrations
+        """,
+        stand_in(tmp_path),
+        third_party(
+            tmp_path,
+            "their-op",
+            "op = their_op:Op",
+            their_op=OPERATION + "import easydel_ragged_plugin; easydel_ragged_plugin.deactivate()",
+        ),
+        options=("-W", "ignore"),
+    )
+    assert output == ""
+
+
 def test_many_threads(tmp_path: Path, python: Callable[..., str]) -> None:
     host = "import time; time.sleep(0.2)\n" + HOST
     output = python(
@@ -269,19 +308,19 @@ def test_many_threads(tmp_path: Path, python: Callable[..., str]) -> None:
     assert output.splitlines()[-1] == "their_op True []"
 
 
-def test_two_finders_of_this_kind_do_not_ask_each_other_for_ever(tmp_path: Path, python: Callable[..., str]) -> None:
+def test_finders_that_call_every_finder_do_not_recurse(tmp_path: Path, python: Callable[..., str]) -> None:
     output = python(
         f"""
         import importlib.util, sys
-        class Asks:
+        class CallsEveryFinder:
             def find_spec(self, name, path=None, target=None):
                 if not name.startswith("easydel"):
                     return None
                 for finder in sys.meta_path:
                     if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
                         return spec
-        sys.meta_path.insert(0, Asks())
-        sys.meta_path.append(Asks())
+        sys.meta_path.insert(0, CallsEveryFinder())
+        sys.meta_path.append(CallsEveryFinder())
         spec = importlib.util.find_spec("easydel.operations")
         assert spec.loader.get_source("easydel.operations") and spec.loader.is_package("easydel.operations")
         from easydel.operations import OperationRegistry
@@ -300,9 +339,7 @@ def test_host_in_a_zip_file(tmp_path: Path, python: Callable[..., str]) -> None:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("easydel/__init__.py", "")
         file.writestr("easydel/operations/__init__.py", HOST)
-        file.writestr(
-            "easydel/operations/__main__.py", "from . import OperationRegistry as r; print(r._registry['op'])"
-        )
+        file.writestr("easydel/operations/__main__.py", "from . import OperationRegistry as r; print(r.get('op'))")
     op = third_party(tmp_path, "their-op", "op = their_op:Op", their_op=OPERATION)
     quiet = ("-W", "ignore")
     output = python(

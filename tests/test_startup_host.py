@@ -19,7 +19,7 @@ REPORT = f"""
 import json, sys
 def report():
     from easydel_ragged_plugin import host, startup
-    registry = host.operations_module().OperationRegistry._registry
+    registry = host.registry()
     return {{
         "active": startup.status().active,
         "ours": [registry[name].__module__ for name in {NAMES!r}],
@@ -80,7 +80,7 @@ def test_real_host_with_third_parties(tmp_path: Path, run: RunPython) -> None:
         """
         import easydel_ragged_plugin as plugin
         from easydel_ragged_plugin import host, startup
-        registry = host.operations_module().OperationRegistry._registry
+        registry = host.registry()
         assert registry["op"].__module__ == "slow_op"
         mine = dict(registry)
         plugin.deactivate()

@@ -92,7 +92,7 @@ def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
         return None
     if version not in host.SUPPORTED:
         notes.append(f"EasyDeL {version} is not one of the tested versions ({', '.join(host.SUPPORTED)}).")
-    registry = host.load().OperationRegistry._registry
+    registry = host.registry()
     status = startup.status()
     if not status.active:
         problems.append(f"the plugin is not active in EasyDeL: {str(status).splitlines()[0]}")

@@ -190,8 +190,8 @@ def _operations_of(settings: Settings) -> Iterator[str]:
         startup.deactivate()
     else:
         startup.activate()
-    registry = host.load().OperationRegistry._registry
-    replaced = registry.get(settings.mechanism)
+    registry = host.registry()
+    replaced = registry[settings.mechanism]
     try:
         if settings.ceiling:
             registry[settings.mechanism] = _ceiling_class(replaced)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pytest
 
+from easydel_ragged_plugin import host
+
 from .batches import FAULTS, Batch, Case, Fault, spoil_row
 from .capabilities import Capabilities
 from .cases import case_named
@@ -197,16 +199,17 @@ class CallTests(OperationBase):
 
     def test_host_creates_it_from_the_registry(self, driver: Driver) -> None:
         """What the host does with a registered class: look it up by name and make an object of it."""
-        registry = driver.host.OperationRegistry
-        held = registry._registry.get(driver.name)
-        registry._registry[driver.name] = driver.operation
+        registry = host.registry()
+        held = registry.get(driver.name)
+        registry[driver.name] = driver.operation
         try:
-            assert type(registry.create(driver.name, driver.instance().metadata)) is driver.operation
+            made = driver.host.OperationRegistry.create(driver.name, driver.instance().metadata)
+            assert type(made) is driver.operation
         finally:
             if held is None:
-                del registry._registry[driver.name]
+                del registry[driver.name]
             else:
-                registry._registry[driver.name] = held
+                registry[driver.name] = held
 
     @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.parametrize("window", [None, 3])
