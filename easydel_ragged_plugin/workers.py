@@ -77,7 +77,7 @@ def fingerprint() -> dict[str, str]:
     return found
 
 
-def check_fingerprints(fingerprints: Mapping[Hashable, Mapping[str, str] | None] | None = None) -> None:
+def check_fingerprints(fingerprints: Mapping[Any, Mapping[str, str] | None] | None = None) -> None:
     """Compare workers, and raise when they do not all have the same.
 
     Args:
