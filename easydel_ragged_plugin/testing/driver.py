@@ -239,6 +239,7 @@ class Driver:
             forwarding_view,
             host_writes,
             case.dtype,
+            case.softmax_scale,  # a number that is part of the program; by default it follows from head_dim
             case.options,
             tuple(sorted((extra or {}).items())),
         )
