@@ -30,7 +30,6 @@ from easydel_ragged_plugin import (
     ragged_page_attention_v2,
     ragged_page_attention_v3,
 )
-from easydel_ragged_plugin.kernels import pallas_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import attend, tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile
 from easydel_ragged_plugin.types import AttentionRequest
@@ -97,7 +96,7 @@ class Program:
     def copied_steps(self, kernel: str) -> tuple[int, ...]:
         """The row of :data:`COPIED_STEPS` for one of the attention kernels."""
         tile, request = self.tile(kernel), self.request
-        tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.rows >= 64
+        tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.queries >= 64
         if tile.stages == 1:
             what = "one stage"
         elif request.compute_dtype.itemsize > 2:
@@ -118,7 +117,6 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def use(card: str) -> tiles.Card:
         found = tiles.card_of(device(card))
         monkeypatch.setattr(tiles, "card", lambda: found)
-        monkeypatch.setattr(pallas_gpu, "card", lambda: found)
         jax.clear_caches()
         return found[1]
 
@@ -223,7 +221,7 @@ def check_loops(program: Program, name: str) -> None:
     for loop in kernel.key_loops:
         assert bool(loop.tensor_core_products) == (request.compute_dtype.itemsize == 2), f"tensor cores in {about}"
         if request.compute_dtype.itemsize > 2:
-            assert loop.multiply_adds * kernel.threads >= 2 * tile.rows * tile.keys * lanes, f"products of {about}"
+            assert loop.multiply_adds * kernel.threads >= 2 * tile.queries * tile.keys * lanes, f"products of {about}"
     # Keys, values and page ids. A thread copies an id at least; those past the step's end are predicated off.
     step = 2 * tile.keys * lanes * request.cache_dtype.itemsize + 4 * max(tile.keys, kernel.threads)
     copied = [loop.copied_bytes * kernel.threads for loop in kernel.key_loops]
@@ -235,7 +233,7 @@ def temporary_bytes(program: Program) -> int:
     whole, new keys and values in the cache's dtype, work lists. Neither the cache nor the table's width is in it."""
     request, sizes = program.request, program.sizes
     wanted = -(-sizes.programs // request.num_kv_heads)
-    tokens = sizes.decode.rows // request.group_size
+    tokens = sizes.decode.queries // request.group_size
     lanes = tiles.power_of_two(request.head_dim) + 2
     partial = 4 * request.num_q_heads * tokens * 2 * wanted * lanes
     heads = request.num_q_heads + 2 * request.num_kv_heads

@@ -314,22 +314,32 @@ DONATED = r"%arg3: tensor<256x128x8x2x128xbf16> \{tf\.aliasing_output = 1 "
 """The caller's pages as the memory of the second result."""
 
 
-def test_update_is_in_place_and_so_is_the_output() -> None:
-    lowered = lower("v3")
-    aliases = {}
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_update_is_in_place_and_so_are_the_results(return_lse: bool) -> None:
+    lowered = lower("v3", return_lse=return_lse)
+    aliases, num_results = {}, {}
     for call in calls(lowered):
         name = call.attributes["mhlo.backend_config"]["name"].value
         text = str(call.attributes["output_operand_aliases"])
         aliases[name] = re.findall(r"output_tuple_indices = \[(.*?)\], operand_index = (\d+)", text)
+        num_results[name] = len(call.results)
         # What goes in there has the type of what comes out.
         for output, operand in aliases[name]:
             assert call.operands[int(operand)].type == call.results[int(output or 0)].type
-    # The pages, and the output that starts as zeros; a merge passes on the output that decode filled.
+    # The pages; the output that starts as zeros, which the kernels fill one after the other; so for the logsumexp.
+    # Beside them decode has three arrays of partial results.
+    alone, both = [("", "4")], [("0", "4"), ("1", "5")]
     assert aliases == {
-        "ragged_update": [("", "4")],
-        "ragged_decode": [("0", "4")],
-        "ragged_merge": [("", "4")],
-        "ragged_prefill": [("", "4")],
+        "ragged_update": alone,
+        "ragged_decode": both if return_lse else [("0", "4")],
+        "ragged_merge": both if return_lse else alone,
+        "ragged_prefill": both if return_lse else alone,
+    }
+    assert num_results == {
+        "ragged_update": 1,
+        "ragged_decode": 3 + 1 + return_lse,
+        "ragged_merge": 1 + return_lse,
+        "ragged_prefill": 1 + return_lse,
     }
     assert re.search(DONATED, lowered.as_text())
     assert not re.search(DONATED, lower("v3", donate=False).as_text())
