@@ -174,15 +174,15 @@ def test_row_that_lacks_a_page_gives_zeros_in_every_part() -> None:
 )
 def test_tiles_do_not_change_results(sizes: Tiles) -> None:
     rows = (Row(250, 1), Row(9, 1), Row(170, 40), Row(33, 33))
-    fields = {"num_tokens": 80, "pages_per_row": 64, "num_pages": None, "sinks": "heads"}
-    check(build_batch(Case("tiles", rows, options=Options(sliding_window=60), **fields), "v3"), config_with(sizes))
+    case = Case("tiles", rows, options=Options(sliding_window=60), num_tokens=80, pages_per_row=64, num_pages=None)
+    check(build_batch(dataclasses.replace(case, sinks="heads"), "v3"), config_with(sizes))
 
 
 @pytest.mark.parametrize(
     "block",
     [{"num_kv_pages_per_block": 3}, {"num_kv_pages_per_block": 1, "num_queries_per_block": 3}, {"num_warps": 3}],
 )
-def test_block_sizes_of_the_config_do_not_change_results(block: dict[str, int]) -> None:
+def test_block_sizes_of_the_config_do_not_change_results(block: dict[str, Any]) -> None:
     batch = build_batch(dataclasses.replace(case_named("window-7"), name="blocks", sinks="heads"), "v3")
     check(batch, dataclasses.replace(CONFIG, **block))
 

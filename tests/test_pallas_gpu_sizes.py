@@ -82,7 +82,7 @@ def check_parts(found: work.DecodeWork, contexts: list[int], windows_begin: list
             partials += mine[:, work.Column.PARTIAL].tolist()
     assert len(partials) == len(set(partials))
     assert max(partials, default=0) < found.num_partials
-    merges = [] if found.merges is None else np.asarray(found.merges)
+    merges: Any = [] if found.merges is None else np.asarray(found.merges)
     listed = {each[work.Column.ROW]: each[work.Column.PARTIAL] for each in merges if each[work.Column.TOKENS]}
     assert listed == merged
 

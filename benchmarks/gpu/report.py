@@ -27,7 +27,7 @@ KERNELS = {
     "jax paged_attention v2": ("JAX paged_attention", "#4f5d95"),
     "cudnn v2": ("cuDNN, dense", "#8c6bb1"),
 }
-"""Label and colour of each contestant in the picture."""
+"""Label and color of each contestant in the picture."""
 
 VERSIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel")
 

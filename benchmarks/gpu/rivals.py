@@ -1,4 +1,4 @@
-"""Who answers: this package's kernels, the host's, JAX's and cuDNN's, each in the form of cache that it wants."""
+"""The contestants: this package's kernels, the host's, JAX's and cuDNN's, each in the form of cache that it takes."""
 
 from __future__ import annotations
 

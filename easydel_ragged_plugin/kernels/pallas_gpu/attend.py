@@ -257,7 +257,7 @@ def walk(
             state.weighted * kept[:, None] + product(weights.astype(request.compute_dtype), values, 0),
         )
 
-    # Blocks from `whole` to `diagonal` are seen whole by every query, which the first and the last one see both.
+    # Every query sees the keys that both the first and the last one see: all of those in blocks [whole, diagonal).
     _, last_whole = visible_keys(request, queries.first, queries.first)
     diagonal = jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
     whole = begin
@@ -337,7 +337,7 @@ def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
 
 
 def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
-    """Grid ``(kv_heads, parts)``: neighbouring programs read neighbouring heads of the same slots."""
+    """Grid ``(kv_heads, parts)``: neighboring programs read neighboring heads of the same slots."""
     work, queries_ref, pages, tables, *rest = refs
     *rest, maxima, totals, weighted = rest
     out = rest[-2:] if request.return_lse else rest[-1:]

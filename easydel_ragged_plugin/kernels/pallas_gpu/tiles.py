@@ -225,7 +225,7 @@ _OTHERS = {
     (256, False): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
 }
 LARGE_BYTES = 227 * KIB
-"""Cards with this much shared memory take the first table: Hopper's, and Blackwell's for data centres."""
+"""Cards with this much shared memory take the first table: Hopper's, and Blackwell's for data centers."""
 
 
 @functools.cache
