@@ -176,7 +176,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("typos", ".")
-    sources = sorted(path for folder in ("src", "tests") for path in (ROOT / "native" / folder).glob("*.*"))
+    sources = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".cc", ".h"))
     session.run("clang-format", "--dry-run", "--Werror", *map(str, sources))
 
 
@@ -215,48 +215,55 @@ def native(session: nox.Session) -> None:
     """
     builds = ROOT / ".nox" / "native"
 
-    def build(name: str, compiler: str, *options: str, target: str = "ragged_harness") -> str | None:
+    def build(name: str, compiler: str, *options: str, targets: tuple[str, ...] = ("ragged_harness",)) -> list[str]:
+        """The programs ``targets``; none where the machine lacks the tools."""
         if shutil.which(compiler) is None or shutil.which("cmake") is None:
             session.warn(f"{name}: not run, because there is no {compiler} or no cmake here")
-            return None
-        flags = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", f"-DCMAKE_CXX_COMPILER={compiler}", *options)
-        session.run("cmake", "-S", str(ROOT / "native"), "-B", str(builds / name), *flags, silent=True)
-        session.run("cmake", "--build", str(builds / name), "--target", target, silent=True)
-        return str(builds / name / target)
+            return []
+        flags = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DRAGGED_WERROR=ON", *options)
+        folder = str(builds / name)
+        session.run(
+            "cmake", "-S", str(ROOT / "native"), "-B", folder, f"-DCMAKE_CXX_COMPILER={compiler}", *flags, silent=True
+        )
+        session.run("cmake", "--build", folder, "--target", *targets, silent=True)
+        return [str(builds / name / target) for target in targets]
 
     tests = "-DRAGGED_TESTS=ON"
+    both = ("ragged_unit", "ragged_harness")
     # Every instruction set is built where its loads and stores are what is looked at; elsewhere one or two will do.
     one = "-DRAGGED_LEVELS=avx2"
 
     def addresses() -> None:
-        harness = build("asan", "g++", tests, "-DRAGGED_SANITIZE=address,undefined")
-        if harness:
-            session.run(harness, "300", env={"UBSAN_OPTIONS": "halt_on_error=1"})
+        for program in build("asan", "g++", tests, "-DRAGGED_SANITIZE=address,undefined", targets=both):
+            session.run(program, "300", env={"UBSAN_OPTIONS": "halt_on_error=1"})
 
     def races() -> None:
-        harness = build("tsan", "g++", tests, one, "-DRAGGED_SANITIZE=thread")
-        if harness:
-            session.run(harness, "100")
+        for program in build("tsan", "g++", tests, one, "-DRAGGED_SANITIZE=thread", targets=both):
+            session.run(program, "100")
 
     def fuzzed() -> None:
         instrumented = ("-DRAGGED_FUZZ=ON", "-DRAGGED_SANITIZE=address,fuzzer-no-link", "-DRAGGED_LEVELS=avx2;amx_bf16")
-        fuzzer = build("fuzz", "clang++", *instrumented, target="ragged_fuzz")
-        if fuzzer:
-            # What it finds, and what it finds slow, is kept beside the build and not in the sources.
-            found = f"-artifact_prefix={builds / 'fuzz'}/"
-            session.run(fuzzer, "-max_total_time=30", "-print_final_stats=1", "-seed=1", found)
+        # What it finds, and what it finds slow, is kept beside the build and not in the sources.
+        found = f"-artifact_prefix={builds / 'fuzz'}/"
+        for program in build("fuzz", "clang++", *instrumented, targets=("ragged_fuzz",)):
+            session.run(program, "-max_total_time=30", "-print_final_stats=1", "-seed=1", found)
 
     def uninitialized() -> None:
-        plain = build("plain", "g++", tests, one)
-        if plain and shutil.which("valgrind"):
-            session.run("valgrind", "--quiet", "--error-exitcode=1", plain, "6", "0", "avx2", external=True)
+        for program in build("plain", "g++", tests, one):
+            if shutil.which("valgrind") is None:
+                session.warn("plain: not run, because there is no valgrind here")
+                continue
+            session.run("valgrind", "--quiet", "--error-exitcode=1", program, "6", "0", "avx2", external=True)
 
     def aarch64() -> None:
         system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static")
-        cross = build("aarch64", "aarch64-linux-gnu-g++", tests, *system)
-        if cross and shutil.which("qemu-aarch64"):
-            session.run("qemu-aarch64", cross, "30", external=True)
+        for program in build("aarch64", "aarch64-linux-gnu-g++", tests, *system, targets=both):
+            if shutil.which("qemu-aarch64") is None:
+                session.warn("aarch64: built and not run, because there is no qemu-aarch64 here")
+                continue
+            session.run("qemu-aarch64", program, "30", external=True)
 
+    session.log("Sanitizers, fuzzer, valgrind and ARM, two at a time: about 4 minutes")
     # Two at a time, as two workers run the tests: one compiles while the other runs. The longest begin.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64)]

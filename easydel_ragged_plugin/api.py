@@ -19,7 +19,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from . import rows, sharding
@@ -71,7 +71,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
     return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
 ) -> Output | tuple[Output, LogSumExp]:
     """Attention of packed queries over pages that hold their keys and values already.
@@ -158,7 +158,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
     return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
 ) -> tuple[Output, PagesV3] | tuple[Output, PagesV3, LogSumExp]:
     """Write the new keys and values of each live token into its page, then attend.
@@ -212,7 +212,7 @@ def attend(
     return_lse: bool = False,
     config: Any = None,
     platform: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
 ) -> Attended:
     """Either operation, with its options as one object. The public functions and the host's operations call it.

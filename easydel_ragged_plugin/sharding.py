@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from .layout import Version
 from .select import warn_once
@@ -38,7 +38,7 @@ class Shards:
         page_axes: mesh axes over pages and rows.
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     head_axes: Axes = ()
     query_only_axes: Axes = ()
     page_axes: Axes = ()
@@ -54,7 +54,7 @@ class Shards:
 
 
 def specs_of(
-    version: Version, mesh: Mesh | None, in_specs: tuple[PartitionSpec | None, ...] | None
+    version: Version, mesh: Mesh | AbstractMesh | None, in_specs: tuple[PartitionSpec | None, ...] | None
 ) -> tuple[PartitionSpec | None, PartitionSpec | None]:
     """Partition specs of queries and pages."""
     if mesh is None:
@@ -68,7 +68,7 @@ def specs_of(
     return in_specs[0], in_specs[1 if version == "v2" else 3]
 
 
-def axes_of(spec: PartitionSpec | None, dimension: int, mesh: Mesh) -> Axes:
+def axes_of(spec: PartitionSpec | None, dimension: int, mesh: Mesh | AbstractMesh) -> Axes:
     """Mesh axes of more than one device that split ``dimension``."""
     entry = spec[dimension] if spec is not None and len(spec) > dimension else None
     names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
@@ -78,7 +78,7 @@ def axes_of(spec: PartitionSpec | None, dimension: int, mesh: Mesh) -> Axes:
 def plan(
     request: AttentionRequest,
     operands: Operands,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     in_specs: tuple[PartitionSpec | None, ...] | None,
 ) -> Shards:
     """How to split ``request``, from the partition specs of the public function's positional arguments.

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -23,9 +23,19 @@ from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
 from .layout import page_shape
 
-__all__ = ["VARIABLES", "FingerprintMismatch", "check_fingerprints", "explain_probes", "fingerprint", "hook_plugins"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "VARIABLES",
+    "FingerprintMismatch",
+    "check_fingerprints",
+    "explain_probes",
+    "fingerprint",
+    "hook_plugins",
+    "versions",
+]
 
 DISTRIBUTIONS = ("easydel-ragged-plugin", "easydel", "ejkernel", "jax", "jaxlib")
+"""What computes: this package, EasyDeL and its kernels, JAX."""
 
 VARIABLES = (
     "EASYDEL_RAGGED_PLUGIN",
@@ -51,7 +61,7 @@ def fingerprint() -> dict[str, str]:
     """
     import jax
 
-    found = {name: _version(name) for name in DISTRIBUTIONS}
+    found = {name: version or "not installed" for name, version in versions().items()}
     found["platform"] = jax.default_backend()
     if host.host_version() is not None:
         registry = host.registry()
@@ -67,7 +77,7 @@ def fingerprint() -> dict[str, str]:
     return found
 
 
-def check_fingerprints(fingerprints: Mapping[Hashable, Mapping[str, str] | None] | None = None) -> None:
+def check_fingerprints(fingerprints: Mapping[Any, Mapping[str, str] | None] | None = None) -> None:
     """Compare workers, and raise when they do not all have the same.
 
     Args:
@@ -182,6 +192,17 @@ def _outcome(found: select.Selection | Exception) -> str:
     return " ".join([found.kernel, *given])
 
 
+def versions(distributions: Sequence[str] = DISTRIBUTIONS) -> dict[str, str | None]:
+    """The version of each distribution, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
 def hook_plugins() -> list[str]:
     """Name, origin and version of each hook plugin, in the order of registration: it decides whose answer counts."""
     owners = metadata.packages_distributions()
@@ -194,19 +215,13 @@ def hook_plugins() -> list[str]:
         else:
             cls = plugin if inspect.isclass(plugin) else type(plugin)
             module, where = cls.__module__, f"{cls.__module__}:{cls.__qualname__}"
-        versions = [f"{each} {_version(each)}" for each in sorted(set(owners.get(module.partition(".")[0], ())))]
+        owning = sorted(set(owners.get(module.partition(".")[0], ())))
+        origin = [f"{distribution} {version}" for distribution, version in versions(owning).items()]
         # pluggy names an object without a name after its address.
         shown = "" if name == str(id(plugin)) else f"{name} = "
-        described.append(f"{shown}{where}" + (f" ({', '.join(versions)})" if versions else ""))
+        described.append(f"{shown}{where}" + (f" ({', '.join(origin)})" if origin else ""))
     return described
 
 
 def _path(cls: type | None) -> str:
     return "nothing" if cls is None else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"

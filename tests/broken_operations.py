@@ -1,12 +1,11 @@
 """Operations that are wrong in one way: the oracle with a single mistake of the kind that real kernels make.
 
-:func:`mistake` enters each in :data:`BROKEN`, with the part of the contract that runs on it, the test that must be the
-first to fail, and its words.
+:data:`BROKEN` has each with the part of the contract that runs on it, the test that must be the first to fail, and its
+words. Those that stand in place of ``compute`` are mistakes of kernels, too: ``broken_kernels.py`` takes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,66 +13,31 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+from contract_runs import Mistakes
 
 from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.testing.oracle import oracle_operation
 
 Compute = Callable[..., tuple[np.ndarray, np.ndarray]]
 
-BROKEN: list[Broken] = []
+BROKEN = Mistakes(replaces="compute")
 V3_ONLY = ("v3",)
 
-
-@dataclasses.dataclass(frozen=True)
-class Broken:
-    """A mistake and who must find it.
-
-    ``mistake`` stands in place of the member ``replaces`` of the oracle's class. In place of ``compute`` it gets the
-    right function and its arguments. ``select`` is the part of the contract that runs (pytest's ``-k``).
-    """
-
-    name: str
-    caught_by: str
-    says: str
-    select: str
-    replaces: str
-    mistake: Any
-    versions: tuple[str, ...]
-
-    def operation(self, version: str) -> type:
-        """The broken class."""
-        wrong = self.mistake
-
-        def compute(operation: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-            return wrong(functools.partial(right.compute, operation), *args)
-
-        right: Any = oracle_operation(version)
-        member = compute if self.replaces == "compute" else wrong
-        return type("BrokenOperation", (right,), {self.replaces: member})
-
-
-def mistake(
-    name: str,
-    *,
-    caught_by: str,
-    select: str,
-    says: str = "largest error",
-    replaces: str = "compute",
-    versions: tuple[str, ...] = ("v2", "v3"),
-) -> Callable[[Any], Any]:
-    """Enter what follows in :data:`BROKEN`."""
-
-    def enter(mistake: Any) -> Any:
-        BROKEN.append(Broken(name, caught_by, says, select, replaces, mistake, versions))
-        return mistake
-
-    return enter
+mistake = BROKEN.mistake
 
 
 @functools.cache
 def broken_operation(name: str, version: str) -> type:
-    """The operation with the mistake of this name."""
-    return next(broken for broken in BROKEN if broken.name == name).operation(version)
+    """The operation with the mistake of this name; one in place of ``compute`` gets the right function, too."""
+    broken = BROKEN.named(name)
+    right: Any = oracle_operation(version)
+    member = broken.mistake
+    if broken.replaces == "compute":
+
+        def member(operation: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+            return broken.mistake(functools.partial(right.compute, operation), *args)
+
+    return type("BrokenOperation", (right,), {broken.replaces: member})
 
 
 @mistake("window one too long", caught_by="test_values[window-1]", select="test_values and (decode or window)")
@@ -180,7 +144,9 @@ def padding_written(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray]
 
 @mistake("sums in bfloat16", caught_by="test_values[bfloat16-long-sum]", select="test_values and long-sum")
 def sums_in_bfloat16(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray]:
-    def attend_one(query: Any, keys: Any, values: Any, scale: float, cap: float | None, sinks: Any) -> np.ndarray:
+    def attend_one(
+        query: Any, keys: Any, values: Any, scale: float, cap: float | None, sinks: Any
+    ) -> tuple[np.ndarray, float]:
         logits = keys @ query * scale
         logits = logits if cap is None else cap * np.tanh(logits / cap)
         highest = max(logits.max(initial=-np.inf), sinks.max(initial=-np.inf))
@@ -190,7 +156,7 @@ def sums_in_bfloat16(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray
             block = np.exp(logits[first : first + 16] - highest)
             total = (total + block.sum()).astype(ml_dtypes.bfloat16)
             weighted = (weighted + block @ values[first : first + 16]).astype(ml_dtypes.bfloat16)
-        return weighted.astype(np.float64) / float(total)
+        return weighted.astype(np.float64) / float(total), highest + np.log(float(total))
 
     with mock.patch.object(reference, "_attend_one", attend_one):
         return right(*args)

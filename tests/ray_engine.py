@@ -36,7 +36,7 @@ class Serving:
                     return find(name, *arguments, **options)
                 return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 0)) for last in (1, 2)]
 
-            socket.getaddrinfo = both
+            socket.getaddrinfo = both  # type: ignore[assignment]
             self.options = {
                 "distributed_mode": True,
                 "distributed_service_name": "two-actors",
@@ -55,7 +55,7 @@ class Serving:
         from easydel.inference.sampling_params import SamplingParams
         from transformers import PreTrainedTokenizerFast
 
-        caching = sys.modules.get("easydel.caching.ragged_page.cache")
+        caching: Any = sys.modules.get("easydel.caching.ragged_page.cache")
         caching = caching or sys.modules["easydel.layers.caching.ragged_page.cache"]
         caching.per_device_hbm_budget_bytes = lambda *args, **kwargs: 1 << 20  # a CPU tells no memory
         model = easydel.AutoEasyDeLModelForCausalLM.from_pretrained(

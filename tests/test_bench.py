@@ -63,6 +63,8 @@ def test_bench_writes_json(version: str, tmp_path: Path) -> None:
     assert timing["share"] == pytest.approx(line["limit_us"] / timing["us"])
     assert report["limits"]["read_bytes_per_s"] == 1e10
     assert report["machine"]["processors"] >= 1
+    assert report["kernels"]["xla"]["facts"]["available"]
+    assert [name for name, kernel in report["kernels"].items() if kernel["is_hosts"]] == list(report["kernels"])[-1:]
 
 
 def _available_kernels() -> list[str]:
@@ -209,15 +211,20 @@ def report_file(tmp_path: Path) -> Path:
             "device": "A processor",
             "processors": 2,
             "last_level_cache_bytes": None,
-            "native_isa": "avx2",
             "versions": {"easydel-ragged-plugin": "0.1.0", "jax": "0.9.2"},
+        },
+        "kernels": {
+            "made_up": {"label": "made up", "color": None, "is_hosts": False, "facts": {"available": True}},
+            "xla": {"label": "XLA", "color": "#7cc5bd", "is_hosts": False, "facts": {"available": True, "isa": "avx2"}},
+            "untimed": {"label": "untimed", "color": None, "is_hosts": False, "facts": {"available": False}},
+            "hosts": {"label": "EasyDeL", "color": "#c9742b", "is_hosts": True, "facts": {"available": True}},
         },
         "repeats": 3,
         "limits": dataclasses.asdict(Limits(2e10, 1e11)),
         "results": [
-            result("decode-8x2k", "read", cpu_native=0.9, xla=0.08, ejkernel=0.006),
-            result("prefill-1k", "gemm", cpu_native=1.4, xla=0.3),
-            result("tiny", "call", cpu_native=1.0),
+            result("decode-8x2k", "read", made_up=0.9, xla=0.08, hosts=0.006),
+            result("prefill-1k", "gemm", made_up=1.4, xla=0.3),
+            result("tiny", "call", made_up=1.0),
         ],
     }
     file = tmp_path / "report.json"
@@ -231,6 +238,10 @@ def test_bench_draws_a_figure_from_json(report_file: Path, tmp_path: Path) -> No
     result = invoke("bench", "--from-json", str(report_file), "--figure", str(picture))
     assert result.exit_code == 0, result.output
     assert "0.6 %" in result.output  # the table, too
+    assert "made_up" in result.output
+    assert "EasyDeL" in result.output
+    assert "xla: available; isa avx2" in result.output
+    assert "untimed" not in result.output
     assert "a note" in result.output
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")

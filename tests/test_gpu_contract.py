@@ -15,12 +15,15 @@ from easydel_ragged_plugin import hookimpl, hooks, select
 from easydel_ragged_plugin.config import KERNEL_VARIABLE
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
 from easydel_ragged_plugin.testing import Capabilities, case_named
+from easydel_ragged_plugin.testing.capabilities import PASSED_OPTIONS
 from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("quick_to_compile")]
 
 CASES = tuple(map(case_named, ("mixed", "empty-rows", "window-freed-stale", "sinks", "float8-e4m3", "nothing-live")))
-_OURS = Capabilities(scales=True, forward_methods=("native", "gpu", "cuda", "rocm"))
+_OURS = Capabilities(
+    options=PASSED_OPTIONS | {"q_scale", "k_scale", "v_scale"}, forward_methods=("native", "gpu", "cuda", "rocm")
+)
 
 INTERPRETED = PallasGPU(interpret=True)
 

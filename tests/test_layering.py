@@ -53,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "demo",
         "errors",
+        "formats",
         "host",
-        "kernels",
         "layout",
         "options",
         "reference",
@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "terminal",
         "testing",
         "types",
+        "workers",
     },
     "cli": {
         "api",
@@ -256,6 +257,48 @@ def test_the_checker_sees_violations(path: str, source: str) -> None:
 )
 def test_the_checker_passes_what_is_right(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+OF_ALL_KERNELS = [
+    ROOT / "workers.py",
+    *(path for part in ("cli", "bench", "demo") for path in sorted((ROOT / part).rglob("*.py"))),
+    *sorted((Path(__file__).resolve().parents[1] / "benchmarks").rglob("*.py")),
+]
+
+
+def names_of_kernels(source: str) -> list[str]:
+    """Every text of a Python file that names a built-in kernel.
+
+    Some kernels share their names with a package, or with a technology: ``DISTRIBUTIONS`` may list the one, and the
+    arguments ``platform=`` and ``implementation=`` of other packages' functions may name the other.
+    """
+    from easydel_ragged_plugin.select import BUILT_IN
+
+    tree = ast.parse(source)
+    excused: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        is_technology = isinstance(node, ast.keyword) and node.arg in ("platform", "implementation")
+        if is_technology or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DISTRIBUTIONS"):
+            excused.update(ast.walk(node))
+    word = re.compile(rf"\b({'|'.join(BUILT_IN)})\b")
+    return [
+        f"line {node.lineno}: {node.value!r}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in excused
+        if word.search(node.value)
+    ]
+
+
+@pytest.mark.parametrize("path", OF_ALL_KERNELS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_kernel_is_named_where_all_are_treated_alike(path: Path) -> None:
+    """Commands and measurements go by what kernels say of themselves, so that those of hooks are no exception."""
+    assert names_of_kernels(path.read_text(encoding="utf-8")) == []
+
+
+def test_names_of_kernels_are_seen() -> None:
+    assert names_of_kernels('HOST = "ejkernel"') == ["line 1: 'ejkernel'"]
+    assert names_of_kernels('print(f"the kernel pallas_gpu: {x}")') == ["line 1: 'the kernel pallas_gpu: '"]
+    assert names_of_kernels('DISTRIBUTIONS = ("jax", "ejkernel")\ncall(platform="xla" if dry else "triton")') == []
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -57,6 +57,11 @@ def request_of(q_heads: int, kv_heads: int, cache_dtype: str = "float32") -> tup
     return selection.request, SimpleNamespace(pages=batch.pages)
 
 
+def specs_v3(queries: PartitionSpec | None, pages: PartitionSpec) -> tuple[PartitionSpec | None, ...]:
+    """Specs of the eight positional arguments of ``ragged_page_attention_v3``."""
+    return (queries, None, None, pages, None, None, None, None)
+
+
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "dtype", "pages_axis", "message"),
     [
@@ -86,9 +91,8 @@ def test_heads_that_cannot_be_split_are_told(
     mesh = AbstractMesh((2,), ("tp",))
     request, operands = request_of(q_heads, kv_heads, dtype)
     for _ in range(2):
-        shards = sharding.plan(
-            request, operands, mesh, PartitionSpec(None, "tp", None), PartitionSpec(None, None, pages_axis)
-        )
+        specs = specs_v3(PartitionSpec(None, "tp", None), PartitionSpec(None, None, pages_axis))
+        shards = sharding.plan(request, operands, mesh, specs)
     assert not shards.head_axes
     assert shards.query_only_axes == (("tp",) if kv_heads == 1 else ())
     (record,) = (record for record in caplog.records if record.levelname == "WARNING")
@@ -99,11 +103,10 @@ def test_heads_that_divide_are_split_in_silence(caplog: pytest.LogCaptureFixture
     select._warned.clear()
     request, operands = request_of(8, 4)
     mesh = AbstractMesh((2, 2), ("dp", "tp"))
-    shards = sharding.plan(
-        request, operands, mesh, PartitionSpec(None, "tp", None), PartitionSpec("dp", None, "tp", None, None)
-    )
+    specs = specs_v3(PartitionSpec(None, "tp", None), PartitionSpec("dp", None, "tp", None, None))
+    shards = sharding.plan(request, operands, mesh, specs)
     assert (shards.head_axes, shards.page_axes) == (("tp",), ("dp",))
-    local = sharding.local_request(request, operands.pages.shape, shards)
+    local = sharding.local_request(request, operands, shards)
     assert (local.num_q_heads, local.num_kv_heads, local.num_rows, local.num_pages) == (4, 2, 4, 32)
     assert not caplog.records
 
@@ -144,8 +147,7 @@ def test_pages_that_do_not_divide_are_refused() -> None:
     arrays = (batch.queries, batch.keys, batch.values, batch.pages, batch.context_lens, batch.block_tables)
 
     def call(*arguments: Any) -> Any:
-        specs = (None, None, None, page_spec, None, None, None, None)
-        return ragged_page_attention_v3(*arguments, mesh=mesh, in_specs=specs)
+        return ragged_page_attention_v3(*arguments, mesh=mesh, in_specs=specs_v3(None, page_spec))
 
     with pytest.raises(ValueError, match="8 rows of the block table do not divide among 3 shards"):
         jax.eval_shape(call, *arrays, batch.query_start_loc, batch.distribution)
@@ -153,5 +155,5 @@ def test_pages_that_do_not_divide_are_refused() -> None:
 
 def test_one_device_is_not_sharded() -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tp",))
-    shards = sharding.plan(None, None, mesh, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
+    shards = sharding.plan(*request_of(8, 4), mesh, specs_v3(PartitionSpec(None, "tp"), PartitionSpec("tp")))
     assert shards.is_single

@@ -51,7 +51,7 @@ def pack(numbers: np.ndarray, width: int) -> np.ndarray:
     """Bytes of numbers of ``width`` bits, the first in the lowest bits of each byte."""
     count = 8 // width
     parts = numbers.astype(np.uint8).reshape(*numbers.shape[:-1], numbers.shape[-1] // count, count)
-    return np.sum(parts << np.arange(0, 8, width, dtype=np.uint8), axis=-1, dtype=np.uint8)
+    return np.asarray(np.sum(parts << np.arange(0, 8, width, dtype=np.uint8), axis=-1, dtype=np.uint8))
 
 
 def unpack(packed: np.ndarray, width: int) -> np.ndarray:

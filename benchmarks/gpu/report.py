@@ -1,9 +1,8 @@
-"""What is told: the machine, the lines on the terminal, the picture."""
+"""What is reported: the machine, the lines on the terminal, the picture."""
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import statistics
 import subprocess
 import sys
@@ -12,24 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rivals import OURS
+from rivals import CONTESTANTS, OURS
 from table import MOST_WIDER, WIDER
 
-from easydel_ragged_plugin.kernels.pallas_gpu import tiles
-
-KERNELS = {
-    "pallas_gpu v2": ("this package, v2", "#0f766e"),
-    "pallas_gpu v3": ("this package, v3", "#3aa99f"),
-    "xla v2": ("this package, XLA", "#b5ded9"),
-    "unified_attention v2": ("EasyDeL unified_attention", "#c9742b"),
-    "ejkernel v2": ("ejkernel, v2", "#e0a871"),
-    "ejkernel v3": ("ejkernel, v3", "#f0d2b4"),
-    "jax paged_attention v2": ("JAX paged_attention", "#4f5d95"),
-    "cudnn v2": ("cuDNN, dense", "#8c6bb1"),
-}
-"""Label and color of each contestant in the picture."""
-
-VERSIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel")
+from easydel_ragged_plugin import workers
+from easydel_ragged_plugin.kernels import pallas_gpu
 
 
 def machine() -> dict[str, Any]:
@@ -37,24 +23,18 @@ def machine() -> dict[str, Any]:
     driver = None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        driver = asked.stdout.split("\n")[0].strip()
+        finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        driver = finished.stdout.split("\n")[0].strip()
     except (OSError, subprocess.SubprocessError):
         pass  # no NVIDIA driver: the device's name says what there is
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "driver": driver,
         "date": datetime.date.today().isoformat(),
-        "versions": versions,
-        "tuned": str(tiles.tuned_file()) if tiles.read_tuned() else None,
+        "versions": {name: version for name, version in workers.versions().items() if version is not None},
+        "kernel": pallas_gpu.KERNEL.facts(),
     }
 
 
@@ -108,7 +88,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
         "results": results,
         "subtitle": subtitle,
         "limit_names": {"read": "copy", "gemm": "matmul"},
-        "kernels": KERNELS,
+        "kernels": {f"{each.name} {each.version}": {"label": each.label, "color": each.color} for each in CONTESTANTS},
         "dry_run": report["dry_run"],
     }
     figure.draw(about, file)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
-# ejkernel would time 100 runs of each of its candidates inside of the first call.
+# EasyDeL's kernels would time 100 runs of each of their candidates inside of the first call.
 os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 
 import jax
@@ -17,27 +16,34 @@ import jax.numpy as jnp
 from easydel_ragged_plugin.bench.problem import Problem
 from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.kernels import ejkernel, xla
-from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
+from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, xla
+from easydel_ragged_plugin.types import Kernel, Version
 
-OURS = "pallas_gpu"
+Prepare = Callable[[Problem, bool], tuple[Problem, Step] | str]
+"""Gives the problem in the form of cache that a contestant wants, and the call; or says why there is none."""
+
+OURS = pallas_gpu.KERNEL.name
+"""Whom the table's targets are for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """``prepare`` gives the problem in the form of cache that it wants, and the call; or says why it can't."""
+    """Who answers. ``label`` and ``color`` are those of the picture."""
 
     name: str
-    version: Any
-    prepare: Callable[[Problem, bool], tuple[Problem, Step] | str]
+    version: Version
+    label: str
+    color: str
+    prepare: Prepare
 
 
-def of_kernel(kernel: Any, config: RaggedPageConfig) -> Callable[[Problem, bool], tuple[Problem, Step] | str]:
+def of_kernel(kernel: Kernel, config: RaggedPageConfig) -> Prepare:
     def prepare(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
         chosen, how = kernel, config
-        if dry and isinstance(kernel, PallasGPU):
-            chosen = PallasGPU(interpret=True)
-        elif dry and config.platform == "triton":  # there is no interpreter for these: what the host has for a CPU
+        tuning = kernel.tuning()
+        if dry and tuning is not None and tuning.interpreted is not None:
+            chosen = tuning.interpreted
+        elif dry and config.platform == "triton":  # there is no interpreter for these: what EasyDeL has for a CPU
             how = dataclasses.replace(config, platform="xla")
         refusal = chosen.refuses(problem.request)
         return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands)[:2])
@@ -47,8 +53,9 @@ def of_kernel(kernel: Any, config: RaggedPageConfig) -> Callable[[Problem, bool]
 
 def unified_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
     """What EasyDeL recommends on a GPU. Keys and values lie in two arrays there."""
-    if importlib.util.find_spec("ejkernel") is None:
-        return "ejkernel is not installed (it comes with EasyDeL)"
+    reason = ejkernel.unavailable()
+    if reason is not None:
+        return reason
     from ejkernel.modules import unified_attention as function
 
     case, pages = problem.case, problem.operands.pages
@@ -111,14 +118,15 @@ def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
     return dataclasses.replace(problem, operands=problem.operands._replace(pages=dense), tables=tables), step
 
 
-TRITON = RaggedPageConfig(platform="triton")
+EASYDEL = ejkernel.KERNEL.name
+AUTO, TRITON = RaggedPageConfig(), RaggedPageConfig(platform="triton")
 CONTESTANTS = (
-    Contestant(OURS, "v2", of_kernel(PallasGPU(), RaggedPageConfig())),
-    Contestant(OURS, "v3", of_kernel(PallasGPU(), RaggedPageConfig())),
-    Contestant("xla", "v2", of_kernel(xla.KERNEL, RaggedPageConfig())),
-    Contestant("unified_attention", "v2", unified_attention),
-    Contestant("ejkernel", "v2", of_kernel(ejkernel.KERNEL, TRITON)),
-    Contestant("ejkernel", "v3", of_kernel(ejkernel.KERNEL, TRITON)),
-    Contestant("jax paged_attention", "v2", jax_paged_attention),
-    Contestant("cudnn", "v2", cudnn),
+    Contestant(OURS, "v2", "this package, v2", "#0f766e", of_kernel(pallas_gpu.KERNEL, AUTO)),
+    Contestant(OURS, "v3", "this package, v3", "#3aa99f", of_kernel(pallas_gpu.KERNEL, AUTO)),
+    Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL, AUTO)),
+    Contestant("unified_attention", "v2", "EasyDeL unified_attention", "#c9742b", unified_attention),
+    Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", of_kernel(ejkernel.KERNEL, TRITON)),
+    Contestant(EASYDEL, "v3", "EasyDeL, v3", "#f0d2b4", of_kernel(ejkernel.KERNEL, TRITON)),
+    Contestant("jax paged_attention", "v2", "JAX paged_attention", "#4f5d95", jax_paged_attention),
+    Contestant("cudnn", "v2", "cuDNN, dense", "#8c6bb1", cudnn),
 )

@@ -70,10 +70,6 @@ def shortened(case: Case) -> Case:
     """A workload of the same kind that an interpreter can do: tens of tokens, and a row or two of each kind."""
     rows = [Row(max(2, row.context // 256), max(1, row.new // 256)) for row in case.rows]
     rows = rows[:1] + (rows[-1:] if len(rows) > 1 else [])
-    lanes: dict[str, Any] = {
-        "head_dim": min(case.head_dim, 128),
-        "q_heads": min(case.q_heads, 4),
-        "kv_heads": min(case.kv_heads, 2),
-    }
+    lanes = heads(min(case.q_heads, 4), min(case.kv_heads, 2), min(case.head_dim, 128))
     options = Options(sliding_window=None if case.window is None else 20)
     return workload(case.name, tuple(rows), **lanes, page_size=16, options=options, sinks=case.sinks)

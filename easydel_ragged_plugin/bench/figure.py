@@ -12,14 +12,8 @@ from easydel_ragged_plugin.terminal import CommandError
 
 __all__ = ["draw", "require"]
 
-LABELS = {
-    "cpu_native": "native (this package)",
-    "pallas_gpu": "Triton (this package)",
-    "xla": "XLA (this package)",
-    "ejkernel": "EasyDeL",
-}
-COLOURS = {"cpu_native": "#0f766e", "pallas_gpu": "#0f766e", "xla": "#7cc5bd", "ejkernel": "#c9742b"}
-OTHER_COLOURS = ("#4f5d95", "#8c6bb1", "#6b7280")  # kernels of hooks
+OTHER_COLORS = ("#8c6bb1", "#6b7280", "#b5838d")
+"""Of kernels that name none."""
 LIMITS = {"read": "memory", "gemm": "float32 GEMM"}
 INK, FAINT = "#1f2933", "#6b7785"
 
@@ -46,37 +40,35 @@ def _percent(share: float) -> str:
 
 
 def _kernels(report: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """(label, colour) of each kernel that has a bar, in the order of the legend."""
-    names = dict.fromkeys(timing["kernel"] for each in results for timing in each["timings"])
-    if "kernels" in report:
-        return {name: known for name, known in report["kernels"].items() if name in names}
-    order = sorted(names, key=lambda name: (name == "ejkernel", list(LABELS).index(name) if name in LABELS else -1))
-    others = itertools.cycle(OTHER_COLOURS)
-    return {name: (LABELS.get(name, name), COLOURS.get(name) or next(others)) for name in order}
+    """(label, color) of each kernel that has a bar, in the order of the legend."""
+    names = {timing["kernel"] for each in results for timing in each["timings"]}
+    others = itertools.cycle(OTHER_COLORS)
+    return {
+        name: (known["label"], known["color"] or next(others))
+        for name, known in report["kernels"].items()
+        if name in names
+    }
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
     if "subtitle" in report:
         return report["subtitle"]
     machine, limits = report["machine"], report["limits"]
-    versions = machine["versions"]
-    names = (("easydel-ragged-plugin", "plugin"), ("easydel", "EasyDeL"), ("ejkernel", "ejkernel"), ("jax", "JAX"))
     count = machine["processors"]
-    isa = f" ({machine['native_isa']})" if machine.get("native_isa") else ""
+    isas = {known["facts"]["isa"] for known in report["kernels"].values() if "isa" in known["facts"]}
     first = (
-        f"{machine['device']}, {count} processor{'s' * (count != 1)}{isa}: reads "
+        f"{', '.join([machine['device'], *sorted(isas)])}, {count} processor{'s' * (count != 1)}: reads "
         f"{limits['read_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {limits['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
     )
-    return "\n".join(
-        [first, " · ".join([*(f"{label} {versions[n]}" for n, label in names if n in versions), machine["date"]])]
-    )
+    versions = (f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{first}\n{' · '.join([*versions, machine['date']])}"
 
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
     """Write the picture of ``report`` (the content of ``bench --json``) to ``file``.
 
-    A report of other origin has a ``subtitle`` of its own, ``limit_names``, and ``kernels``: (label, colour) by name,
-    in the order of the legend. ``dry_run`` writes across the picture that its figures mean nothing.
+    ``report["kernels"]`` has label and color of each kernel, in the order of the legend. A report of other origin has a
+    ``subtitle`` of its own and ``limit_names``. ``dry_run`` writes across the picture that its figures mean nothing.
 
     Raises:
         CommandError: there is no matplotlib, or the report holds no workload with a limit.
@@ -101,7 +93,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.265, FOOTER / height, 0.70, BAR * rows / height))
     top = 1.0
-    for place, (kernel, (label, colour)) in enumerate(kernels.items()):
+    for place, (kernel, (label, color)) in enumerate(kernels.items()):
         shares, positions = [], []
         for start, each in zip(starts, results, strict=True):
             order = sorted((timing["kernel"] for timing in each["timings"]), key=list(kernels).index)
@@ -110,7 +102,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
                 shares.append(found[0])
                 positions.append(start + order.index(kernel))
         bars = [min(share, LONGEST) for share in shares]
-        axes.barh(positions, bars, 0.86, color=colour, label=label, zorder=2)
+        axes.barh(positions, bars, 0.86, color=color, label=label, zorder=2)
         for share, position in zip(shares, positions, strict=True):
             cut = share > LONGEST
             axes.annotate(
@@ -124,7 +116,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
                 color="white" if cut else INK,
                 fontweight="bold" if place == 0 else "normal",
                 # White behind it, where it lies over the line at 100 %.
-                bbox={"facecolor": colour if cut else "white", "edgecolor": "none", "pad": 0.8},
+                bbox={"facecolor": color if cut else "white", "edgecolor": "none", "pad": 0.8},
                 zorder=3,
             )
         top = max([top, *bars])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import math
 import os
 import platform
@@ -19,9 +18,6 @@ from typing import Any
 import numpy as np
 
 __all__ = ["Limits", "Machine", "facts", "last_level_cache", "processors"]
-
-VERSIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel")
-
 
 GEMM_FLOPS = 2.0 * 2048**3
 
@@ -67,22 +63,15 @@ def facts() -> dict[str, Any]:
     """What a reader must know to judge a time: device, processors, caches, versions, date."""
     import jax
 
-    from easydel_ragged_plugin.kernels import cpu_native
+    from easydel_ragged_plugin import workers
 
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "date": datetime.date.today().isoformat(),
         "platform": jax.default_backend(),
         "device": _model_name(jax.devices()[0].device_kind),
         "processors": processors(),
         "last_level_cache_bytes": last_level_cache(),
-        "native_isa": cpu_native.isa() if cpu_native.availability() is None else None,
-        "versions": versions,
+        "versions": {name: version for name, version in workers.versions().items() if version is not None},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from easydel_ragged_plugin.terminal import CommandError
+from easydel_ragged_plugin.terminal import CommandError, facts_as_text
+from easydel_ragged_plugin.types import Kernel
 
-__all__ = ["HOST", "Result", "Timing", "in_unit", "read", "show"]
-
-HOST = "ejkernel"
-"""Name of the kernel that is EasyDeL's own call."""
+__all__ = ["Result", "Timing", "describe_kernels", "in_unit", "read", "show"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,34 +84,53 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _display(kernel: str) -> str:
-    return "EasyDeL" if kernel == HOST else kernel
+def describe_kernels(kernels: Iterable[Kernel]) -> dict[str, dict[str, Any]]:
+    """What a report holds of each kernel, EasyDeL's own last."""
+    ordered = sorted(kernels, key=lambda kernel: kernel.is_hosts)
+    return {
+        kernel.name: {
+            "label": kernel.label or kernel.name,
+            "color": kernel.color,
+            "is_hosts": kernel.is_hosts,
+            "facts": kernel.facts(),
+        }
+        for kernel in ordered
+    }
 
 
-def _table(results: Sequence[Result]) -> Table:
-    kernels = list(dict.fromkeys(timing.kernel for result in results for timing in result.timings))
-    kernels.sort(key=lambda kernel: kernel == HOST)
-    with_host = HOST in kernels and len(kernels) > 1
+def _timed(report: Mapping[str, Any]) -> list[str]:
+    """Names of the kernels that were timed, in the report's order."""
+    names = {timing["kernel"] for result in report["results"] for timing in result["timings"]}
+    return [name for name in report["kernels"] if name in names]
+
+
+def _table(report: Mapping[str, Any], results: Sequence[Result]) -> Table:
+    described = report["kernels"]
+    kernels = _timed(report)
+    of_host = next((name for name in kernels if described[name]["is_hosts"]), None)
+    ours = [name for name in kernels if name != of_host]
+    with_host = of_host is not None and len(ours) > 0
     table = Table(title="medians; share: time at the machine's limit / time taken", box=box.SIMPLE_HEAD)
     table.add_column("case", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
     for kernel in kernels:
-        table.add_column(_display(kernel), justify="right", no_wrap=True)
+        name = described[kernel]["label"] if kernel == of_host else kernel
+        table.add_column(name, justify="right", no_wrap=True)
         table.add_column("share", justify="right", no_wrap=True)
-        if with_host and kernel != HOST:
+        if with_host and kernel != of_host:
             table.add_column("faster", justify="right", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
     for result in results:
         timings = {timing.kernel: timing for timing in result.timings}
-        host = timings.get(HOST)
+        host = timings.get(of_host or "")
         limit = f"{in_unit(result.limit_us)} {result.bound}" if result.limit_us is not None else "-"
         cells = [f"{result.case} {result.version} {result.dtype.replace('float', 'f')}", limit]
         for kernel in kernels:
             timing = timings.get(kernel)
             cells += ["-", "-"] if timing is None else [in_unit(timing.us), _percent(timing.share)]
-            if with_host and kernel != HOST:
+            if with_host and kernel != of_host:
                 cells.append("-" if timing is None or host is None else f"{host.us / timing.us:.1f}x")
-        errors = [timing.error for timing in result.timings if timing.error is not None and timing.kernel != HOST]
+        errors = [each.error for each in result.timings if each.error is not None and each.kernel != of_host]
         table.add_row(*cells, f"{max(errors):.0e}" if errors else "-")
     return table
 
@@ -130,12 +147,12 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     ]
     console.print(", ".join(parts), highlight=False, soft_wrap=True)
     versions = [f"{name} {version}" for name, version in machine["versions"].items()]
-    if machine["native_isa"]:
-        versions.append(f"native kernel on {machine['native_isa']}")
     console.print(", ".join([*versions, machine["date"]]), highlight=False, soft_wrap=True)
+    for name in _timed(report):
+        console.print(f"{name}: {facts_as_text(report['kernels'][name]['facts'])}", highlight=False, soft_wrap=True)
     results = [Result.from_json(each) for each in report["results"]]
     if results:
-        console.print(_table(results))
+        console.print(_table(report, results))
     for result in results:
         for timing in result.timings:
             if timing.ratio is not None:
@@ -150,7 +167,7 @@ def read(file: Path) -> dict[str, Any]:
         report = json.loads(file.read_text(encoding="utf-8"))
         for each in report["results"]:
             Result.from_json(each)
-        _ = report["machine"]["versions"], report["limits"]
+        _ = report["machine"]["versions"], report["limits"], [report["kernels"][name] for name in _timed(report)]
     except (ValueError, KeyError, TypeError) as error:
         raise CommandError(
             f"--from-json {file}: not a result of this command ({type(error).__name__}: {error}). "

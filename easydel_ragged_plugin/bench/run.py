@@ -15,11 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from easydel_ragged_plugin import select
 from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.formats import PLAIN
 from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
@@ -29,7 +32,7 @@ from . import report as reports
 from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, with_dtype
 from .machine import Limits, Machine, facts
 from .problem import Problem, build
-from .report import HOST, Result, Timing
+from .report import Result, Timing
 from .timing import Candidate
 from .work import work
 
@@ -68,7 +71,8 @@ class _Series:
 
 def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_Series, float] | None:
     """A checked candidate and its error, or a note about why there is none."""
-    label = "EasyDeL's kernel" if kernel == HOST else kernel or "this package"
+    of_host = kernel is not None and select.kernels()[kernel].is_hosts
+    label = "EasyDeL's kernel" if of_host else kernel or "this package"
     try:
         candidate = Candidate(problem, kernel)
         error, right = candidate.check()
@@ -77,7 +81,7 @@ def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_S
         notes.append(f"{label} does not run: {str(failure).splitlines()[0][:160]}")
         return None
     if not right:
-        if kernel != HOST:
+        if not of_host:
             bound = tolerance_for(problem.case)
             raise CommandError(
                 f"{problem.case.name} {problem.version} {problem.case.dtype}: {candidate.kernel} is WRONG (largest "
@@ -114,7 +118,7 @@ def _run_case(
         say(f"{label}: compiling {scaled_from}, for comparison")
         other = build(with_dtype(by_name()[scaled_from], case.dtype), version)
         for kernel in series:
-            prepared = None if kernel == HOST else _prepare(other, kernel, notes)
+            prepared = None if select.kernels()[kernel].is_hosts else _prepare(other, kernel, notes)
             if prepared is not None:
                 same_work[kernel] = prepared[0]
     needed = work(case)
@@ -175,10 +179,6 @@ def _chosen_cases(names: Sequence[str]) -> list[Case]:
 
 def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[str | None]:
     """Kernels to time; None is what selection chooses. EasyDeL's own comes last."""
-    import jax
-
-    from easydel_ragged_plugin import select
-
     known = select.kernels()
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -186,9 +186,13 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
     chosen: list[str | None] = [*names] or [None]
     if every:
         platform = jax.default_backend()
-        chosen = [name for name, kernel in known.items() if platform in kernel.platforms and name != HOST]
+        chosen = [
+            name
+            for name, kernel in known.items()
+            if platform in kernel.platforms and PLAIN.name in kernel.features.cache_formats and not kernel.is_hosts
+        ]
     if with_host:
-        chosen.append(HOST)
+        chosen += [name for name, kernel in known.items() if kernel.is_hosts]
     return list(dict.fromkeys(chosen))
 
 
@@ -234,13 +238,13 @@ def run(
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if ENGINE_CASE in names:
         check_environment()
-    # Left alone, ejkernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
+    # Left alone, EasyDeL's kernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
     limits: Limits | None = None
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("importing JAX", total=None)
+        task = progress.add_task("starting JAX", total=None)
 
         def say(text: str) -> None:
             progress.update(task, description=text)
@@ -253,6 +257,7 @@ def run(
                 results = [_run_case(case, version, chosen, repeats, machine, say) for case in cases]
         report = {
             "machine": facts(),
+            "kernels": reports.describe_kernels(select.kernels().values()),
             "repeats": repeats,
             "limits": None if limits is None else dataclasses.asdict(limits),
             "results": [dataclasses.asdict(result) for result in results],

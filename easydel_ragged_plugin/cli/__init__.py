@@ -282,12 +282,12 @@ def tune_command(
         ),
     ] = False,
 ) -> None:
-    """Find the fastest tile sizes of the kernel [bold]pallas_gpu[/bold] on this machine's GPU.
+    """Find the fastest tile sizes of this package's Triton kernel on this machine's GPU.
 
     Some dozens of candidates are compiled, checked against the reference and timed, for decoding and for prefill.
     The winners go into a file of the cache directory (EASYDEL_RAGGED_CACHE, or the platform's), under the card's name
     and this geometry; later processes use them where neither a config nor a hook says otherwise. Nothing else ever
-    tunes: a call without an entry takes the sizes of a built-in table.
+    tunes: a call without an entry takes the sizes of a built-in table. A kernel of a hook that can be tuned is, too.
 
     [bold]Examples[/bold]
 

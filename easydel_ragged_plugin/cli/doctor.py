@@ -9,7 +9,6 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "examine", "run"]
 
-DISTRIBUTIONS = ("easydel-ragged-plugin", "jax", "jaxlib", "easydel", "ejkernel", "eformer", "transformers", "torch")
-VARIABLES = (
-    "EASYDEL_RAGGED_PLUGIN",
-    "EASYDEL_RAGGED_KERNEL",
-    "EASYDEL_RAGGED_CHECK",
-    "EASYDEL_RAGGED_CACHE",
-    "EASYDEL_RAGGED_ISA",
-    "EASYDEL_RAGGED_NATIVE_LIBRARY",
-    "EJKERNEL_AUTOTUNE_POLICY",
-    "FORCE_NATIVE_RUNTIME",
-    "JAX_PLATFORMS",
-    "XLA_FLAGS",
-)
+IMPORTED_BY_EASYDEL = ("eformer", "transformers", "torch")
+OTHER_VARIABLES = ("EJKERNEL_AUTOTUNE_POLICY", "FORCE_NATIVE_RUNTIME", "JAX_PLATFORMS", "XLA_FLAGS")
+"""Shown where they are set, as are this package's own."""
 
 
 @dataclasses.dataclass
@@ -73,13 +62,6 @@ class Report:
     def exit_code(self) -> int:
         """0 when nothing is wrong."""
         return 1 if self.problems else 0
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
@@ -181,14 +163,16 @@ def examine(say: Any = lambda text: None) -> Report:
     """
     problems: list[str] = []
     notes: list[str] = []
-    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}  # the host adds to XLA_FLAGS
+    # Before EasyDeL is imported, which adds to XLA_FLAGS.
+    own = sorted(name for name in os.environ if name.startswith("EASYDEL_RAGGED_"))
+    environment = {name: os.environ[name] for name in (*own, *OTHER_VARIABLES) if name in os.environ}
     say("importing EasyDeL (10 to 20 seconds)" if host.host_version() else "importing JAX")
     activation = _activation(problems, notes)
     import jax
 
     from easydel_ragged_plugin import select, workers
 
-    say("asking for kernels")
+    say("selecting kernels")
     kernels = select.kernels()
     selection = _selection(workers.explain_probes())
     problems += [f"{version}: {each['error']}" for version, each in selection.items() if each.get("error")]
@@ -206,7 +190,7 @@ def examine(say: Any = lambda text: None) -> Report:
     kernel_notes = [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
     return Report(
         python=platform.python_version(),
-        versions={name: _version(name) for name in DISTRIBUTIONS},
+        versions=workers.versions((*workers.DISTRIBUTIONS, *IMPORTED_BY_EASYDEL)),
         devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
         environment=environment,
         activation=activation,
