@@ -1,4 +1,4 @@
-"""Who answers: this package's kernels, EasyDeL's, JAX's and cuDNN's, each with the cache in its own form."""
+"""Contestants: this package's kernels, EasyDeL's, JAX's and cuDNN's, each with the cache in its own form."""
 
 from __future__ import annotations
 
