@@ -68,23 +68,29 @@ HEADS = ((32, 8), (8, 1), (9, 3), (64, 1))
 KERNELS = {"ragged_decode", "ragged_merge", "ragged_prefill"}
 ATTENTION = {"ragged_decode": "decode", "ragged_prefill": "prefill"}
 
-# The loops over keys of an attention kernel, in their order. Blocks that all queries see whole are the bulk of a long
-# context; with a window there are those on its edge before them.
-NO_WINDOW, WINDOW = ("whole", "last"), ("edge", "whole", "last")
-COPIED_STEPS: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {
-    "16-bit pages or smaller": {NO_WINDOW: (1, 0), WINDOW: (1, 0, 0)},
-    "16-bit pages or smaller, one warpgroup of tcgen05": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "float32 products of float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "one stage": {NO_WINDOW: (0, 0), WINDOW: (0, 0, 0)},
+# Without a window and with one.
+FIRST_LOOP = ({"whole": 1, "last": 0}, {"edge": 1, "whole": 0, "last": 0})
+EVERY_LOOP = ({"whole": 1, "last": 1}, {"edge": 1, "whole": 1, "last": 1})
+NO_LOOP = ({"whole": 0, "last": 0}, {"edge": 0, "whole": 0, "last": 0})
+COPIED_STEPS = {
+    "16-bit products": FIRST_LOOP,
+    "16-bit products in one warpgroup of tcgen05": EVERY_LOOP,
+    "16-bit products of float32 pages": EVERY_LOOP,
+    "float32 products": EVERY_LOOP,
+    "one stage": NO_LOOP,
 }
-"""Steps whose keys, values and page ids one trip of each of these loops copies asynchronously, while an earlier step is
-computed. Triton pipelines no more than the first loop of a kernel where products take 16-bit operands as they were
-stored, or widened: with a window that is not the one with most trips."""
+"""The loops over keys of an attention kernel, in their order, and the steps that one trip of each copies
+asynchronously while an earlier one is computed: keys, values and page ids.
+
+``whole`` has the blocks that all queries see whole, the bulk of a long context; ``edge`` those before them, in which
+the window of a query begins; ``last`` those after them, up to the last key. Triton pipelines no more than a kernel's
+first loop where products take 16-bit operands as they were stored, or widened: with a window that is not the loop with
+most trips.
+"""
 
 FEW_BYTES = 64
-"""16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 rows of a
-head_dim above 128 take all of them."""
+"""16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 queries
+of a head_dim above 128 take all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +107,21 @@ class Program:
     def tile(self, kernel: str) -> Tile:
         return getattr(self.sizes, ATTENTION[kernel])
 
-    def copied_steps(self, kernel: str) -> tuple[int, ...]:
-        """The row of :data:`COPIED_STEPS` for one of the attention kernels."""
+    def copied_steps(self, kernel: str) -> dict[str, int]:
+        """The entry of :data:`COPIED_STEPS` for one of the attention kernels."""
         tile, request = self.tile(kernel), self.request
         tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.queries >= 64
         if tile.stages == 1:
             what = "one stage"
         elif request.compute_dtype.itemsize > 2:
-            what = "float32 products of float32 pages"
+            what = "float32 products"
         elif request.cache_dtype.itemsize > 2:
-            what = "float32 pages"
+            what = "16-bit products of float32 pages"
         elif tcgen05 and tile.warps == 4:
-            what = "16-bit pages or smaller, one warpgroup of tcgen05"
+            what = "16-bit products in one warpgroup of tcgen05"
         else:
-            what = "16-bit pages or smaller"
-        return COPIED_STEPS[what][NO_WINDOW if request.options.window is None else WINDOW]
+            what = "16-bit products"
+        return COPIED_STEPS[what][request.options.window is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +241,9 @@ def check_loops(program: Program, name: str) -> None:
     # Keys, values and page ids. A thread copies an id at least; those past the step's end are predicated off.
     step = 2 * tile.keys * lanes * request.cache_dtype.itemsize + 4 * max(tile.keys, kernel.threads)
     copied = [loop.copied_bytes * kernel.threads for loop in kernel.key_loops]
-    assert copied == [steps * step for steps in program.copied_steps(name)], f"copies of {about}"
+    expected = {loop: steps * step for loop, steps in program.copied_steps(name).items()}
+    assert len(copied) == len(expected), f"{len(copied)} loops over keys in {about}"
+    assert dict(zip(expected, copied, strict=True)) == expected, f"copies of {about}"
 
 
 def temporary_bytes(program: Program) -> int:
@@ -334,7 +342,7 @@ def test_prompts_run_on_the_tensor_cores_of_the_generation(card: str, described:
     assert (len(prefill), len(decode)) == (2, 2)
     for loop in prefill:
         assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == [INSTRUCTIONS[card]]
-    for loop in decode:  # 16 rows are too few for groups of four warps
+    for loop in decode:  # 16 queries are too few for groups of four warps
         assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == ["mma.sync"]
 
 
@@ -390,7 +398,7 @@ def test_one_stage_is_not_taken_for_a_pipeline(card: str, described: Any) -> Non
         sizes=dataclasses.replace(program.sizes, decode=staged["ragged_decode"], prefill=staged["ragged_prefill"]),
     )
     for name in ATTENTION:
-        assert any(claimed.copied_steps(name))
+        assert any(claimed.copied_steps(name).values())
         with pytest.raises(AssertionError, match="copies of"):
             check_loops(claimed, name)
 

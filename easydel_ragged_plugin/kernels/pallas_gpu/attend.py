@@ -66,7 +66,7 @@ class Softmax(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the kernels fill, each one in the memory of the one before: tokens of no live row keep what is there.
+    """What the kernels fill, one after the other in the same memory. Tokens of no live row keep what they have.
 
     Attributes:
         output: ``[tokens, q_heads, head_dim]`` in the queries' dtype.
@@ -84,7 +84,7 @@ class Results(NamedTuple):
         return cls(jnp.zeros((*shape, request.head_dim), request.query_dtype), lse)
 
     def arrays(self) -> tuple[jax.Array, ...]:
-        """Those that there are."""
+        """Those that are not None."""
         return (self.output,) if self.lse is None else (self.output, self.lse)
 
 

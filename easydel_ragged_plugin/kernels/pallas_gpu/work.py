@@ -37,11 +37,11 @@ class Column(enum.IntEnum):
     CONTEXT = 3
     """Tokens of the row's context."""
     FIRST = 4
-    """First token of the row (prefill, update), or first block of keys (decode), of the part."""
+    """The part's first token, counted from the row's (prefill, update), or its first block of keys (decode)."""
     END = 5
     """Block of keys after the part's last one (decode)."""
     PARTIAL = 6
-    """Index of the part's partial result (decode), or of the row's first one (merge)."""
+    """Index of the part's partial (decode), or of the row's first one (merge)."""
     PARTS = 7
     """Parts of the row."""
 
@@ -79,8 +79,8 @@ class DecodeWork(NamedTuple):
 
     Attributes:
         parts: ranges of key blocks; ``PARTS`` is 1 where a part is its row's only one.
-        merges: rows of several parts, whose partial results are to be combined; None where no row can have several.
-        num_partials: room for partial results.
+        merges: rows of several parts, whose partials are to be merged; None where no row can have several.
+        num_partials: room for partials.
     """
 
     parts: jax.Array
