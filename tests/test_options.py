@@ -177,7 +177,7 @@ def test_keywords_are_those_of_the_public_functions() -> None:
 @pytest.mark.parametrize(
     ("given", "window"), [(None, None), (1, 1), (7, 7), ((0, 0), 1), ((6, 3), 7), ((6, -1), 7), ((-1, 0), None)]
 )
-def test_window_counts_the_querys_own_token(given: Any, window: int | None) -> None:
+def test_window_counts_the_query_itself(given: Any, window: int | None) -> None:
     assert Options(sliding_window=given).window == window
 
 

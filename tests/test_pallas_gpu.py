@@ -161,7 +161,7 @@ def test_split_contexts_are_merged(case: Case) -> None:
 
 def test_row_that_lacks_a_page_gives_zeros_in_every_part() -> None:
     """Parts that do not read the missing page have logits, and the row has sinks: neither is a result."""
-    case = dataclasses.replace(SPLIT[0], name="spoilt", rows=(Row(100, 1), Row(250, 1)), sinks="heads")
+    case = dataclasses.replace(SPLIT[0], name="spoiled", rows=(Row(100, 1), Row(250, 1)), sinks="heads")
     check(spoil_row(build_batch(case, "v3"), "page past the cache"), config_with(SMALL), return_lse=True)
 
 
