@@ -90,7 +90,7 @@ class Driver:
         sizes = {**dict.fromkeys(MESH_AXES, 1), **(mesh_axes or {})}
         devices = np.array(jax.devices()[: math.prod(sizes.values())])
         self.mesh = jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), MESH_AXES)
-        self.outcomes: dict[str, Any] = {}
+        self.outcomes: dict[Case, Any] = {}
         self._instances: dict[str, Any] = {}
         self._programs: dict[Any, tuple[Any, dict[str, Any]]] = {}
         self._cache_configs: dict[Any, Any] = {}
