@@ -61,6 +61,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module() -> Iterator[None]:
+    """Programs are freed with the module that compiled them: see ``testing.kernel_driver.MOST_PROGRAMS``."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def quick_to_compile() -> Iterator[None]:
     """XLA optimizes little: for large programs that run once and whose code is not what is tested.

@@ -21,6 +21,10 @@ from .batches import Batch, Case, Version, build_batch
 
 __all__ = ["KernelDriver", "KernelOutcome"]
 
+MOST_PROGRAMS = 64
+"""Compiled programs that are kept. Each holds up to a hundred memory maps of its process, of which Linux allows
+65,530: the cases of a few kernels would end the process."""
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelOutcome:
@@ -116,6 +120,9 @@ class KernelDriver:
             pages = self.with_new_tokens(batch, pages) if host_writes else batch.updated_pages
         request, operands = self._described(batch, pages, return_lse)
         if request not in self._programs:
+            if len(self._programs) == MOST_PROGRAMS:
+                self._programs.clear()
+                jax.clear_caches()
 
             def program(cache: Any, rest: Operands) -> Attended:
                 attended = self.kernel.forward(request, self.config, rest._replace(pages=cache))
