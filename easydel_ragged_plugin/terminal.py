@@ -51,7 +51,7 @@ _COUNT = re.compile(r"\[(\d+)/(\d+)\]")
 
 @contextlib.contextmanager
 def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Update]:
-    """Show ``text`` with a spinner and the time it takes; a bar once the work knows how much there is.
+    """Show ``text`` with a spinner and the time it takes; a bar once the amount is known.
 
     Where the output is no terminal, one line at the end says what was done and how long it took.
     """

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from .formats import PLAIN, CacheFormat
@@ -19,8 +20,6 @@ from .layout import PageLayout, Version
 from .options import NO_OPTIONS, Options
 
 if TYPE_CHECKING:
-    import jax
-
     from .config import RaggedPageConfig
 
 __all__ = ["AttentionRequest", "Attended", "Distribution", "Features", "Kernel", "Operands", "Tuning", "Version"]

@@ -76,4 +76,4 @@ def decode_parts(batch: Batch, sizes: Tiles) -> work.DecodeWork:
     )
     starts = jnp.array(batch.query_start_loc)
     rows = Rows(starts[:-1], starts[1:] - starts[:-1], jnp.array(batch.context_lens))
-    return work.decode_work(request, sizes, rows, sizes.decode.rows // request.group_size)
+    return work.decode_work(request, sizes, rows, sizes.decode.queries // request.group_size)

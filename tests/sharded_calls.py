@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from turboquant_oracle import check_written, expected_output, random_pages
+from turboquant_oracle import check_written, expected_results, random_pages
 
-from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3, select
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.layout import Version
 from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch, case_named
+from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close
 from easydel_ragged_plugin.testing.shards import local_pages
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -47,6 +48,7 @@ class Geometry:
     sinks: Any = None
 
 
+VERSIONS: tuple[Version, ...] = ("v2", "v3")
 NATIVE, BOTH, ALL = ("cpu_native",), ("cpu_native", "xla"), ("cpu_native", "xla", "ejkernel")
 
 # The last three do not divide: the query heads alone are split, or no heads. The C++ compiles nothing, so it runs all.
@@ -78,6 +80,12 @@ def available(kernels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def mesh_of(geometry: Geometry) -> Mesh:
+    """A mesh of as many devices as the geometry needs."""
+    devices = np.array(jax.devices()[: geometry.tp * geometry.dp]).reshape(geometry.dp, geometry.tp)
+    return Mesh(devices, ("dp", "tp"))
+
+
 def specs_of(batch: Batch, geometry: Geometry) -> tuple[P, P]:
     """Specs of queries and pages, as the host resolves them: heads that do not divide are not split."""
     heads = "tp" if geometry.kv_heads % geometry.tp == 0 else None
@@ -85,19 +93,32 @@ def specs_of(batch: Batch, geometry: Geometry) -> tuple[P, P]:
     return P(None, q_heads, None), P("dp", None, heads, *[None] * (batch.pages.ndim - 3))
 
 
-def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry) -> tuple[Any, Any, Any]:
-    """Output, pages and the compiled program of one call; on ``mesh`` when there is one."""
+class Called(NamedTuple):
+    """What one call gave, and its compiled program."""
+
+    output: np.ndarray
+    pages: np.ndarray
+    lse: np.ndarray | None
+    compiled: Any
+
+
+def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry, return_lse: bool = False) -> Called:
+    """Call the public function; on ``mesh`` when there is one."""
     query_spec, page_spec = specs_of(batch, geometry)
     sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
 
-    def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any) -> tuple[Any, Any]:
-        options: dict[str, Any] = {**batch.case.options.keywords(), "config": kernel}
+    def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any) -> tuple[Any, Any, Any]:
+        options: dict[str, Any] = {**batch.case.options.keywords(), "config": kernel, "return_lse": return_lse}
         if mesh is not None:
             before = (None, None) if batch.version == "v3" else ()
             options |= {"mesh": mesh, "in_specs": (query_spec, *before, page_spec, *[None] * 4)}
-        if batch.version == "v2":
-            return ragged_page_attention_v2(queries, pages, *index, sinks, **options), pages
-        return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, **options)
+        results: Any
+        if batch.version == "v3":
+            results = ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, **options)
+        else:
+            results = ragged_page_attention_v2(queries, pages, *index, sinks, **options)
+            results = (results[0], pages, results[1]) if return_lse else (results, pages)
+        return results if return_lse else (*results, None)
 
     pages = jnp.asarray(batch.pages if batch.version == "v3" else batch.updated_pages)
     if mesh is not None:
@@ -105,28 +126,31 @@ def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry) -> tu
     last = batch.num_seqs if batch.version == "v2" else batch.distribution
     arguments = (batch.queries, batch.keys, batch.values, batch.context_lens, batch.block_tables, batch.query_start_loc)
     compiled = jax.jit(program, donate_argnums=0).lower(pages, *arguments, last).compile()
-    output, new_pages = compiled(pages, *arguments, last)
+    output, new_pages, lse = compiled(pages, *arguments, last)
     if mesh is not None:
         assert new_pages.sharding.is_equivalent_to(NamedSharding(mesh, page_spec), new_pages.ndim)
-    return np.asarray(output), np.asarray(new_pages), compiled
+    return Called(np.asarray(output), np.asarray(new_pages), None if lse is None else np.asarray(lse), compiled)
 
 
-def check_collectives(compiled: Any, geometry: Geometry, batch: Batch) -> str:
-    """Heads alone: no collective at all. Data-parallel pages: the sum over the output, and nothing else."""
+def check_collectives(compiled: Any, geometry: Geometry, batch: Batch, return_lse: bool = False) -> str:
+    """Heads alone: no collective at all. Data-parallel pages: the sum over the output, for the logsumexp the maximum,
+    and nothing else."""
     found = [match.groups() for match in map(COLLECTIVE.search, compiled.as_text().splitlines()) if match]
     if geometry.dp == 1:
         assert not found, found
         return "no collectives"
     tokens, q_heads, head_dim = batch.queries.shape
     split = geometry.q_heads % geometry.tp == 0 and (geometry.kv_heads % geometry.tp == 0 or geometry.kv_heads == 1)
-    shape = f"[{tokens},{q_heads // (geometry.tp if split else 1)},{head_dim}]"
-    assert all(kind == "all-reduce" and shape in result for result, kind in found), found
-    assert len(found) == 1, found
-    return "one all-reduce of the output"
+    heads = q_heads // (geometry.tp if split else 1)
+    wanted = [f"[{tokens},{heads},{head_dim}]", *([f"[{tokens},{heads}]"] if return_lse else [])]
+    assert all(kind == "all-reduce" for _, kind in found), found
+    assert len(found) == len(wanted), found
+    assert all(any(shape in result for result, _ in found) for shape in wanted), found
+    return f"one all-reduce of {'each result' if return_lse else 'the output'}"
 
 
 def functions() -> None:
-    for version in ("v2", "v3"):
+    for version in VERSIONS:
         for kernels, geometry in GEOMETRIES:
             names = ("q_heads", "kv_heads", "head_dim", "dtype", "sinks")
             case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
@@ -134,22 +158,52 @@ def functions() -> None:
                 # The host's kernel can't stand NaN in a slot that it reads and masks.
                 batch = build_batch(case, version, poison="finite" if kernel == "ejkernel" else "nan")
                 batch = local_pages(batch, geometry.dp)
-                devices = np.array(jax.devices()[: geometry.tp * geometry.dp]).reshape(geometry.dp, geometry.tp)
-                one, pages, _ = call(batch, kernel, None, geometry)
-                many, new_pages, compiled = call(batch, kernel, Mesh(devices, ("dp", "tp")), geometry)
+                mesh = mesh_of(geometry)
+                one, many = call(batch, kernel, None, geometry), call(batch, kernel, mesh, geometry)
                 bound = tolerance_for(case)
                 np.testing.assert_allclose(
-                    one.astype(np.float64), batch.expected()[0], rtol=bound.rtol, atol=bound.atol
+                    one.output.astype(np.float64), batch.expected()[0], rtol=bound.rtol, atol=bound.atol
                 )
                 np.testing.assert_allclose(
-                    many.astype(np.float64), one.astype(np.float64), rtol=bound.rtol, atol=bound.atol
+                    many.output.astype(np.float64), one.output.astype(np.float64), rtol=bound.rtol, atol=bound.atol
                 )
-                exact = one.tobytes() == many.tobytes()
+                exact = one.output.tobytes() == many.output.tobytes()
                 # XLA may part its products by their shape; the C++ adds up each head's short context in one order.
                 assert exact or kernel != "cpu_native"
-                assert new_pages.tobytes() == pages.tobytes()
-                how = check_collectives(compiled, geometry, batch)
+                assert many.pages.tobytes() == one.pages.tobytes()
+                how = check_collectives(many.compiled, geometry, batch)
                 print(f"ok {version} {kernel} {geometry}: {how}, {'bit for bit' if exact else 'within tolerance'}")
+
+
+# Split heads with their sinks, split pages, both, and query heads over one kv head.
+WITH_LSE = (
+    Geometry(8, 4, 32, tp=2, sinks="heads"),
+    Geometry(4, 2, 32, tp=1, dp=2, sinks="heads"),
+    Geometry(8, 2, 32, tp=2, dp=2),
+    Geometry(4, 1, 32, tp=2, sinks="groups"),
+)
+
+
+def logsumexp() -> None:
+    """It is split over heads as the output is, and over pages each token's is that of the shard that has its row."""
+    for version in VERSIONS:
+        for geometry in WITH_LSE:
+            names = ("q_heads", "kv_heads", "head_dim", "sinks")
+            case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+            batch = local_pages(build_batch(case, version), geometry.dp)
+            output, _, lse = batch.expected_with_lse()
+            for kernel in available(BOTH):
+                if "lse" not in select.BUILT_IN[kernel].features.results:
+                    continue
+                one, many = (call(batch, kernel, mesh, geometry, True) for mesh in (None, mesh_of(geometry)))
+                for got in (one, many):
+                    assert got.lse is not None
+                    assert_close(got.output, output, case)
+                    assert_lse_close(got.lse, lse, case)
+                if kernel == "cpu_native":
+                    np.testing.assert_array_equal(one.lse, many.lse)
+                how = check_collectives(many.compiled, geometry, batch, True)
+                print(f"ok {version} {kernel} {geometry} with logsumexp: {how}")
 
 
 def gathered_pages_are_seen() -> None:
@@ -184,16 +238,17 @@ def turboquant() -> None:
         pages = random_pages(case, len(batch.pages))
         sinks = None if batch.sinks is None else jnp.asarray(batch.sinks)
         index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
-        devices = np.array(jax.devices()[: geometry.tp * geometry.dp]).reshape(geometry.dp, geometry.tp)
-        mesh = Mesh(devices, ("dp", "tp"))
+        mesh = mesh_of(geometry)
         specs = (P(None, "tp", None), None, None, P("dp", None, "tp", None), *[None] * 4)
 
         def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any, options: Any, sinks: Any) -> Any:
-            return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, config="xla", **options)
+            return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, return_lse=True, **options)
 
         arguments = (batch.queries, batch.keys, batch.values, *index)
-        one, after = jax.jit(functools.partial(program, options={}, sinks=sinks))(pages, *arguments)
-        np.testing.assert_allclose(one, expected_output(batch, after), rtol=2e-5, atol=2e-5)
+        one, after, one_lse = jax.jit(functools.partial(program, options={}, sinks=sinks))(pages, *arguments)
+        output, lse = expected_results(batch, after)
+        assert_close(np.asarray(one), output, case)
+        assert_lse_close(np.asarray(one_lse), lse, case)
         check_written(batch, pages, after)
         split = pages.with_arrays(
             jax.device_put(a, NamedSharding(mesh, P("dp", None, "tp", *[None] * (a.ndim - 3)))) for a in pages.arrays
@@ -202,11 +257,12 @@ def turboquant() -> None:
         options = {"mesh": mesh, "in_specs": specs}
         jitted = jax.jit(functools.partial(program, options=options, sinks=sinks), donate_argnums=0)
         compiled = jitted.lower(split, *arguments).compile()
-        many, new = compiled(split, *arguments)
+        many, new, many_lse = compiled(split, *arguments)
         np.testing.assert_allclose(many, one, rtol=2e-5, atol=2e-5)
+        assert_lse_close(np.asarray(many_lse), lse, case)
         for array, wanted in zip(new.arrays, after.arrays, strict=True):
             assert np.asarray(array).tobytes() == np.asarray(wanted).tobytes()
-        print(f"ok TurboQuant {geometry}: {check_collectives(compiled, geometry, batch)}")
+        print(f"ok TurboQuant {geometry}: {check_collectives(compiled, geometry, batch, True)}")
 
 
 # What the host's caches are like on a mesh: heads that divide, heads that the host cuts, pages per shard.
@@ -257,6 +313,7 @@ def main(what: str) -> None:
     assert len(jax.devices()) == 8, jax.devices()
     if what == "functions":
         functions()
+        logsumexp()
         turboquant()
         gathered_pages_are_seen()
     else:

@@ -123,3 +123,9 @@ def test_kernels_of_another_platform_are_skipped(tmp_path: Path) -> None:
     reports = run_class(tmp_path, kernel, "test_values and decode or any_batch")
     assert not reports.passed
     assert reasons(reports) == {"oracle: runs on tpu, not on cpu"}
+
+
+def test_rows_in_any_order_are_left_out_where_the_class_says_so(tmp_path: Path) -> None:
+    reports = run_class(tmp_path, RIGHT, "test_values and (decode or any-order)", more="any_row_order = False")
+    assert set(reports.passed) == {"test_values[decode-v2]", "test_values[decode-v3]"}
+    assert reasons(reports) == {"oracle: takes rows with one new token first (any_row_order)"}

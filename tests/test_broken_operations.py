@@ -41,7 +41,7 @@ def test_is_caught(broken: Broken, version: str, tmp_path: Path) -> None:
 
 
 _RIGHT = """
-    capabilities = Capabilities(sliding_window=False)
+    capabilities = Capabilities(options=frozenset(("softmax_scale", "logits_soft_cap")))
     known_failures = {known_failures}
 
     @pytest.fixture

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from easydel_ragged_plugin import host
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import CASES, Capabilities, Case, build_batch
 from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract, assert_close
 from easydel_ragged_plugin.testing.oracle import oracle_operation
 
 pytestmark = pytest.mark.host
+
+OPTIONS = frozenset(each.name for each in dataclasses.fields(Options))
 
 HOST = host.host_version()
 
@@ -34,7 +38,7 @@ def failures(*groups: tuple[str, tuple[str, ...]]) -> dict[str, str]:
 class TestOracleV2(RaggedPageAttentionContract):
     """The kit finds nothing wrong with what it compares to."""
 
-    capabilities: ClassVar = Capabilities(scales=True)
+    capabilities: ClassVar = Capabilities(options=OPTIONS)
 
     @pytest.fixture
     def operation(self) -> type:
@@ -42,7 +46,7 @@ class TestOracleV2(RaggedPageAttentionContract):
 
 
 class TestOracleV3(RaggedPageAttentionContract):
-    capabilities: ClassVar = Capabilities(scales=True)
+    capabilities: ClassVar = Capabilities(options=OPTIONS)
 
     @pytest.fixture
     def operation(self) -> type:
@@ -50,7 +54,7 @@ class TestOracleV3(RaggedPageAttentionContract):
 
 
 # Everything that the kit knows, and nothing left out.
-_OURS = Capabilities(scales=True, forward_methods=("native", "cpu", "gpu", "cuda", "rocm", "tpu"))
+_OURS = Capabilities(options=OPTIONS, forward_methods=("native", "cpu", "gpu", "cuda", "rocm", "tpu"))
 
 
 class TestOursV2(RaggedPageAttentionContract):

@@ -14,7 +14,7 @@ import pytest
 from easydel_ragged_plugin.demo import model
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
 
-PROMPTS = ("What is the capital of France?", "Name three colours.", "What is 12 + 13?", "Why is the sky blue?")
+PROMPTS = ("What is the capital of France?", "Name three colors.", "What is 12 + 13?", "Why is the sky blue?")
 MAX_TOKENS = 20
 
 

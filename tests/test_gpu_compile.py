@@ -14,7 +14,7 @@ import functools
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +30,9 @@ from easydel_ragged_plugin import (
     ragged_page_attention_v2,
     ragged_page_attention_v3,
 )
-from easydel_ragged_plugin.kernels import pallas_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import attend, tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile
+from easydel_ragged_plugin.layout import Version
 from easydel_ragged_plugin.types import AttentionRequest
 
 REASON = missing()
@@ -55,29 +55,42 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 300},
     "cap": {"logits_soft_cap": 30.0},
     "sinks": {"sinks": True},
-    "all": {"sliding_window": 300, "logits_soft_cap": 30.0, "sinks": True, "q_scale": 0.5, "v_scale": 3.0},
+    "all": {
+        "sliding_window": 300,
+        "logits_soft_cap": 30.0,
+        "sinks": True,
+        "q_scale": 0.5,
+        "v_scale": 3.0,
+        "return_lse": True,
+    },
 }
 HEADS = ((32, 8), (8, 1), (9, 3), (64, 1))
 KERNELS = {"ragged_decode", "ragged_merge", "ragged_prefill"}
 ATTENTION = {"ragged_decode": "decode", "ragged_prefill": "prefill"}
 
-# The loops over keys of an attention kernel, in their order. Blocks that all queries see whole are the bulk of a long
-# context; with a window there are those on its edge before them.
-NO_WINDOW, WINDOW = ("whole", "last"), ("edge", "whole", "last")
-COPIED_STEPS: dict[str, dict[tuple[str, ...], tuple[int, ...]]] = {
-    "16-bit pages or smaller": {NO_WINDOW: (1, 0), WINDOW: (1, 0, 0)},
-    "16-bit pages or smaller, one warpgroup of tcgen05": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "float32 products of float32 pages": {NO_WINDOW: (1, 1), WINDOW: (1, 1, 1)},
-    "one stage": {NO_WINDOW: (0, 0), WINDOW: (0, 0, 0)},
+# Without a window and with one.
+FIRST_LOOP = ({"whole": 1, "last": 0}, {"edge": 1, "whole": 0, "last": 0})
+EVERY_LOOP = ({"whole": 1, "last": 1}, {"edge": 1, "whole": 1, "last": 1})
+NO_LOOP = ({"whole": 0, "last": 0}, {"edge": 0, "whole": 0, "last": 0})
+COPIED_STEPS = {
+    "16-bit products": FIRST_LOOP,
+    "16-bit products in one warpgroup of tcgen05": EVERY_LOOP,
+    "16-bit products of float32 pages": EVERY_LOOP,
+    "float32 products": EVERY_LOOP,
+    "one stage": NO_LOOP,
 }
-"""Steps whose keys, values and page ids one trip of each of these loops copies asynchronously, while an earlier step is
-computed. Triton pipelines no more than the first loop of a kernel where products take 16-bit operands as they were
-stored, or widened: with a window that is not the one with most trips."""
+"""The loops over keys of an attention kernel, in their order, and the steps that one trip of each copies
+asynchronously while an earlier one is computed: keys, values and page ids.
+
+``whole`` has the blocks that all queries see whole, the bulk of a long context; ``edge`` those before them, in which
+the window of a query begins; ``last`` those after them, up to the last key. Triton pipelines no more than a kernel's
+first loop where products take 16-bit operands as they were stored, or widened: with a window that is not the loop with
+most trips.
+"""
 
 FEW_BYTES = 64
-"""16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 rows of a
-head_dim above 128 take all of them."""
+"""16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 queries
+of a head_dim above 128 take all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +107,30 @@ class Program:
     def tile(self, kernel: str) -> Tile:
         return getattr(self.sizes, ATTENTION[kernel])
 
-    def copied_steps(self, kernel: str) -> tuple[int, ...]:
-        """The row of :data:`COPIED_STEPS` for one of the attention kernels."""
+    def copied_steps(self, kernel: str) -> dict[str, int]:
+        """The entry of :data:`COPIED_STEPS` for one of the attention kernels."""
         tile, request = self.tile(kernel), self.request
-        tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.rows >= 64
+        tcgen05 = self.card.capability is not None and self.card.capability >= (10, 0) and tile.queries >= 64
         if tile.stages == 1:
             what = "one stage"
         elif request.compute_dtype.itemsize > 2:
-            what = "float32 products of float32 pages"
+            what = "float32 products"
         elif request.cache_dtype.itemsize > 2:
-            what = "float32 pages"
+            what = "16-bit products of float32 pages"
         elif tcgen05 and tile.warps == 4:
-            what = "16-bit pages or smaller, one warpgroup of tcgen05"
+            what = "16-bit products in one warpgroup of tcgen05"
         else:
-            what = "16-bit pages or smaller"
-        return COPIED_STEPS[what][NO_WINDOW if request.sliding_window is None else WINDOW]
+            what = "16-bit products"
+        return COPIED_STEPS[what][request.options.window is not None]
 
 
 @pytest.fixture(autouse=True)
-def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def described(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tiles.Card]:
     """``use(card)``: the kernel finds that card, as it would on a machine that has one."""
 
     def use(card: str) -> tiles.Card:
         found = tiles.card_of(device(card))
         monkeypatch.setattr(tiles, "card", lambda: found)
-        monkeypatch.setattr(pallas_gpu, "card", lambda: found)
         jax.clear_caches()
         return found[1]
 
@@ -129,7 +141,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def build(
     use: Any,
     card: str,
-    version: str = "v3",
+    version: Version = "v3",
     *,
     q_heads: int = 32,
     kv_heads: int = 8,
@@ -151,14 +163,14 @@ def build(
     array = functools.partial(jax.ShapeDtypeStruct, sharding=on(card))
     index = functools.partial(array, dtype=jnp.int32)
     cache = np.dtype(cache or dtype)
-    stored = array(page_shape(version, pages, 128, kv_heads, head_dim, cache), cache)  # type: ignore[arg-type]
+    stored = array(page_shape(version, pages, 128, kv_heads, head_dim, cache), cache)
     queries, new = array((tokens, q_heads, head_dim), dtype), array((tokens, kv_heads, head_dim), dtype)
     lengths = [index((rows,)), index((rows, width)), index((rows + 1,))]
     aux = [array((q_heads,), jnp.float32)] if sinks else []
-    if version == "v2":
-        function, arguments, at = ragged_page_attention_v2, [queries, stored, *lengths, index((1,)), *aux], 1
-    else:
-        function, arguments, at = ragged_page_attention_v3, [queries, new, new, stored, *lengths, index((3,)), *aux], 3
+    function: Any = ragged_page_attention_v2 if version == "v2" else ragged_page_attention_v3
+    before = [queries] if version == "v2" else [queries, new, new]
+    at, last = len(before), index((1 if version == "v2" else 3,))
+    arguments = [*before, stored, *lengths, last, *aux]
     options = {**options, "platform": "gpu", "config": config}
     selection = explain(function, *arguments, **options)
     assert selection.kernel == "pallas_gpu", str(selection)
@@ -168,7 +180,9 @@ def build(
         output = function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], **options)
         return (output, arrays[at]) if version == "v2" else output
 
-    with jax.set_mesh(on(card).mesh):  # where JAX looks, from 0.11 on, for the GPU that it lowers for
+    mesh = on(card).mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    with jax.set_mesh(mesh):  # where JAX looks, from 0.11 on, for the GPU that it lowers for
         lowered = jax.jit(call, donate_argnums=at if donate else ()).trace(*arguments).lower()
     compiled, kernels = compile_for(card, lowered)
     sizes = tiles.choose(selection.request, selection.config)
@@ -223,11 +237,13 @@ def check_loops(program: Program, name: str) -> None:
     for loop in kernel.key_loops:
         assert bool(loop.tensor_core_products) == (request.compute_dtype.itemsize == 2), f"tensor cores in {about}"
         if request.compute_dtype.itemsize > 2:
-            assert loop.multiply_adds * kernel.threads >= 2 * tile.rows * tile.keys * lanes, f"products of {about}"
+            assert loop.multiply_adds * kernel.threads >= 2 * tile.queries * tile.keys * lanes, f"products of {about}"
     # Keys, values and page ids. A thread copies an id at least; those past the step's end are predicated off.
     step = 2 * tile.keys * lanes * request.cache_dtype.itemsize + 4 * max(tile.keys, kernel.threads)
     copied = [loop.copied_bytes * kernel.threads for loop in kernel.key_loops]
-    assert copied == [steps * step for steps in program.copied_steps(name)], f"copies of {about}"
+    expected = {loop: steps * step for loop, steps in program.copied_steps(name).items()}
+    assert len(copied) == len(expected), f"{len(copied)} loops over keys in {about}"
+    assert dict(zip(expected, copied, strict=True)) == expected, f"copies of {about}"
 
 
 def temporary_bytes(program: Program) -> int:
@@ -235,7 +251,7 @@ def temporary_bytes(program: Program) -> int:
     whole, new keys and values in the cache's dtype, work lists. Neither the cache nor the table's width is in it."""
     request, sizes = program.request, program.sizes
     wanted = -(-sizes.programs // request.num_kv_heads)
-    tokens = sizes.decode.rows // request.group_size
+    tokens = sizes.decode.queries // request.group_size
     lanes = tiles.power_of_two(request.head_dim) + 2
     partial = 4 * request.num_q_heads * tokens * 2 * wanted * lanes
     heads = request.num_q_heads + 2 * request.num_kv_heads
@@ -247,13 +263,14 @@ def temporary_bytes(program: Program) -> int:
     pairwise(list(DTYPES)[:4], (64, 80, 128, 256), list(OPTIONS), list(CARDS), HEADS, ("v2", "v3")),
 )
 def test_compiles_for_tensor_cores(
-    dtypes: str, head_dim: int, options: str, card: str, heads: tuple[int, int], version: str, described: Any
+    dtypes: str, head_dim: int, options: str, card: str, heads: tuple[int, int], version: Version, described: Any
 ) -> None:
     dtype, cache = DTYPES[dtypes]
     if dtypes == "float8-e4m3" and CARDS[card].capability < (8, 9):  # refused by name there
         cache = jnp.float8_e5m2
-    fields = {"q_heads": heads[0], "kv_heads": heads[1], "head_dim": head_dim, "dtype": dtype, "cache": cache}
-    check(build(described, card, version, **fields, **OPTIONS[options]))
+    q_heads, kv_heads = heads
+    fields: dict[str, Any] = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "cache": cache}
+    check(build(described, card, version, dtype=dtype, **fields, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +342,7 @@ def test_prompts_run_on_the_tensor_cores_of_the_generation(card: str, described:
     assert (len(prefill), len(decode)) == (2, 2)
     for loop in prefill:
         assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == [INSTRUCTIONS[card]]
-    for loop in decode:  # 16 rows are too few for groups of four warps
+    for loop in decode:  # 16 queries are too few for groups of four warps
         assert [name for name in INSTRUCTIONS.values() if f"{name}." in loop.ptx] == ["mma.sync"]
 
 
@@ -381,7 +398,7 @@ def test_one_stage_is_not_taken_for_a_pipeline(card: str, described: Any) -> Non
         sizes=dataclasses.replace(program.sizes, decode=staged["ragged_decode"], prefill=staged["ragged_prefill"]),
     )
     for name in ATTENTION:
-        assert any(claimed.copied_steps(name))
+        assert any(claimed.copied_steps(name).values())
         with pytest.raises(AssertionError, match="copies of"):
             check_loops(claimed, name)
 
@@ -412,7 +429,7 @@ def test_other_tiles_than_those_compiled_are_seen(described: Any) -> None:
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_pages_that_are_not_in_place_are_seen(version: str, described: Any) -> None:
+def test_pages_that_are_not_in_place_are_seen(version: Version, described: Any) -> None:
     with pytest.raises(AssertionError, match="the pages are not in place"):
         check(build(described, "H100", version, donate=False))
 

@@ -6,8 +6,9 @@ with a few cases, and the kit's laws.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,19 +16,22 @@ from easydel_ragged_plugin import hookimpl, hooks, select
 from easydel_ragged_plugin.config import KERNEL_VARIABLE
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
 from easydel_ragged_plugin.testing import Capabilities, case_named
+from easydel_ragged_plugin.testing.capabilities import PASSED_OPTIONS
 from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("quick_to_compile")]
 
 CASES = tuple(map(case_named, ("mixed", "empty-rows", "window-freed-stale", "sinks", "float8-e4m3", "nothing-live")))
-_OURS = Capabilities(scales=True, forward_methods=("native", "gpu", "cuda", "rocm"))
+_OURS = Capabilities(
+    options=PASSED_OPTIONS | {"q_scale", "k_scale", "v_scale"}, forward_methods=("native", "gpu", "cuda", "rocm")
+)
 
 INTERPRETED = PallasGPU(interpret=True)
 
 
 @pytest.fixture(autouse=True)
-def on_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Selection takes the kernel, interpreted. Calls that took another one would show."""
+def on_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Selection takes the kernel, interpreted, and no other: the names that it chose while a call was traced."""
     chosen: list[str] = []
 
     class Watch:
@@ -38,15 +42,23 @@ def on_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(select.BUILT_IN, INTERPRETED.name, INTERPRETED)
     monkeypatch.setenv(KERNEL_VARIABLE, INTERPRETED.name)
     hooks.register(Watch(), "watch")
-    yield
+    yield chosen
     hooks.unregister("watch")
     assert set(chosen) <= {INTERPRETED.name}
 
 
-class TestGpuKernelV2(RaggedPageAttentionContract):
+class OperationOnTheGpuKernel(RaggedPageAttentionContract):
     capabilities: ClassVar = _OURS
     cases: ClassVar = CASES
 
+    def test_calls_select_the_kernel(self, driver: Any, on_the_gpu_kernel: list[str]) -> None:
+        # Of a shape that no other test has, so that it is traced here.
+        case = dataclasses.replace(CASES[0], name="selected", num_tokens=CASES[0].num_tokens + 3)
+        self._call(driver, self._build(driver, case))
+        assert set(on_the_gpu_kernel) == {INTERPRETED.name}
+
+
+class TestGpuKernelV2(OperationOnTheGpuKernel):
     @pytest.fixture
     def operation(self) -> type:
         from easydel_ragged_plugin.operations import RaggedPageAttnV2
@@ -54,10 +66,7 @@ class TestGpuKernelV2(RaggedPageAttentionContract):
         return RaggedPageAttnV2
 
 
-class TestGpuKernelV3(RaggedPageAttentionContract):
-    capabilities: ClassVar = _OURS
-    cases: ClassVar = CASES
-
+class TestGpuKernelV3(OperationOnTheGpuKernel):
     @pytest.fixture
     def operation(self) -> type:
         from easydel_ragged_plugin.operations import RaggedPageAttnV3

@@ -23,8 +23,9 @@ from described_cards import described_gpu
 
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels.pallas_gpu import attend
+from easydel_ragged_plugin.layout import Version
 
-VERSIONS = ("v2", "v3")
+VERSIONS: tuple[Version, ...] = ("v2", "v3")
 DTYPES = {
     "bfloat16": (jnp.bfloat16, jnp.bfloat16),
     "float16": (jnp.float16, jnp.float16),
@@ -40,7 +41,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cap": {"logits_soft_cap": 30.0},
     "sinks": {"sinks": True},
     "scales": {"q_scale": 0.5, "k_scale": 2.0, "v_scale": 3.0},
-    "all": {"sliding_window": 300, "logits_soft_cap": 30.0, "sinks": True, "q_scale": 0.5, "v_scale": 3.0},
+    "all": {
+        "sliding_window": 300,
+        "logits_soft_cap": 30.0,
+        "sinks": True,
+        "q_scale": 0.5,
+        "v_scale": 3.0,
+        "return_lse": True,
+    },
 }
 ATTENTION = ("ragged_decode", "ragged_prefill")
 KERNELS = {
@@ -50,7 +58,7 @@ KERNELS = {
 
 
 def lower(
-    version: str,
+    version: Version,
     *,
     q_heads: int = 32,
     kv_heads: int = 8,
@@ -75,18 +83,16 @@ def lower(
     queries, new = array((tokens, q_heads, head_dim), dtype), array((tokens, kv_heads, head_dim), dtype)
     lengths = [index((rows,)), index((rows, width)), index((rows + 1,))]
     aux = [array((q_heads,), jnp.float32)] if sinks else []
-    if version == "v2":
-        function, at = functools.partial(ragged_page_attention_v2, platform=platform, **options), 1
-        arguments, donated = [queries, stored, *lengths, index((1,)), *aux], ()
-    else:
-        function, at = functools.partial(ragged_page_attention_v3, platform=platform, **options), 3
-        arguments, donated = [queries, new, new, stored, *lengths, index((3,)), *aux], (3,)
+    function: Any = ragged_page_attention_v2 if version == "v2" else ragged_page_attention_v3
+    before = [queries] if version == "v2" else [queries, new, new]
+    at, last = len(before), index((1 if version == "v2" else 3,))
+    arguments = [*before, stored, *lengths, last, *aux]
 
     def call(*arrays: Any) -> Any:
-        return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :])
+        return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], platform=platform, **options)
 
     with described_gpu():
-        jitted = jax.jit(call, donate_argnums=donated if donate else ())
+        jitted = jax.jit(call, donate_argnums=at if donate and version == "v3" else ())
         return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
 
 
@@ -151,7 +157,7 @@ def test_v2_lowers_for_cuda(q_heads: int, kv_heads: int, page_size: int) -> None
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-def test_lowers_for_rocm(dtypes: tuple[Any, Any], version: str) -> None:
+def test_lowers_for_rocm(dtypes: tuple[Any, Any], version: Version) -> None:
     dtype, cache = dtypes
     lowered = lower(version, dtype=dtype, cache=cache, platform="rocm", **OPTIONS["all"])
     assert names(lowered) == KERNELS[version]
@@ -314,22 +320,32 @@ DONATED = r"%arg3: tensor<256x128x8x2x128xbf16> \{tf\.aliasing_output = 1 "
 """The caller's pages as the memory of the second result."""
 
 
-def test_update_is_in_place_and_so_is_the_output() -> None:
-    lowered = lower("v3")
-    aliases = {}
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_update_is_in_place_and_so_are_the_results(return_lse: bool) -> None:
+    lowered = lower("v3", return_lse=return_lse)
+    aliases, num_results = {}, {}
     for call in calls(lowered):
         name = call.attributes["mhlo.backend_config"]["name"].value
         text = str(call.attributes["output_operand_aliases"])
         aliases[name] = re.findall(r"output_tuple_indices = \[(.*?)\], operand_index = (\d+)", text)
+        num_results[name] = len(call.results)
         # What goes in there has the type of what comes out.
         for output, operand in aliases[name]:
             assert call.operands[int(operand)].type == call.results[int(output or 0)].type
-    # The pages, and the output that starts as zeros; a merge passes on the output that decode filled.
+    # The pages; the output that starts as zeros, which the kernels fill one after the other; so for the logsumexp.
+    # Beside them decode has three arrays of partial results.
+    alone, both = [("", "4")], [("0", "4"), ("1", "5")]
     assert aliases == {
-        "ragged_update": [("", "4")],
-        "ragged_decode": [("0", "4")],
-        "ragged_merge": [("", "4")],
-        "ragged_prefill": [("", "4")],
+        "ragged_update": alone,
+        "ragged_decode": both if return_lse else [("0", "4")],
+        "ragged_merge": both if return_lse else alone,
+        "ragged_prefill": both if return_lse else alone,
+    }
+    assert num_results == {
+        "ragged_update": 1,
+        "ragged_decode": 3 + 1 + return_lse,
+        "ragged_merge": 1 + return_lse,
+        "ragged_prefill": 1 + return_lse,
     }
     assert re.search(DONATED, lowered.as_text())
     assert not re.search(DONATED, lower("v3", donate=False).as_text())
@@ -349,18 +365,19 @@ def check_nothing_is_as_large_as(elements: int, lowered: Any) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_nothing_of_the_caches_size_but_the_cache(version: str) -> None:
-    elements, fields = 5000 * 128 * 2048, {"pages": 5000, "cache": jnp.float32}
-    check_nothing_is_as_large_as(elements, lower(version, **fields))
-    copies = {
+def test_nothing_of_the_caches_size_but_the_cache(version: Version) -> None:
+    elements = 5000 * 128 * 2048
+    check_nothing_is_as_large_as(elements, lower(version, pages=5000, cache=jnp.float32))
+    copies: dict[str, Callable[[jax.Array], jax.Array]] = {
         "convert": lambda pages: pages.astype(jnp.bfloat16).astype(pages.dtype),
         "multiply": lambda pages: 2 * pages,
         "gather": lambda pages: pages[jnp.arange(5000)],
         "transpose": lambda pages: pages.swapaxes(0, 1).reshape(pages.shape),
     }
     for operation, prepare in copies.items():
+        lowered = lower(version, pages=5000, cache=jnp.float32, prepare=prepare)
         with pytest.raises(AssertionError, match=rf"of the cache's size: .*stablehlo\.{operation}"):
-            check_nothing_is_as_large_as(elements, lower(version, prepare=prepare, **fields))
+            check_nothing_is_as_large_as(elements, lowered)
 
 
 PAGES = {"ragged_update": (5, 2), "ragged_decode": (2, 4), "ragged_prefill": (2, 4)}

@@ -56,7 +56,7 @@ def test_splits_fill_the_chip_and_no_more(contexts: tuple[int, ...], most: int, 
     request = request_for(rows=len(contexts), width=1024, tokens=len(contexts))
     found = work.decode_work(request, HOPPER, decode_rows(*contexts), 4)
     parts = np.asarray(found.parts)
-    live = parts[parts[:, work.Column.QUERIES] > 0]
+    live = parts[parts[:, work.Column.TOKENS] > 0]
     assert 8 * len(live) >= wanted
     assert live[:, work.Column.PARTS].max() <= most
     blocks = live[:, work.Column.END] - live[:, work.Column.FIRST]
@@ -67,23 +67,23 @@ def test_splits_fill_the_chip_and_no_more(contexts: tuple[int, ...], most: int, 
 
 
 def check_parts(found: work.DecodeWork, contexts: list[int], windows_begin: list[int], keys: int) -> None:
-    """Each live row's blocks are covered once, partial results have a place each, and merges list these places."""
+    """Each live row's blocks are covered once, partial results have an index each, and merges list these."""
     parts = np.asarray(found.parts)
-    slots: list[int] = []
+    partials: list[int] = []
     merged = {}
     for row, context in enumerate(contexts):
-        mine = parts[(parts[:, work.Column.ROW] == row) & (parts[:, work.Column.QUERIES] > 0)]
+        mine = parts[(parts[:, work.Column.ROW] == row) & (parts[:, work.Column.TOKENS] > 0)]
         covered = [b for part in mine for b in range(part[work.Column.FIRST], part[work.Column.END])]
         assert covered == list(range(windows_begin[row] // keys, -(-context // keys)))
         assert set(mine[:, work.Column.PARTS]) <= {len(mine)}
         if len(mine) > 1:
-            merged[row] = mine[0, work.Column.SLOT]
-            assert mine[:, work.Column.SLOT].tolist() == list(range(merged[row], merged[row] + len(mine)))
-            slots += mine[:, work.Column.SLOT].tolist()
-    assert len(slots) == len(set(slots))
-    assert max(slots, default=0) < found.num_slots
-    merges = [] if found.merges is None else np.asarray(found.merges)
-    listed = {each[work.Column.ROW]: each[work.Column.SLOT] for each in merges if each[work.Column.QUERIES]}
+            merged[row] = mine[0, work.Column.PARTIAL]
+            assert mine[:, work.Column.PARTIAL].tolist() == list(range(merged[row], merged[row] + len(mine)))
+            partials += mine[:, work.Column.PARTIAL].tolist()
+    assert len(partials) == len(set(partials))
+    assert max(partials, default=0) < found.num_partials
+    merges: Any = [] if found.merges is None else np.asarray(found.merges)
+    listed = {each[work.Column.ROW]: each[work.Column.PARTIAL] for each in merges if each[work.Column.TOKENS]}
     assert listed == merged
 
 
@@ -124,7 +124,7 @@ def test_query_tiles_cover_every_token_once(seed: int) -> None:
     covered = [
         each[work.Column.START] + each[work.Column.FIRST] + offset
         for each in found
-        for offset in range(min(size, each[work.Column.QUERIES] - each[work.Column.FIRST]))
+        for offset in range(min(size, each[work.Column.TOKENS] - each[work.Column.FIRST]))
     ]
     wanted = [
         start + offset
@@ -159,7 +159,7 @@ def test_tiles_fit_every_card(name: str, card: Card, monkeypatch: pytest.MonkeyP
         request = request_for(q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, cache=cache)
         reason = tiles.too_large(request)
         if reason is not None:
-            # 128 query heads for a kv head are 128 rows at least, and nothing else may be too much.
+            # 128 query heads for a kv head are 128 queries at least, and nothing else may be too much.
             assert request.group_size == 128, reason
             assert head_dim > 64, reason
             assert name not in ("H100", "H200"), reason
@@ -168,21 +168,21 @@ def test_tiles_fit_every_card(name: str, card: Card, monkeypatch: pytest.MonkeyP
         for tile in (sizes.decode, sizes.prefill):
             about = f"{tile} for {request.describe()}"
             assert tile.shared_bytes(request, card) <= card.shared_bytes, about
-            assert tile.rows >= request.group_size, about
-            # Products of float32 have no tile that is small enough for that many rows.
+            assert tile.queries >= request.group_size, about
+            # Products of float32 have no tile that is small enough for that many queries.
             large = request.group_size > 32 and request.compute_dtype.itemsize > 2
             assert tile.fits(request, card) or large, about
 
 
 def test_shared_memory_of_one_tile() -> None:
     """By hand: two steps on their way, 64 tokens of 128 lanes in keys and in values, 2 bytes each, and 64 page ids;
-    queries and weights of 16 rows; 1 KiB."""
+    weights of 16 queries, and these; 1 KiB."""
     steps, aside = 2 * (2 * 64 * 128 * 2 + 64 * 4), 16 * 128 * 2 + 16 * 64 * 2 + 1024
     assert Tile(16, 64, 4, 3).shared_bytes(request_for(), H100) == steps + aside
     # A float8 cache: 1 byte on its way, and the step that is computed is converted in registers.
     request = request_for(cache=jnp.float8_e4m3fn)
     assert Tile(16, 64, 4, 3).shared_bytes(request, H100) == 2 * (2 * 64 * 128 + 64 * 4) + aside
-    # 128 rows: Hopper multiplies from shared memory, where the converted step has a place of its own.
+    # 128 queries: Hopper multiplies from shared memory, where the converted step has a place of its own.
     aside = 128 * 128 * 2 + 128 * 64 * 2 + 1024
     steps = 2 * (2 * 64 * 128 + 64 * 4) + 2 * 64 * 128 * 2
     assert Tile(128, 64, 8, 3).shared_bytes(request, H100) == steps + aside
@@ -210,7 +210,25 @@ def test_config_fields_set_tiles() -> None:
     config = RaggedPageConfig(num_kv_pages_per_block=3, num_queries_per_block=5, num_warps=3, num_stages=1)
     sizes = tiles.choose(request, config)
     assert (sizes.decode.keys, sizes.decode.warps, sizes.decode.stages) == (64, 4, 1)
-    assert (sizes.prefill.keys, sizes.prefill.rows) == (64, 32)  # 5 tokens of 4 heads
+    assert (sizes.prefill.keys, sizes.prefill.queries) == (64, 32)  # 5 tokens of 4 heads
+
+
+def test_kernel_config_takes_the_place_of_the_table() -> None:
+    request = request_for()
+    assert tiles.choose(request, RaggedPageConfig(kernel_config=SMALL)) == SMALL
+    # Fields that all kernels have come first.
+    sizes = tiles.choose(request, RaggedPageConfig(kernel_config=SMALL, num_warps=8))
+    assert sizes.decode == dataclasses.replace(SMALL.decode, warps=8)
+    with pytest.raises(Unsupported, match=r"decode tiles of 16 queries do not hold the 32 query heads of a kv head"):
+        tiles.choose(request_for(q_heads=32, kv_heads=1), RaggedPageConfig(kernel_config=SMALL))
+
+
+def test_kernel_config_keeps_the_choice_to_this_kernel() -> None:
+    request = request_for()
+    config = RaggedPageConfig(kernel_config=SMALL)
+    assert select.select(request, config)[1].kernel == NAME
+    refusals = {each.kernel: each.reason for each in select.select(request, config)[1].refusals}
+    assert refusals["xla"] == "the config holds Tiles, the knobs of another kernel"
 
 
 def test_config_that_does_not_fit_is_refused_by_name() -> None:
@@ -219,11 +237,11 @@ def test_config_that_does_not_fit_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rows": 8}, {"rows": 24}, {"keys": 0}, {"warps": 3}, {"stages": 0}, {"keys": True}, {"keys": 32.0}]
+    "bad", [{"queries": 8}, {"queries": 24}, {"keys": 0}, {"warps": 3}, {"stages": 0}, {"keys": True}, {"keys": 32.0}]
 )
 def test_impossible_tiles_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got"):
-        Tile(**{"rows": 16, "keys": 16, "warps": 4, "stages": 1, **bad})
+        Tile(**{"queries": 16, "keys": 16, "warps": 4, "stages": 1, **bad})
 
 
 # Refusals.
@@ -274,7 +292,7 @@ def test_old_cards_are_refused_by_name(
     capability: tuple[int, int], cache: Any, refused: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = dataclasses.replace(tiles.ANY_CARD, capability=capability)
-    monkeypatch.setattr("easydel_ragged_plugin.kernels.pallas_gpu.card", lambda: ("a card", found))
+    monkeypatch.setattr(tiles, "card", lambda: ("a card", found))
     assert PallasGPU().refuses(request_for(cache=cache)) == refused
 
 
@@ -317,22 +335,55 @@ def test_tuned_tiles_are_between_config_and_table(tuned: Callable[[Any], None]) 
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        "{",
-        "[]",
-        {"format": 0, "entries": {}},
-        {"format": 1},
-        {"format": 1, "entries": {"a": {"tiles": {"decode": {}}}}},
-        {"format": 1, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "programs": 0}}}},
-        {"format": 1, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "speed": 1}}}},
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ({"entries": {}}, "KeyError('format')"),
+        ({"format": 1, "entries": {}}, f"format 1, this version of the package reads {tiles.FORMAT}"),
+        ({"format": tiles.FORMAT}, "KeyError('entries')"),
+        ({"format": tiles.FORMAT, "entries": {"a": {"tiles": {"decode": {}}}}}, "missing 4 required"),
+        (
+            {"format": tiles.FORMAT, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "programs": 0}}}},
+            "programs: got 0",
+        ),
+        ({"format": tiles.FORMAT, "entries": {"a": {"tiles": {**dataclasses.asdict(SMALL), "speed": 1}}}}, "speed"),
     ],
 )
 def test_unusable_tuned_file_is_named_and_ignored(
-    content: Any, tuned: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+    content: Any, reason: str, tuned: Callable[[Any], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     tuned(content)
     with caplog.at_level(logging.WARNING, logger="easydel_ragged_plugin"):
         assert tiles.choose(request_for(), RaggedPageConfig()) == HOPPER
-    assert "easydel-ragged tune" in caplog.text
+    assert reason in caplog.text
+    assert "Run 'easydel-ragged tune' to write them anew" in caplog.text
     assert str(tiles.tuned_file()) in caplog.text
+
+
+# What it says of itself.
+
+
+def test_facts_notes_and_fingerprint_without_a_gpu() -> None:
+    kernel = PallasGPU()
+    assert kernel.facts() == {"available": True, "reason": None, "card": None, "tuned": 0}
+    assert kernel.notes("cpu") == ()
+    assert kernel.fingerprint() == "easydel_ragged_plugin.kernels.pallas_gpu.PallasGPU"
+
+
+def test_facts_notes_and_fingerprint_follow_what_was_tuned_on_this_card(tuned: Callable[[Any], None]) -> None:
+    kernel, request, name = PallasGPU(), request_for(), "NVIDIA H100 80GB HBM3"
+
+    def entries(*cards: str) -> dict[str, Any]:
+        return {tiles.tuned_key(card, request): {"tiles": dataclasses.asdict(SMALL)} for card in cards}
+
+    seen = set()
+    # Another card's name begins as this one's does, or this one's as another's: neither is this card.
+    for cards, count in (((), 0), ((name,), 1), (("NVIDIA H100", f"{name}e"), 0)):
+        tuned({"format": tiles.FORMAT, "entries": entries(*cards)})
+        assert kernel.facts() == {"available": True, "reason": None, "card": name, "tuned": count}
+        assert ("'easydel-ragged tune' finds those of this GPU" in " ".join(kernel.notes("gpu"))) == (count == 0)
+        seen.add(kernel.fingerprint())
+    untuned, of_card = sorted(seen, key=len)
+    assert untuned == f"{PallasGPU.__module__}.PallasGPU on {name}, tuned: nothing"
+    assert str(SMALL) in of_card

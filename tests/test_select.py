@@ -15,7 +15,7 @@ import pytest
 from easydel_ragged_plugin import RaggedPageConfig, Unsupported, hookimpl, hooks, override_config, select
 from easydel_ragged_plugin.config import KERNEL_VARIABLE, as_config
 from easydel_ragged_plugin.kernels.xla import XlaKernel
-from easydel_ragged_plugin.layout import PageLayout, page_shape
+from easydel_ragged_plugin.layout import PageLayout, Version, page_shape
 from easydel_ragged_plugin.types import AttentionRequest
 
 F4 = np.dtype("float32")
@@ -24,7 +24,7 @@ REQUEST = AttentionRequest("v3", "cpu", 4, 4, 2, 32, 4, 8, 8, F4, F4, LAYOUT)
 
 
 class Picky(XlaKernel):
-    """A kernel that refuses what it is told to."""
+    """A kernel that refuses for a reason that a test sets."""
 
     name = "picky"
     platforms = frozenset({"cpu"})
@@ -39,7 +39,9 @@ class Plugin:
     """A plugin with every hook."""
 
     def __init__(self) -> None:
-        self.kernel, self.config, self.seen = Picky(), None, []
+        self.kernel: Any = Picky()
+        self.config: Any = None
+        self.seen: list[select.Selection] = []
 
     @hookimpl
     def ragged_kernels(self) -> list[Any]:
@@ -228,7 +230,9 @@ def test_host_config_classes_are_accepted() -> None:
     assert as_config(v3) == RaggedPageConfig(
         chunk_prefill_size=64, num_kv_pages_per_block=2, num_warps=8, platform="xla", from_host=True
     )
-    assert as_config(RaggedPageAttentionv2Config()).platform == "auto"
+    v2 = as_config(RaggedPageAttentionv2Config())
+    assert v2 is not None
+    assert v2.platform == "auto"
     with pytest.raises(ValueError, match="config: got FlashAttentionConfig"):
         as_config(FlashAttentionConfig())
 
@@ -240,14 +244,16 @@ def test_defaults_of_a_host_config_are_nobodys_choice() -> None:
 
     for host_class in (RaggedPageAttentionv2Config, RaggedPageAttentionv3Config):
         config = as_config(host_class(num_queries_per_block=16))
+        assert config is not None
         assert (config.num_queries_per_block, config.num_warps, config.num_stages) == (16, None, None)
         config = as_config(host_class(num_warps=2, num_stages=3))
+        assert config is not None
         assert (config.num_warps, config.num_stages) == (2, 3)
 
 
 @pytest.mark.host
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_ejkernel_is_given_the_host_config_that_was_given(version: str) -> None:
+def test_ejkernel_is_given_the_host_config_that_was_given(version: Version) -> None:
     """An empty one, too: it means that block sizes are not tuned on the first call."""
     from ejkernel.modules.operations import configs
 
@@ -256,7 +262,9 @@ def test_ejkernel_is_given_the_host_config_that_was_given(version: str) -> None:
     host_class = getattr(configs, f"RaggedPageAttention{version}Config")
     request = dataclasses.replace(REQUEST, version=version)
     for given in (host_class(), host_class(num_warps=4, num_stages=1), host_class(num_stages=3)):
-        assert host_config(request, as_config(given)) == given
+        config = as_config(given)
+        assert config is not None
+        assert host_config(request, config) == given
     assert host_config(request, RaggedPageConfig()) is None
 
 

@@ -1,4 +1,4 @@
-"""Who answers: this package's kernels, the host's, JAX's and cuDNN's, each in the form of cache that it wants."""
+"""Contestants: this package's kernels, EasyDeL's, JAX's and cuDNN's, each with the cache in its own form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, xla
 from easydel_ragged_plugin.types import Kernel, Version
 
 Prepare = Callable[[Problem, bool], tuple[Problem, Step] | str]
-"""Gives the problem in the form of cache that a contestant wants, and the call; or says why there is none."""
+"""The problem with the cache in a contestant's own form, and the call; or why there is none."""
 
 OURS = pallas_gpu.KERNEL.name
 """Whom the table's targets are for."""

@@ -37,10 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 SHORT_PROMPT = 32
-"""Tokens of a prompt where no context is asked for."""
+"""Tokens of a prompt without a context."""
 
 TEXT = (
-    "The harbour wakes before the town does. Boats come in on the tide with their lamps still burning, and the men on "
+    "The harbor wakes before the town does. Boats come in on the tide with their lamps still burning, and the men on "
     "the quay count crates, argue about the price of ice, and drink coffee from tin cups while gulls walk past. "
 )
 
@@ -91,7 +91,7 @@ class Plan:
         )
 
     def answer_length(self, context: int) -> int:
-        """Tokens to ask for: the first request answers while the others' prompts are still being read."""
+        """Tokens to request: the first request answers while the others' prompts are still being read."""
         return self.answer_tokens + -(-self.requests * context // self.chunk)
 
 

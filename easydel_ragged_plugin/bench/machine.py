@@ -36,7 +36,7 @@ def processors() -> int:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache, where Linux tells."""
+    """Bytes of the largest cache; None where Linux does not say, and elsewhere."""
     largest = None
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         found = re.fullmatch(r"(\d+)([KM]?)", file.read_text(encoding="ascii").strip())
@@ -96,7 +96,7 @@ def _mean_rate(work: Callable[[], None], amount: float, least_s: float = 0.05) -
 
 
 class Machine:
-    """Measures the machine's limits, again whenever it is asked. Use as a context manager."""
+    """Measures the machine's limits, anew with each call. Use as a context manager."""
 
     def __init__(self) -> None:
         import jax
@@ -108,7 +108,7 @@ class Machine:
         product = jax.jit(lambda a: jnp.dot(a, a, precision=jax.lax.Precision.HIGHEST))
         self._multiply = lambda: product(matrix).block_until_ready()
         if self._on_cpu:
-            # More than the last-level cache, but no more than a small machine can spare. NumPy asks the system for huge
+            # More than the last-level cache, but no more than a small machine can spare. NumPy requests huge
             # pages, which read faster than those that JAX gets: the limit is the machine's, not the allocator's.
             size = min(max(1 << 28, 2 * (last_level_cache() or 0)), 1 << 30)
             self._data: Any = np.ones(size // 4, np.float32)

@@ -127,7 +127,7 @@ def seconds_per_call(
     """(median, all) seconds of a call, timed over many calls inside one compiled program.
 
     A call's output is the next one's queries, so none can be left out or moved. The program has a fixed number of
-    trips: XLA asks the host nothing between them. Starting it costs some tens of microseconds, in ``least_s``.
+    trips, so that XLA need not wait for the host between them. Starting it costs tens of microseconds in ``least_s``.
 
     Args:
         problem: what is called, with each of its block tables in turn.

@@ -123,7 +123,7 @@ def demo_command(
 
     easydel-ragged demo
 
-    easydel-ragged demo --mechanism v2 -p "Why is the sky blue?" -p "Name three colours."
+    easydel-ragged demo --mechanism v2 -p "Why is the sky blue?" -p "Name three colors."
 
     easydel-ragged demo --model ./my-llama --dtype bfloat16
 

@@ -123,7 +123,7 @@ class Workers:
     """The host's two tokenizer processes, started once and shared by engines.
 
     Importing their libraries takes longer than anything they do, and an engine that owns its processes leaves
-    them behind unless somebody shuts them down.
+    them behind unless they are shut down.
     """
 
     def __init__(self, model: str) -> None:
@@ -137,7 +137,7 @@ class Workers:
     def _start(self) -> None:
         try:
             self._manager.start(detokenizer_max_states=1 << 12, tokenizer_endpoint=None, detokenizer_endpoint=None)
-        except BaseException as error:  # raised again where the endpoints are asked for
+        except BaseException as error:  # raised again where the endpoints are read
             self._error = error
 
     @property
@@ -293,7 +293,7 @@ class Engine:
                         min_token_pad=settings.decode_bucket,
                         max_num_batched_tokens=settings.tokens_per_step,
                         page_size=settings.page_size,
-                        # Answers must not depend on what was asked before.
+                        # Answers must not depend on earlier prompts.
                         enable_prefix_caching=False,
                         overlap_execution=False,
                         **workers.endpoints,

@@ -323,7 +323,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def missing_packages() -> list[str]:
-    """Packages that the demo needs and this environment lacks, by the name pip knows them."""
+    """Packages that the demo needs and this environment lacks, by their names for pip."""
     needed = {"easydel": "easydel", "torch": "torch", "gguf": "gguf", "accelerate": "accelerate", "PIL": "pillow"}
     return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 

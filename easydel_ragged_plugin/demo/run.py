@@ -20,13 +20,13 @@ from .engine import Answer, Engine, Settings, Workers, import_host, interleaved,
 
 __all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "start_engine"]
 
-#: The first is asked when none is given; a comparison asks all of them in one batch.
 DEFAULT_PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
     "Write a short poem about the sea.",
     "List five animals that live in the forest.",
 )
+"""The first is the default; a comparison takes all of them, in one batch."""
 
 
 def _power_of_two(least: int) -> int:
@@ -211,7 +211,7 @@ def run(
         if not startup.status().active:
             console.print(
                 "[yellow]note:[/yellow] the plugin was not active in this process; this run activates it by hand. "
-                "'easydel-ragged doctor' tells why.",
+                "'easydel-ragged doctor' says why.",
                 highlight=False,
             )
         tokenizer = models.load_tokenizer(source)

@@ -6,9 +6,10 @@ import dataclasses
 
 from .batches import Case
 
-__all__ = ["Capabilities"]
+__all__ = ["PASSED_OPTIONS", "Capabilities"]
 
-SCALES = {"q_scale", "k_scale", "v_scale"}
+PASSED_OPTIONS = frozenset({"softmax_scale", "sliding_window", "logits_soft_cap"})
+"""Options that the host passes to an operation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,9 @@ class Capabilities:
         dtypes: of queries, keys and values.
         cache_dtypes: of the pages.
         mixed_dtypes: whether the cache's dtype may differ from that of the new keys.
-        sliding_window, soft_cap: those options.
+        options: names of the :class:`~easydel_ragged_plugin.options.Options` that it honors, taken as keywords.
         window_pairs: ``sliding_window=(left, right)``.
         sinks: shapes of ``softmax_aux`` taken: "heads" ``[q_heads]``, "groups" ``[kv_heads, n]``.
-        scales: accepts ``q_scale``, ``k_scale`` and ``v_scale`` as keywords (the host passes none).
         any_row_order: rows may come in any order; otherwise rows with one new token come first.
         nan_in_dead_slots: dead slots may hold NaN. Otherwise they hold large finite numbers.
         garbage_table_entries: unused table entries may name pages that do not exist.
@@ -44,11 +44,9 @@ class Capabilities:
     dtypes: frozenset[str] = frozenset(("float32", "bfloat16", "float16"))
     cache_dtypes: frozenset[str] = frozenset(("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"))
     mixed_dtypes: bool = True
-    sliding_window: bool = True
+    options: frozenset[str] = PASSED_OPTIONS
     window_pairs: bool = True
-    soft_cap: bool = True
     sinks: frozenset[str] = frozenset(("heads", "groups"))
-    scales: bool = False
     any_row_order: bool = True
     nan_in_dead_slots: bool = True
     garbage_table_entries: bool = True
@@ -61,17 +59,16 @@ class Capabilities:
     def lacks(self, case: Case) -> str | None:
         """What ``case`` needs and this operation does not declare, or None."""
         cache_dtype = case.np_cache_dtype.name
+        undeclared = sorted(case.options.given(hints=False).keys() - self.options)
         checks = (
             (self.head_dims is not None and case.head_dim not in self.head_dims, f"head_dim {case.head_dim}"),
             (self.page_sizes is not None and case.page_size not in self.page_sizes, f"page_size {case.page_size}"),
             (case.dtype not in self.dtypes, f"dtype {case.dtype}"),
             (cache_dtype not in self.cache_dtypes, f"cache dtype {cache_dtype}"),
             (not self.mixed_dtypes and cache_dtype != case.dtype, f"{case.dtype} on a {cache_dtype} cache"),
-            (not self.sliding_window and case.options.sliding_window is not None, "sliding_window"),
+            (bool(undeclared), ", ".join(undeclared)),
             (not self.window_pairs and isinstance(case.options.sliding_window, tuple), "sliding_window as a pair"),
-            (not self.soft_cap and case.options.logits_soft_cap is not None, "logits_soft_cap"),
             (case.sinks is not None and case.sinks not in self.sinks, f"sinks of the form {case.sinks!r}"),
-            (not self.scales and bool(SCALES & case.options.given().keys()), "q/k/v scales"),
             (not self.any_row_order and not case.decode_first, "rows in any order"),
             (not self.garbage_table_entries and case.table == "garbage", "garbage in unused table entries"),
         )

@@ -11,10 +11,7 @@ import pytest
 from .batches import Batch, Case, Row, build_batch
 from .cases import CASES, case_named
 
-__all__ = ["LAW_CASE", "ContractBase"]
-
-LAW_CASE = case_named("mixed")
-"""The default of :attr:`ContractBase.law_case`."""
+__all__ = ["ContractBase"]
 
 
 class ContractBase:
@@ -27,8 +24,7 @@ class ContractBase:
 
     known_failures: ClassVar[dict[str, str]] = {}
     cases: ClassVar[tuple[Case, ...]] = CASES
-
-    law_case: ClassVar[Case] = LAW_CASE
+    law_case: ClassVar[Case] = case_named("mixed")
     """Tests that bring their own rows take its geometry and dtypes, so that they share compiled programs."""
 
     any_row_order: bool = True
@@ -84,14 +80,14 @@ class ContractBase:
     def _run(self, driver: Any, case: Case) -> tuple[Batch, np.ndarray, np.ndarray, Any]:
         """The batch of ``case``, the expected output and pages, and what was got; once for all tests of the class."""
         outcomes = driver.outcomes
-        if case.name not in outcomes:
+        if case not in outcomes:
             batch = self._build(driver, case)
             try:
                 outcome = self._call(driver, batch)
-                outcomes[case.name] = (batch, *driver.expected(batch, outcome), outcome)
+                outcomes[case] = (batch, *driver.expected(batch, outcome), outcome)
             except Exception as error:  # any failure of what is tested is every dependent test's failure
-                outcomes[case.name] = error
-        found = outcomes[case.name]
+                outcomes[case] = error
+        found = outcomes[case]
         if isinstance(found, Exception):
             raise found
         return found

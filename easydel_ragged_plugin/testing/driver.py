@@ -15,7 +15,6 @@ from easydel_ragged_plugin import host as host_versions
 from easydel_ragged_plugin.layout import page_shape
 
 from .batches import Batch, Case, Version
-from .capabilities import SCALES
 
 __all__ = ["Driver", "ForwardingView", "Outcome"]
 
@@ -91,7 +90,7 @@ class Driver:
         sizes = {**dict.fromkeys(MESH_AXES, 1), **(mesh_axes or {})}
         devices = np.array(jax.devices()[: math.prod(sizes.values())])
         self.mesh = jax.sharding.Mesh(devices.reshape(tuple(sizes.values())), MESH_AXES)
-        self.outcomes: dict[str, Any] = {}
+        self.outcomes: dict[Case, Any] = {}
         self._instances: dict[str, Any] = {}
         self._programs: dict[Any, tuple[Any, dict[str, Any]]] = {}
         self._cache_configs: dict[Any, Any] = {}
@@ -185,13 +184,13 @@ class Driver:
         return {
             "mask_info": MaskInfo.from_segments(jnp.ones((1, num_tokens), jnp.int32)),
             "bias": None,
-            "sliding_window": case.options.sliding_window,
+            "sliding_window": None,
             "init_bias": _nothing,
             "causal": True,
             "deterministic": True,
             "dropout_rng": None,
             "softmax_scale": case.softmax_scale,
-            "logits_soft_cap": case.options.logits_soft_cap,
+            "logits_soft_cap": None,
             "dropout_prob": 0.0,
             "precision": jax.lax.Precision.DEFAULT,
             "prevent_cse": True,
@@ -204,7 +203,7 @@ class Driver:
             "mask_value": None,
             "vmem_limit_bytes": None,
             "policy": jax.checkpoint_policies.nothing_saveable,
-            **{name: value for name, value in case.options.given().items() if name in SCALES},
+            **case.options.keywords(),
         }
 
     def expected(self, batch: Batch, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:

@@ -63,6 +63,8 @@ class KernelBase(ContractBase):
 
     def _missing(self, driver: KernelDriver, case: Case) -> str | None:
         missing = driver.missing(case)
+        if missing is None and not case.decode_first and not self.any_row_order:
+            missing = "takes rows with one new token first (any_row_order)"
         return None if missing is None else f"{self.kernel.name}: {missing}"
 
     def _call_with_lse(self, driver: KernelDriver, batch: Batch) -> tuple[KernelOutcome, np.ndarray]:

@@ -61,7 +61,7 @@ class KernelDriver:
         self.kernel = kernel
         self.version = version
         self.config = config or RaggedPageConfig()
-        self.outcomes: dict[str, Any] = {}
+        self.outcomes: dict[Case, Any] = {}
         self._compiler_options = compiler_options
         self._programs: dict[AttentionRequest, Any] = {}
         self._missing: dict[Case, str | None] = {}

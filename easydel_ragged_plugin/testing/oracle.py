@@ -5,6 +5,7 @@ It checks the contract kit: the contract must pass on it, and fail on subclasses
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 
 from easydel_ragged_plugin import host as host_versions
 from easydel_ragged_plugin import reference
+from easydel_ragged_plugin.options import Options
 
 __all__ = ["oracle_operation"]
 
 _INDEX_FIELDS = ("context_lens", "pages_tables", "query_start_loc")
-_OPTIONS = ("softmax_scale", "logits_soft_cap", "sliding_window", "q_scale", "k_scale", "v_scale")
-_WITHOUT_EFFECT = ("compute_dtype", "optimized", "mask_value", "vmem_limit_bytes")
+_OPTIONS = tuple(each.name for each in dataclasses.fields(Options) if each.name != "sinks")  # those are an array
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def oracle_operation(version: str) -> type:
             softmax_aux: Any = None,
             **arguments: Any,
         ) -> Any:
-            unknown = set(arguments) - {*_OPTIONS, *_WITHOUT_EFFECT, *host_versions.PASSED_ARGUMENTS}
+            unknown = set(arguments) - {*_OPTIONS, *host_versions.PASSED_ARGUMENTS}
             if unknown:
                 raise TypeError(f"{name}: unknown arguments {sorted(unknown)}")
             options = {option: arguments[option] for option in _OPTIONS if arguments.get(option) is not None}

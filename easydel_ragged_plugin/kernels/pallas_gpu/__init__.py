@@ -16,7 +16,7 @@ and imported when a GPU needs them.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ from easydel_ragged_plugin.rows import Rows, plausible_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands, Tuning
 from easydel_ragged_plugin.writes import to_cache_dtype
 
-from .tiles import MOST_ROWS, Tiles, card, choose, too_large
-from .tiles import read_tuned as tuned
+from . import tiles
+from .tiles import MOST_QUERIES, Tiles
+
+if TYPE_CHECKING:
+    from .attend import Results
 
 __all__ = ["KERNEL", "PallasGPU"]
 
@@ -43,9 +46,10 @@ LEAST_CAPABILITY_FLOAT8_E4M3 = (8, 9)
 class PallasGPU(Kernel):
     """Ragged page attention v2 and v3 on NVIDIA and AMD GPUs.
 
+    Tile sizes in place of those that it would choose go into ``RaggedPageConfig(kernel_config=Tiles(...))``.
+
     Args:
         interpret: run on any platform, slowly, in Pallas' interpreter: what the tests on a CPU do.
-        tiles: sizes in place of those that :func:`~easydel_ragged_plugin.kernels.pallas_gpu.tiles.choose` gives.
     """
 
     name = "pallas_gpu"
@@ -64,14 +68,15 @@ class PallasGPU(Kernel):
                 "compute_dtype",
                 "vmem_limit_bytes",  # a TPU's; it uses none
             }
-        )
+        ),
+        results=frozenset({"lse"}),
     )
     label = "Triton (this package)"
     color = "#0f766e"
     config_type = Tiles
 
-    def __init__(self, *, interpret: bool = False, tiles: Tiles | None = None) -> None:
-        self.interpret, self.tiles = interpret, tiles
+    def __init__(self, *, interpret: bool = False) -> None:
+        self.interpret = interpret
         if interpret:
             self.platforms = self.platforms | {"cpu"}
 
@@ -88,48 +93,51 @@ class PallasGPU(Kernel):
                 return f"{what}: {dtype.name}; takes {', '.join(known)}"
         if request.head_dim > MOST_HEAD_DIM:
             return f"head_dim {request.head_dim}, more than {MOST_HEAD_DIM}"
-        if request.group_size > MOST_ROWS:
-            return f"{request.group_size} query heads for a kv head, more than {MOST_ROWS}"
+        if request.group_size > MOST_QUERIES:
+            return f"{request.group_size} query heads for a kv head, more than {MOST_QUERIES}"
         elements = request.num_pages * request.layout.page_stride
         if 2**31 < elements <= 2**32 and request.cache_dtype.itemsize == 1:
             return (
                 f"an 8-bit cache of {elements / 2**30:.2f} GiB: between 2 and 4 GiB Triton's offsets of 32 signed bits "
                 "do not reach its end (above, they have 64)"
             )
-        capability = card()[1].capability
+        capability = tiles.card()[1].capability
         if capability is not None and not self.interpret:
             least = LEAST_CAPABILITY_FLOAT8_E4M3 if request.cache_dtype.name == "float8_e4m3fn" else LEAST_CAPABILITY
             if capability < least:
                 version, wanted = (".".join(map(str, each)) for each in (capability, least))
                 return f"a {request.cache_dtype.name} cache on compute capability {version}, less than {wanted}"
-        return too_large(request)
+        return tiles.too_large(request)
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        tiles = self.tiles or choose(request, config)
+        sizes = tiles.choose(request, config)
         with jax.named_scope("ragged_page_attention_gpu"):
             rows = plausible_rows(request, operands)
             pages = operands.pages
             if operands.keys is not None:
-                pages = self.update(request, tiles, rows, operands)
-            return Attended(self.attend(request, tiles, rows, operands._replace(pages=pages)), pages)
+                pages = self.update(request, sizes, rows, operands)
+            results = self.attend(request, sizes, rows, operands._replace(pages=pages))
+        return Attended(results.output, pages, results.lse)
 
     def facts(self) -> dict[str, Any]:
-        """The card, and whether its tile sizes were measured on it."""
+        """The GPU, and for how many geometries its tile sizes were measured on it."""
         if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
             return {"available": False, "reason": f"JAX {jax.__version__} has no Pallas backend for Triton"}
-        name, _ = card()
-        return {"available": True, "reason": None, "card": name or None, "tuned": sum(name in key for key in tuned())}
+        name, _ = tiles.card()
+        return {"available": True, "reason": None, "card": name or None, "tuned": len(tiles.tuned_here())}
 
     def fingerprint(self) -> str:
-        """The tile sizes that were tuned on this card: they decide about the order of sums."""
-        name, _ = card()
-        tuned_here = {key: str(tiles) for key, tiles in sorted(tuned().items()) if name and name in key}
-        return f"{super().fingerprint()} {tuned_here}" if tuned_here else super().fingerprint()
+        """With the GPU and the tile sizes that were tuned on it: they decide about the order of sums."""
+        name, _ = tiles.card()
+        if not name:
+            return super().fingerprint()
+        tuned = ", ".join(f"{key}: {sizes}" for key, sizes in sorted(tiles.tuned_here().items()))
+        return f"{super().fingerprint()} on {name}, tuned: {tuned or 'nothing'}"
 
     def notes(self, platform: str) -> tuple[str, ...]:
-        """On a GPU, that tiles can be tuned."""
-        if platform != "gpu" or tuned():
+        """On a GPU whose tiles have not been tuned, that they can be."""
+        if platform != "gpu" or tiles.tuned_here():
             return ()
         return (
             f"The kernel {self.name} has tile sizes from a built-in table, which has not been measured. "
@@ -142,40 +150,40 @@ class PallasGPU(Kernel):
 
         return TileTuning(interpreted=PallasGPU(interpret=True), interpret=self.interpret)
 
-    def update(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
+    def update(self, request: AttentionRequest, sizes: Tiles, rows: Rows, operands: Operands) -> jax.Array:
         """The pages with the new keys and values of live tokens, in the same memory where they are donated."""
         from .update import update_pages
         from .work import query_work
 
         assert operands.keys is not None  # for v3, api.py made both
         assert operands.values is not None
-        work = query_work(request, rows, tiles.update_tokens)
+        work = query_work(request, rows, sizes.update_tokens)
         keys, values = (to_cache_dtype(array, request) for array in (operands.keys, operands.values))
         pages = update_pages(
-            request, tiles.update_tokens, work, keys, values, operands.block_tables, _slots(request, operands.pages),
+            request, sizes.update_tokens, work, keys, values, operands.block_tables, _slots(request, operands.pages),
             self.interpret,
         )  # fmt: skip
         return pages.reshape(operands.pages.shape)
 
-    def attend(self, request: AttentionRequest, tiles: Tiles, rows: Rows, operands: Operands) -> jax.Array:
+    def attend(self, request: AttentionRequest, sizes: Tiles, rows: Rows, operands: Operands) -> Results:
         """Attention over pages that are up to date."""
-        from .attend import attend_decode, attend_prefill
+        from .attend import Results, attend_decode, attend_prefill
         from .merge import merge_parts
         from .work import decode_work, query_work
 
         arrays = (operands.queries, _slots(request, operands.pages), operands.block_tables)
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
-        # Rows whose queries fill one decode tile at most are decoded. Padding tokens keep these zeros.
-        most_queries = tiles.decode.rows // request.group_size
-        parts = decode_work(request, tiles, rows, most_queries)
-        output = jnp.zeros(operands.queries.shape, request.query_dtype)
-        output, partials = attend_decode(request, tiles.decode, parts, arrays, sinks, output, self.interpret)
+        # Rows whose tokens fill one decode tile at most are decoded.
+        most_tokens = sizes.decode.queries // request.group_size
+        parts = decode_work(request, sizes, rows, most_tokens)
+        results = Results.of_no_rows(request)
+        results, partials = attend_decode(request, sizes.decode, parts, arrays, sinks, results, self.interpret)
         if parts.merges is not None:
-            output = merge_parts(request, parts.merges, partials, sinks, output, self.interpret)
-        if request.num_tokens > most_queries:
-            work = query_work(request, rows, tiles.prefill.rows // request.group_size, most_queries)
-            output = attend_prefill(request, tiles.prefill, work, arrays, sinks, output, self.interpret)
-        return output
+            results = merge_parts(request, parts.merges, partials, sinks, results, self.interpret)
+        if request.num_tokens > most_tokens:
+            work = query_work(request, rows, sizes.prefill.queries // request.group_size, most_tokens)
+            results = attend_prefill(request, sizes.prefill, work, arrays, sinks, results, self.interpret)
+        return results
 
 
 def _slots(request: AttentionRequest, pages: jax.Array) -> jax.Array:

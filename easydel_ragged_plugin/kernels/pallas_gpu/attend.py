@@ -1,10 +1,11 @@
 """Attention kernels: decode with split contexts, and prefill.
 
-One program of decode or prefill takes one part of one row (see ``work.py``) for one kv head. Its query tokens and the
-query heads of the group are the rows of one tile, so a key is read once for all of them. It walks over blocks of keys
-with the online softmax of FlashAttention (Dao et al., 2022, arXiv 2205.14135); the loop's bounds are read from the
-work list, so they end at the live context and begin at the window. Blocks that every query of the tile sees whole are
-not masked. Long contexts are split between programs (flash-decoding), and ``merge.py`` joins their float32 results.
+One program of decode or prefill takes one part of one row (see ``work.py``) for one kv head. A query is one head of
+one token here; the queries of its tokens and of the heads of the group are one tile, so a key is read once for all of
+them. It walks over blocks of keys with the online softmax of FlashAttention (Dao et al., 2022, arXiv 2205.14135); the
+loop's bounds are read from the work list, so they end at the live context and begin at the window. Blocks that every
+query of the tile sees whole are not masked. Long contexts are split between programs (flash-decoding), and
+``merge.py`` joins their float32 results.
 
 Nothing is decided by a branch: a program without work has loops of no trips and stores that are masked off.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,36 +28,64 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from easydel_ragged_plugin.rows import first_visible, is_visible, needed_entries
+from easydel_ragged_plugin.rows import is_visible, needed_entries, visible_keys
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tile, power_of_two
 from .work import Column, DecodeWork
 
 __all__ = [
+    "Results",
     "Softmax",
     "attend_decode",
     "attend_prefill",
-    "grid_of",
+    "broadcast_along",
+    "finish",
     "iota",
     "launch",
-    "normalize",
     "row_has_pages",
+    "store_results",
 ]
 
 LOG2_E = math.log2(math.e)
-"""Logits are held in powers of two: a GPU has an instruction for ``exp2``."""
+"""Logits are held in base 2: a GPU has an instruction for ``exp2``."""
 
 ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
 
 
 class Softmax(NamedTuple):
-    """Running state of an online softmax, float32: ``[rows]``, ``[rows]`` and ``[rows, lanes]``."""
+    """Running state of an online softmax, float32: ``[queries]``, ``[queries]`` and ``[queries, lanes]``.
+
+    ``maximum`` is -inf and the others are zero where nothing was seen.
+    """
 
     maximum: jax.Array
     total: jax.Array
     weighted: jax.Array
+
+
+class Results(NamedTuple):
+    """What the kernels fill, one after the other in the same memory. Tokens of no live row keep what they have.
+
+    Attributes:
+        output: ``[tokens, q_heads, head_dim]`` in the queries' dtype.
+        lse: ``[tokens, q_heads]`` float32 logsumexp; None where it is not requested.
+    """
+
+    output: jax.Array
+    lse: jax.Array | None
+
+    @classmethod
+    def of_no_rows(cls, request: AttentionRequest) -> Results:
+        """Zeros, and a logsumexp of -inf."""
+        shape = (request.num_tokens, request.num_q_heads)
+        lse = jnp.full(shape, -jnp.inf, jnp.float32) if request.return_lse else None
+        return cls(jnp.zeros((*shape, request.head_dim), request.query_dtype), lse)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Those that are not None."""
+        return (self.output,) if self.lse is None else (self.output, self.lse)
 
 
 def iota(size: int) -> jax.Array:
@@ -63,7 +93,7 @@ def iota(size: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def grid_of(array: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+def broadcast_along(array: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
     """A vector laid along ``axis`` of a tile; a scalar all over it. Every index of a tile has the tile's shape."""
     return lax.broadcast_in_dim(array, shape, (axis,) if array.ndim else ())
 
@@ -86,51 +116,51 @@ def row_has_pages(
 
 
 class Queries(NamedTuple):
-    """The query side of a tile. Row m of it is query token ``m // group`` and head ``m % group`` of the group."""
+    """The queries of a tile. Query m of it is head ``m % group`` of the group, of the tile's token ``m // group``."""
 
     operand: jax.Array
-    """``[rows, lanes]`` in the compute dtype; zeros where there is no query."""
+    """``[queries, lanes]`` in the compute dtype; zeros where the tile has no query."""
     position: jax.Array
-    """[rows] position of each query in its context; that of the last one where there is no query."""
+    """[queries] position of each query in its context; that of the last one where there is no query."""
     first: jax.Array
     """Position of the first query."""
     last: jax.Array
     """Position of the last query."""
     token: jax.Array
-    """[rows] index on the token axis."""
+    """[queries] index on the token axis."""
     offset: jax.Array
-    """[rows] query token, counted from the tile's first."""
+    """[queries] token, counted from the tile's first."""
     head: jax.Array
-    """[rows] query head."""
-    there: jax.Array
-    """[rows] whether there is a query."""
+    """[queries] query head."""
+    filled: jax.Array
+    """[queries] whether there is a query."""
 
 
 def load_queries(
     request: AttentionRequest,
-    rows: int,
+    tile: Tile,
     queries: Any,
     kv_head: jax.Array,
     start: jax.Array,
-    filled: jax.Array,
+    tokens: jax.Array,
     first: jax.Array,
 ) -> Queries:
-    """``filled`` query tokens from token ``start`` on, at positions from ``first`` on."""
+    """The queries of ``tokens`` tokens from token ``start`` on, at positions from ``first`` on."""
     group, lanes = request.group_size, power_of_two(request.head_dim)
-    row = iota(rows)
-    offset = lax.div(row, jnp.int32(group))
-    head = kv_head * group + lax.rem(row, jnp.int32(group))
-    there = offset < filled
-    # Rows without a query keep an index of their own: the interpreter writes what a masked store leaves, too.
+    query = iota(tile.queries)
+    offset = lax.div(query, jnp.int32(group))
+    head = kv_head * group + lax.rem(query, jnp.int32(group))
+    filled = offset < tokens
+    # What is no query keeps an index of its own: the interpreter writes what a masked store leaves, too.
     token = start + offset
-    shape = (rows, lanes)
-    lane = grid_of(iota(lanes), 1, shape)
+    shape = (tile.queries, lanes)
+    lane = broadcast_along(iota(lanes), 1, shape)
     operand = pltriton.load(
-        queries.at[grid_of(token, 0, shape), grid_of(head, 0, shape), lane],
-        mask=grid_of(there, 0, shape) & (lane < request.head_dim),
+        queries.at[broadcast_along(token, 0, shape), broadcast_along(head, 0, shape), lane],
+        mask=broadcast_along(filled, 0, shape) & (lane < request.head_dim),
         other=0.0,
     )
-    last = first + filled - 1
+    last = first + tokens - 1
     return Queries(
         operand.astype(request.compute_dtype),
         jnp.minimum(first + offset, last),
@@ -139,7 +169,7 @@ def load_queries(
         token,
         offset,
         head,
-        there,
+        filled,
     )
 
 
@@ -161,16 +191,16 @@ def load_block(
         tables.at[jnp.broadcast_to(row, (size,)), entry], mask=inside, other=None if inside is None else 0
     )
     shape = (size, lanes)
-    lane = grid_of(iota(lanes), 1, shape)
+    lane = broadcast_along(iota(lanes), 1, shape)
     mask = None if lanes == request.head_dim else lane < request.head_dim
     if inside is not None:
-        rows = grid_of(inside, 0, shape)
-        mask = rows if mask is None else mask & rows
+        read = broadcast_along(inside, 0, shape)
+        mask = read if mask is None else mask & read
     found = []
     for offset in (0, layout.value_offset):
-        element = grid_of(kv_head * layout.head_stride + offset, 0, shape) + lane
+        element = broadcast_along(kv_head * layout.head_stride + offset, 0, shape) + lane
         stored = pltriton.load(
-            pages.at[grid_of(page, 0, shape), grid_of(slot, 0, shape), element],
+            pages.at[broadcast_along(page, 0, shape), broadcast_along(slot, 0, shape), element],
             mask=mask,
             other=None if mask is None else 0.0,
         )
@@ -202,20 +232,20 @@ def walk(
 ) -> Softmax:
     """The softmax of a tile of queries over the blocks of keys ``[begin, end)``."""
     lanes, size = power_of_two(request.head_dim), tile.keys
-    first_key = first_visible(request, queries.first)
+    seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
     scale = request.logits_scale
     cap = request.options.logits_soft_cap
 
     def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
         position = block * size + iota(size)
-        inside = (position >= first_key) & (position <= queries.last) if masked else None
+        inside = (position >= seen_begin) & (position < seen_end) if masked else None
         keys, values = load_block(request, size, tables, pages, row, kv_head, position, inside)
         logits = product(queries.operand, keys, 1)
         # In this order, so that a soft cap costs no further multiplication.
         logits = logits * (scale * LOG2_E) if cap is None else jnp.tanh(logits * (scale / cap)) * (cap * LOG2_E)
         if masked:
             shape = logits.shape
-            key, query = grid_of(position, 1, shape), grid_of(queries.position, 0, shape)
+            key, query = broadcast_along(position, 1, shape), broadcast_along(queries.position, 0, shape)
             logits = jnp.where(is_visible(request, key, query), logits, -jnp.inf)
         maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
         reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
@@ -227,27 +257,30 @@ def walk(
             state.weighted * kept[:, None] + product(weights.astype(request.compute_dtype), values, 0),
         )
 
-    # Blocks from `whole` to `diagonal` are seen whole by every query: none of them reaches past the first query, or
-    # begins before the window of the last.
-    diagonal = jnp.clip(lax.div(queries.first + 1, jnp.int32(size)), begin, end)
+    # Every query sees the keys that both the first and the last one see: all of those in blocks [whole, diagonal).
+    _, last_whole = visible_keys(request, queries.first, queries.first)
+    diagonal = jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
     whole = begin
     state = Softmax(
-        jnp.full((tile.rows,), -jnp.inf, jnp.float32),
-        jnp.zeros((tile.rows,), jnp.float32),
-        jnp.zeros((tile.rows, lanes), jnp.float32),
+        jnp.full((tile.queries,), -jnp.inf, jnp.float32),
+        jnp.zeros((tile.queries,), jnp.float32),
+        jnp.zeros((tile.queries, lanes), jnp.float32),
     )
     if request.options.window is not None:
-        last_first = first_visible(request, queries.last)
-        whole = jnp.clip(lax.div(last_first + (size - 1), jnp.int32(size)), begin, end)
+        first_whole, _ = visible_keys(request, queries.last, queries.last)
+        whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), begin, end)
         diagonal = jnp.maximum(diagonal, whole)
         state = lax.fori_loop(begin, whole, functools.partial(step, True), state)
     state = lax.fori_loop(whole, diagonal, functools.partial(step, False), state)
     return lax.fori_loop(diagonal, end, functools.partial(step, True), state)
 
 
-def normalize(request: AttentionRequest, state: Softmax, sink: jax.Array | None) -> jax.Array:
-    """The output of a finished softmax. A sink is one more key, without a value. Zeros where nothing was seen."""
-    total, kept = state.total, jnp.ones_like(state.total)
+def finish(request: AttentionRequest, state: Softmax, sink: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Output and logsumexp of a finished softmax; no logsumexp where it is not requested.
+
+    A sink is one more key, without a value. Where nothing was seen the output is zero and the logsumexp -inf.
+    """
+    maximum, total, kept = state.maximum, state.total, jnp.ones_like(state.total)
     if sink is not None:
         sink = sink * LOG2_E
         maximum = jnp.maximum(state.maximum, sink)
@@ -255,73 +288,104 @@ def normalize(request: AttentionRequest, state: Softmax, sink: jax.Array | None)
         kept = jnp.exp2(state.maximum - reference)
         total = total * kept + jnp.exp2(sink - reference)
     factor = kept * request.v_scale / jnp.where(total == 0, 1.0, total)
-    return (state.weighted * factor[:, None]).astype(request.query_dtype)
+    output = (state.weighted * factor[:, None]).astype(request.query_dtype)
+    if not request.return_lse:
+        return output, None
+    # A row that lacks a page saw nothing, and its sinks are no result.
+    lse = jnp.where(state.total == 0, -jnp.inf, (maximum + jnp.log2(total)) / LOG2_E)
+    return output, lse
 
 
-def store_output(request: AttentionRequest, out: Any, queries: Queries, result: jax.Array, mask: jax.Array) -> None:
-    shape = result.shape
-    lane = grid_of(iota(shape[1]), 1, shape)
+def store_results(
+    request: AttentionRequest,
+    refs: Sequence[Any],
+    results: tuple[jax.Array, jax.Array | None],
+    token: jax.Array,
+    head: jax.Array,
+    mask: jax.Array,
+) -> None:
+    """Store output and logsumexp of :func:`finish` in ``refs``, those of :meth:`Results.arrays`, where ``mask``."""
+    output, lse = results
+    lane = broadcast_along(iota(output.shape[1]), 1, output.shape)
     pltriton.store(
-        out.at[grid_of(queries.token, 0, shape), grid_of(queries.head, 0, shape), lane],
-        result,
-        mask=grid_of(mask, 0, shape) & (lane < request.head_dim),
+        refs[0].at[broadcast_along(token, 0, output.shape), broadcast_along(head, 0, output.shape), lane],
+        output,
+        mask=broadcast_along(mask, 0, output.shape) & (lane < request.head_dim),
     )
+    if lse is not None:
+        pltriton.store(refs[1].at[token, head], lse, mask=mask)
 
 
 def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     """Grid ``(kv_heads, tiles)``. The last tiles of a row see most keys, so the list is taken from its end."""
     work, queries_ref, pages, tables, *rest = refs
-    out = rest[-1]
+    out = rest[-2:] if request.return_lse else rest[-1:]
     kv_head = pl.program_id(0)
     part = work.shape[0] - 1 - pl.program_id(1)
     row, start, count, context = (work[part, int(column)] for column in Column if column <= Column.CONTEXT)
     offset = work[part, int(Column.FIRST)]
-    there = row_has_pages(request, tables, row, context, count)
-    filled = jnp.where(there, jnp.minimum(count - offset, tile.rows // request.group_size), 0)
-    # The end of a row is not the tile's: another query of the row may fill what the heads of a group leave.
-    queries = load_queries(request, tile.rows, queries_ref, kv_head, start + offset, filled, context - count + offset)
-    first = lax.div(first_visible(request, queries.first), jnp.int32(tile.keys))
-    end = jnp.where(filled > 0, lax.div(queries.last, jnp.int32(tile.keys)) + 1, first)
-    state = walk(request, tile, tables, pages, row, kv_head, queries, first, end)
+    has_pages = row_has_pages(request, tables, row, context, count)
+    tokens = jnp.where(has_pages, jnp.minimum(count - offset, tile.queries // request.group_size), 0)
+    # The end of a row is not the tile's: another token of the row may fill what the heads of a group leave.
+    queries = load_queries(request, tile, queries_ref, kv_head, start + offset, tokens, context - count + offset)
+    seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
+    begin = lax.div(seen_begin, jnp.int32(tile.keys))
+    end = jnp.where(tokens > 0, lax.div(seen_end - 1, jnp.int32(tile.keys)) + 1, begin)
+    state = walk(request, tile, tables, pages, row, kv_head, queries, begin, end)
     sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
-    store_output(request, out, queries, normalize(request, state, sink), queries.there)
+    store_results(request, out, finish(request, state, sink), queries.token, queries.head, queries.filled)
 
 
 def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
-    """Grid ``(kv_heads, parts)``: neighbouring programs read neighbouring heads of the same slots."""
+    """Grid ``(kv_heads, parts)``: neighboring programs read neighboring heads of the same slots."""
     work, queries_ref, pages, tables, *rest = refs
-    out, maxima, totals, weighted = rest[-4:]
+    *rest, maxima, totals, weighted = rest
+    out = rest[-2:] if request.return_lse else rest[-1:]
     kv_head, part = pl.program_id(0), pl.program_id(1)
-    row, start, count, context, first, end, slot, parts = (work[part, int(column)] for column in Column)
+    row, start, count, context, begin, end, partial, parts = (work[part, int(column)] for column in Column)
     # A row that lacks a page has no blocks in any part, so its parts sum up to zeros.
-    there = row_has_pages(request, tables, row, context, count)
-    queries = load_queries(request, tile.rows, queries_ref, kv_head, start, count, context - count)
-    state = walk(request, tile, tables, pages, row, kv_head, queries, first, jnp.where(there, end, first))
+    has_pages = row_has_pages(request, tables, row, context, count)
+    queries = load_queries(request, tile, queries_ref, kv_head, start, count, context - count)
+    state = walk(request, tile, tables, pages, row, kv_head, queries, begin, jnp.where(has_pages, end, begin))
     sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
-    store_output(request, out, queries, normalize(request, state, sink), queries.there & (parts == 1))
+    whole = queries.filled & (parts == 1)
+    store_results(request, out, finish(request, state, sink), queries.token, queries.head, whole)
 
-    several = queries.there & (parts > 1)
-    slots = jnp.broadcast_to(slot, several.shape)
+    several = queries.filled & (parts > 1)
+    partials = jnp.broadcast_to(partial, several.shape)
     for ref, value in ((maxima, state.maximum), (totals, state.total)):
-        pltriton.store(ref.at[queries.head, queries.offset, slots], value, mask=several)
+        pltriton.store(ref.at[queries.head, queries.offset, partials], value, mask=several)
     shape = state.weighted.shape
-    lane = grid_of(iota(shape[1]), 1, shape)
-    at = (*(grid_of(index, 0, shape) for index in (queries.head, queries.offset, slots)), lane)
-    pltriton.store(weighted.at[at], state.weighted, mask=grid_of(several, 0, shape))
+    lane = broadcast_along(iota(shape[1]), 1, shape)
+    at = (*(broadcast_along(index, 0, shape) for index in (queries.head, queries.offset, partials)), lane)
+    pltriton.store(weighted.at[at], state.weighted, mask=broadcast_along(several, 0, shape))
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], tile: tuple[int, int], interpret: bool, out_shape: Any, aliases: dict[int, int]
-) -> Any:
+    kernel: Any,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    interpret: bool,
+    operands: tuple[jax.Array, ...],
+    results: Results,
+    *others: jax.ShapeDtypeStruct,
+) -> tuple[Results, tuple[jax.Array, ...]]:
+    """Run a kernel on ``operands``. It fills ``results`` in their memory, and arrays of the shapes ``others``."""
+    filled = results.arrays()
+    shapes = [*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in filled), *others]
     # Compiler parameters of Triton choose it: JAX's own default is another backend since 0.9.
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=grid,
-        out_shape=out_shape,
-        input_output_aliases=aliases,
-        compiler_params=pltriton.CompilerParams(num_warps=tile[0], num_stages=tile[1]),
+        out_shape=shapes,
+        input_output_aliases={len(operands) + index: index for index in range(len(filled))},
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
     )
+    found = call(*operands, *filled)
+    lse = None if results.lse is None else found[1]
+    return Results(found[0], lse), tuple(found[len(filled) :])
 
 
 def attend_prefill(
@@ -330,22 +394,20 @@ def attend_prefill(
     work: jax.Array,
     arrays: tuple[jax.Array, ...],
     sinks: jax.Array | None,
-    output: jax.Array,
+    results: Results,
     interpret: bool,
-) -> jax.Array:
+) -> Results:
     """Attention of the rows in ``work``; ``arrays``: queries, pages ``[pages, page_size, slot]``, block tables."""
-    operands = (work, *arrays, *(() if sinks is None else (sinks,)), output)
-    kernel = functools.partial(ragged_prefill, request, tile)
-    shape = jax.ShapeDtypeStruct(output.shape, output.dtype)
-    call = launch(
-        kernel,
+    results, _ = launch(
+        functools.partial(ragged_prefill, request, tile),
         (request.num_kv_heads, work.shape[0]),
-        (tile.warps, tile.num_stages),
+        tile.warps,
+        tile.num_stages,
         interpret,
-        shape,
-        {len(operands) - 1: 0},
+        (work, *arrays, *(() if sinks is None else (sinks,))),
+        results,
     )
-    return call(*operands)
+    return results
 
 
 def attend_decode(
@@ -354,27 +416,25 @@ def attend_decode(
     work: DecodeWork,
     arrays: tuple[jax.Array, ...],
     sinks: jax.Array | None,
-    output: jax.Array,
+    results: Results,
     interpret: bool,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """As :func:`attend_prefill`, for rows with few queries, whose contexts may be split.
+) -> tuple[Results, tuple[jax.Array, ...]]:
+    """As :func:`attend_prefill`, for rows with few tokens, whose contexts may be split.
 
     Also gives the partial results of rows of several parts, for :func:`~.merge.merge_parts`: maxima and totals
-    ``[q_heads, query tokens, slots]``, and weighted values with lanes as a fourth axis.
+    ``[q_heads, tokens of a row, partials]``, and weighted values with lanes as a fourth axis.
     """
-    aux = () if sinks is None else (sinks,)
-    operands = (work.parts, *arrays, *aux, output)
-    shape = jax.ShapeDtypeStruct(output.shape, output.dtype)
-    slots = (request.num_q_heads, tile.rows // request.group_size, work.num_slots)
-    statistics = jax.ShapeDtypeStruct(slots, jnp.float32)
-    partial = jax.ShapeDtypeStruct((*slots, power_of_two(request.head_dim)), jnp.float32)
-    call = launch(
+    shape = (request.num_q_heads, tile.queries // request.group_size, work.num_partials)
+    statistics = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return launch(
         functools.partial(ragged_decode, request, tile),
         (request.num_kv_heads, work.parts.shape[0]),
-        (tile.warps, tile.num_stages),
+        tile.warps,
+        tile.num_stages,
         interpret,
-        (shape, statistics, statistics, partial),
-        {len(operands) - 1: 0},
+        (work.parts, *arrays, *(() if sinks is None else (sinks,))),
+        results,
+        statistics,
+        statistics,
+        jax.ShapeDtypeStruct((*shape, power_of_two(request.head_dim)), jnp.float32),
     )
-    output, *partials = call(*operands)
-    return output, tuple(partials)

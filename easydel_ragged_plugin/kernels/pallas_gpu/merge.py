@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.types import AttentionRequest
 
-from .attend import Softmax, grid_of, iota, launch, normalize
+from .attend import Results, Softmax, broadcast_along, finish, iota, launch, store_results
 from .tiles import power_of_two
 from .work import Column
 
@@ -22,14 +22,16 @@ __all__ = ["merge_parts"]
 MERGED_PARTS = 32
 """Partial results that one step reads."""
 
+WARPS = 4
+
 
 def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
-    """Grid ``(q_heads, rows of several parts)``: one head of one row, over its few query tokens."""
+    """Grid ``(q_heads, rows of several parts)``: one head of one row, over its few tokens."""
     work, maxima, totals, weighted, *rest = refs
-    out = rest[-1]
+    out = rest[-2:] if request.return_lse else rest[-1:]
     head, index = pl.program_id(0), pl.program_id(1)
-    start, count, slot, parts = (
-        work[index, int(column)] for column in (Column.START, Column.QUERIES, Column.SLOT, Column.PARTS)
+    start, count, partial, parts = (
+        work[index, int(column)] for column in (Column.START, Column.TOKENS, Column.PARTIAL, Column.PARTS)
     )
     lanes = power_of_two(request.head_dim)
     shape = (MERGED_PARTS, lanes)
@@ -40,11 +42,11 @@ def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
             part = block * MERGED_PARTS + iota(MERGED_PARTS)
             there = part < parts
             heads, offsets = (jnp.broadcast_to(each, part.shape) for each in (head, offset))
-            at = (heads, offsets, slot + part)
+            at = (heads, offsets, partial + part)
             part_maximum = pltriton.load(maxima.at[at], mask=there, other=-jnp.inf)
             part_total = pltriton.load(totals.at[at], mask=there, other=0.0)
-            wide = (*(grid_of(each, 0, shape) for each in at), grid_of(lane, 1, shape))
-            part_weighted = pltriton.load(weighted.at[wide], mask=grid_of(there, 0, shape), other=0.0)
+            wide = (*(broadcast_along(each, 0, shape) for each in at), broadcast_along(lane, 1, shape))
+            part_weighted = pltriton.load(weighted.at[wide], mask=broadcast_along(there, 0, shape), other=0.0)
             maximum = jnp.maximum(state.maximum, jnp.max(part_maximum))
             reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)
             factor = jnp.exp2(part_maximum - reference)
@@ -60,9 +62,8 @@ def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
         state = lax.fori_loop(0, steps, step, nothing)
         sink = rest[0][head].reshape(1) if request.options.sinks else None
         state = Softmax(state.maximum.reshape(1), state.total.reshape(1), state.weighted.reshape(1, lanes))
-        result = normalize(request, state, sink).reshape(lanes)
-        tokens, heads = (jnp.broadcast_to(each, lane.shape) for each in (start + offset, head))
-        pltriton.store(out.at[tokens, heads, lane], result, mask=lane < request.head_dim)
+        at = ((start + offset).reshape(1), head.reshape(1))
+        store_results(request, out, finish(request, state, sink), *at, jnp.ones((1,), bool))
         return carry
 
     lax.fori_loop(0, count, token, jnp.int32(0))
@@ -73,17 +74,17 @@ def merge_parts(
     work: jax.Array,
     partials: tuple[jax.Array, ...],
     sinks: jax.Array | None,
-    output: jax.Array,
+    results: Results,
     interpret: bool,
-) -> jax.Array:
-    """The output, with the rows in ``work`` made from their partial results."""
-    operands = (work, *partials, *(() if sinks is None else (sinks,)), output)
-    call = launch(
+) -> Results:
+    """The results, with the rows in ``work`` made from their partial results."""
+    results, _ = launch(
         functools.partial(ragged_merge, request),
         (request.num_q_heads, work.shape[0]),
-        (4, 1),
+        WARPS,
+        1,
         interpret,
-        jax.ShapeDtypeStruct(output.shape, output.dtype),
-        {len(operands) - 1: 0},
+        (work, *partials, *(() if sinks is None else (sinks,))),
+        results,
     )
-    return call(*operands)
+    return results

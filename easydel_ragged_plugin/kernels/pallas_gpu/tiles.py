@@ -11,15 +11,15 @@ derived from:
   multiprocessors. 64 tokens of head_dim 128 in bfloat16 are 32 KB of keys and values, so one step suffices, and three
   programs of three stages fit beside one another. Other cards have less bandwidth for a multiprocessor, and less
   shared memory: smaller steps.
-* Its products have few rows: the query heads of a group. 16 is the least that a tensor core multiplies.
+* Its products have few queries: the query heads of a group. 16 is the least that a tensor core multiplies.
 * A part of a split context is 256 tokens at least: its partial result is float32, and must be small beside the keys
   and values that it stands for.
-* The prefill kernel is bound by arithmetic. 128 rows are two warpgroups of 64, which is what Hopper's products
+* The prefill kernel is bound by arithmetic. 128 queries are two warpgroups of 64, which is what Hopper's products
   want; the accumulator of 128 x 128 float32 over 8 warps takes 64 of the 255 registers of a thread, the logits of
-  128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the rows are halved. One such program fills the
+  128 x 64 another 32. At head_dim 256 that would be 128 and 32, so the queries are halved. One such program fills the
   registers of a multiprocessor, so it needs three stages: no other one computes while it waits.
-* float32 is multiplied without tensor cores. A thread keeps whole rows of both operands for that: small tiles, and
-  many warps.
+* float32 is multiplied without tensor cores. A thread keeps whole queries and keys for that: small tiles, and many
+  warps.
 
 ``tests/test_gpu_compile.py`` compiles them for cards of each kind, where NVIDIA's compilers are installed, and holds
 them against what the compilers made of them: shared memory as :meth:`Tile.shared_bytes` says, and no register spilled
@@ -41,22 +41,34 @@ from easydel_ragged_plugin.config import RaggedPageConfig, cache_dir
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.types import AttentionRequest
 
-__all__ = ["CARDS", "Card", "Tile", "Tiles", "card", "choose", "power_of_two", "too_large", "tuned_file", "tuned_key"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "Tile",
+    "Tiles",
+    "card",
+    "choose",
+    "power_of_two",
+    "too_large",
+    "tuned_file",
+    "tuned_here",
+    "tuned_key",
+]
 
 logger = logging.getLogger("easydel_ragged_plugin")
 
 KIB = 1024
-LEAST_ROWS = 16
-"""Rows, columns and depth below which a tensor core has no product."""
-MOST_ROWS = 128
+LEAST_SIDE = 16
+"""Queries, keys and lanes below which a tensor core has no product."""
+MOST_QUERIES = 128
 MOST_KEYS = 256
 MOST_WARPS = 16
-LEAST_WARPGROUP_ROWS = 64
-"""Rows from which on Hopper and Blackwell multiply in groups of four warps, with operands in shared memory."""
+LEAST_WARPGROUP_QUERIES = 64
+"""Queries from which on Hopper and Blackwell multiply in groups of four warps, with operands in shared memory."""
 
 MOST_REGISTERS = {"shared": 160, "registers": 144, "float32": 16}
 """Of the 255 that a thread can have, for the accumulator and the logits, by where the products take their operands
-from. Those and addresses take the others; for float32 a thread has whole rows of both operands."""
+from. Those and addresses take the others; for float32 a thread has whole queries and keys."""
 
 SCRATCH_BYTES = 1 * KIB
 """For reductions between warps, and barriers."""
@@ -95,24 +107,26 @@ class Tile:
     """Static sizes of one kernel.
 
     Attributes:
-        rows: query tokens times the query heads of a group, in one tile.
+        queries: tokens times the query heads of a group, in one tile.
         keys: tokens of the cache that one step reads.
         warps: groups of 32 threads of a program.
         stages: steps that are in flight, the one being computed included.
     """
 
-    rows: int
+    queries: int
     keys: int
     warps: int
     stages: int
 
     def __post_init__(self) -> None:
-        for name in ("rows", "keys", "warps"):
+        for name in ("queries", "keys", "warps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: got {value!r}, wanted a power of two.")
-        if self.rows < LEAST_ROWS or self.keys < LEAST_ROWS:
-            raise ValueError(f"rows and keys: got {self.rows} and {self.keys}, wanted at least {LEAST_ROWS} of each.")
+        if self.queries < LEAST_SIDE or self.keys < LEAST_SIDE:
+            raise ValueError(
+                f"queries and keys: got {self.queries} and {self.keys}, wanted at least {LEAST_SIDE} of each."
+            )
         if not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages: got {self.stages!r}, wanted an int of at least 1.")
 
@@ -127,7 +141,7 @@ class Tile:
         """Where the products take their operands from, a key of :data:`MOST_REGISTERS`."""
         if request.compute_dtype.itemsize > 2:
             return "float32"
-        groups = self.rows >= LEAST_WARPGROUP_ROWS and (found.capability is None or found.capability >= (9, 0))
+        groups = self.queries >= LEAST_WARPGROUP_QUERIES and (found.capability is None or found.capability >= (9, 0))
         return "shared" if groups else "registers"
 
     def shared_bytes(self, request: AttentionRequest, found: Card) -> int:
@@ -142,11 +156,11 @@ class Tile:
         computed = 2 * self.keys * lanes * operand
         apart = self.operands_from(request, found) == "shared" or is_converted_to_float32(request)
         steps = coming + computed if apart else max(coming, computed)
-        return max(steps + self.rows * (lanes + self.keys) * operand, 4 * self.rows * lanes) + SCRATCH_BYTES
+        return max(steps + self.queries * (lanes + self.keys) * operand, 4 * self.queries * lanes) + SCRATCH_BYTES
 
     def registers(self, request: AttentionRequest) -> int:
         """Registers of a thread that hold the accumulator and the logits, in float32."""
-        return self.rows * (power_of_two(request.head_dim) + self.keys) // (32 * self.warps)
+        return self.queries * (power_of_two(request.head_dim) + self.keys) // (32 * self.warps)
 
     def fits(self, request: AttentionRequest, found: Card) -> bool:
         """Whether a card has the shared memory and a thread the registers."""
@@ -192,7 +206,7 @@ def is_converted_to_float32(request: AttentionRequest) -> bool:
 
 def power_of_two(value: int) -> int:
     """The least power of two that is no less than ``value``, and at least 16."""
-    return max(LEAST_ROWS, 1 << (value - 1).bit_length())
+    return max(LEAST_SIDE, 1 << (value - 1).bit_length())
 
 
 # Keyed by the lanes of a head (head_dim rounded up to a power of two), then by whether operands are float32.
@@ -211,7 +225,7 @@ _OTHERS = {
     (256, False): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
 }
 LARGE_BYTES = 227 * KIB
-"""Cards with this much shared memory take the first table: Hopper's, and Blackwell's for data centres."""
+"""Cards with this much shared memory take the first table: Hopper's, and Blackwell's for data centers."""
 
 
 @functools.cache
@@ -232,34 +246,34 @@ def card_of(device: Any) -> tuple[str, Card]:
 
 
 def default_tiles(request: AttentionRequest, found: Card) -> Tiles:
-    """The table's tiles, made to fit: a group of heads in the rows, and everything in the card's shared memory."""
+    """The table's tiles, made to fit: at least one token's queries, and everything in the card's shared memory."""
     table = _LARGE if found.shared_bytes >= LARGE_BYTES else _OTHERS
     lanes = max(64, power_of_two(request.head_dim))
     decode, prefill = table[lanes, request.compute_dtype.itemsize > 2]
     group = power_of_two(request.group_size)
-    decode, prefill = (dataclasses.replace(tile, rows=max(tile.rows, group)) for tile in (decode, prefill))
+    decode, prefill = (dataclasses.replace(tile, queries=max(tile.queries, group)) for tile in (decode, prefill))
     decode, prefill = (_fit(tile, request, found) for tile in (decode, prefill))
     return Tiles(decode, prefill, found.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR)
 
 
 def _fit(tile: Tile, request: AttentionRequest, found: Card) -> Tile:
-    """The tile with more warps until a thread has the registers; with fewer stages, then keys, then rows until the
+    """The tile with more warps until a thread has the registers; with fewer stages, then keys, then queries until the
     card has the shared memory. The smallest one may still not fit: see :func:`too_large`."""
     if is_converted_to_float32(request):
         # What is on its way would be converted in registers that the products need.
         tile = dataclasses.replace(tile, stages=1)
     elif request.cache_dtype.itemsize > request.compute_dtype.itemsize:
         # As many bytes in a step as the table means.
-        tile = dataclasses.replace(tile, keys=max(LEAST_ROWS, tile.keys // 2))
+        tile = dataclasses.replace(tile, keys=max(LEAST_SIDE, tile.keys // 2))
     while tile.registers(request) > MOST_REGISTERS[tile.operands_from(request, found)] and tile.warps < MOST_WARPS:
         tile = dataclasses.replace(tile, warps=2 * tile.warps)
     while tile.shared_bytes(request, found) > found.shared_bytes:
         if tile.stages > 1:
             tile = dataclasses.replace(tile, stages=tile.stages - 1)
-        elif tile.keys > LEAST_ROWS:
+        elif tile.keys > LEAST_SIDE:
             tile = dataclasses.replace(tile, keys=tile.keys // 2)
-        elif tile.rows > power_of_two(request.group_size):
-            tile = dataclasses.replace(tile, rows=tile.rows // 2)
+        elif tile.queries > power_of_two(request.group_size):
+            tile = dataclasses.replace(tile, queries=tile.queries // 2)
         else:
             break
     return tile
@@ -280,17 +294,14 @@ def too_large(request: AttentionRequest) -> str | None:
 
 
 def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
-    """Tiles for a request: the config's fields first, then what was tuned on this card, then the table.
+    """Tiles for a request: the config's fields, then its ``kernel_config``, what was tuned on this card, the table.
 
     Raises:
-        Unsupported: sizes that the config asks for do not fit the card.
+        Unsupported: sizes of the config do not fit the card, or hold less than the queries of one token.
     """
     name, found = card()
-    tiles = (
-        config.kernel_config
-        or (read_tuned().get(tuned_key(name, request)) if name else None)
-        or default_tiles(request, found)
-    )
+    tuned = read_tuned().get(tuned_key(name, request)) if name else None
+    tiles: Tiles = config.kernel_config or tuned or default_tiles(request, found)
     changes: dict[str, Any] = {}
     if config.num_kv_pages_per_block is not None:
         wanted = power_of_two(config.num_kv_pages_per_block * request.page_size)
@@ -302,12 +313,17 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
     decode, prefill = (dataclasses.replace(tile, **changes) for tile in (tiles.decode, tiles.prefill))
     if config.num_queries_per_block is not None:
         wanted = power_of_two(config.num_queries_per_block * request.group_size)
-        prefill = dataclasses.replace(prefill, rows=max(min(wanted, MOST_ROWS), power_of_two(request.group_size)))
+        prefill = dataclasses.replace(prefill, queries=max(min(wanted, MOST_QUERIES), power_of_two(request.group_size)))
     for kernel, tile in (("decode", decode), ("prefill", prefill)):
+        if tile.queries < request.group_size:
+            raise Unsupported(
+                f"pallas_gpu: {kernel} tiles of {tile.queries} queries do not hold the {request.group_size} query "
+                "heads of a kv head. Raise queries of the Tiles in kernel_config, or leave them to the kernel."
+            )
         needed = tile.shared_bytes(request, found)
         if needed > found.shared_bytes:
             raise Unsupported(
-                f"pallas_gpu: {kernel} tiles of {tile.rows} rows, {tile.keys} keys and {tile.stages} stages take "
+                f"pallas_gpu: {kernel} tiles of {tile.queries} queries, {tile.keys} keys and {tile.stages} stages take "
                 f"{needed // KIB} KiB of shared memory, {name or 'this card'} has {found.shared_bytes // KIB}. Lower "
                 "num_kv_pages_per_block, num_queries_per_block or num_stages, or leave them to the kernel."
             )
@@ -316,7 +332,8 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Tiles:
 
 # Tuned tiles. `easydel-ragged tune` writes them; nothing is ever measured by a call.
 
-FORMAT = 1
+FORMAT = 2
+"""Raised whenever the fields of :class:`Tiles` or :class:`Tile` change."""
 
 
 def tuned_file() -> Path:
@@ -338,6 +355,13 @@ def tuned_key(name: str, request: AttentionRequest) -> str:
     return " ".join(parts)
 
 
+def tuned_here() -> dict[str, Tiles]:
+    """Those of :func:`read_tuned` that hold for this process's GPU; empty where there is none."""
+    name, _ = card()
+    # A card's name may begin with another one's.
+    return {key: tiles for key, tiles in read_tuned().items() if name and key.startswith(f"{name} head_dim=")}
+
+
 @functools.cache
 def read_tuned() -> dict[str, Tiles]:
     """Tuned tiles by key, read once in a process. A file that can't be used is named in a warning, and ignored."""
@@ -352,7 +376,7 @@ def read_tuned() -> dict[str, Tiles]:
     try:
         content = json.loads(text)
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, wanted {FORMAT}")
+            raise ValueError(f"format {content['format']}, this version of the package reads {FORMAT}")
         return {key: tiles_from_json(fields["tiles"]) for key, fields in content["entries"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("tuned tiles of %s are ignored: %r. Run 'easydel-ragged tune' to write them anew.", file, error)

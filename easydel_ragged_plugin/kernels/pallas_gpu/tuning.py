@@ -64,12 +64,12 @@ class TileTuning:
         now = tiles.choose(request, RaggedPageConfig())
         yield now
         group = power_of_two(request.group_size)
-        rows = sorted({max(16, group)} if part == "decode" else {max(each, group) for each in (32, 64, 128)})
+        queries = sorted({group} if part == "decode" else {max(each, group) for each in (32, 64, 128)})
         keys = (16, 32) if self.interpret else (32, 64, 128)
         warps = (4,) if self.interpret else (2, 4, 8) if part == "decode" else (4, 8)
         stages = (1,) if self.interpret else (2, 3, 4)
         waves = (4,) if self.interpret or part == "prefill" else (2, 4, 8)
-        for sizes in itertools.product(rows, keys, warps, stages, waves):
+        for sizes in itertools.product(queries, keys, warps, stages, waves):
             tile = Tile(*sizes[:4])
             if not tile.fits(request, found):
                 continue

@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.types import AttentionRequest
 
-from .attend import grid_of, iota, row_has_pages
+from .attend import broadcast_along, iota, row_has_pages
 from .tiles import power_of_two
 from .work import Column
 
@@ -32,10 +32,10 @@ def ragged_update(request: AttentionRequest, tokens: int, *refs: Any) -> None:
     layout = request.layout
     head, part = pl.program_id(0), pl.program_id(1)
     row, start, count, context = (work[part, int(column)] for column in Column if column <= Column.CONTEXT)
-    there = row_has_pages(request, tables, row, context, count)
+    has_pages = row_has_pages(request, tables, row, context, count)
 
     offset = work[part, int(Column.FIRST)] + iota(tokens)
-    live = there & (offset < count)
+    live = has_pages & (offset < count)
     position = jnp.where(live, context - count + offset, 0)
     entry = lax.div(position, jnp.int32(layout.page_size))
     slot = lax.rem(position, jnp.int32(layout.page_size))
@@ -43,13 +43,13 @@ def ragged_update(request: AttentionRequest, tokens: int, *refs: Any) -> None:
     page = jnp.where(live, page, request.num_pages)  # past the end: the interpreter drops it, a GPU's mask hides it
 
     shape = (tokens, power_of_two(layout.padded_head_dim))
-    lane = grid_of(iota(shape[1]), 1, shape)
-    token, slots, pages_at, mask = (grid_of(each, 0, shape) for each in (start + offset, slot, page, live))
+    lane = broadcast_along(iota(shape[1]), 1, shape)
+    token, slots, pages_at, mask = (broadcast_along(each, 0, shape) for each in (start + offset, slot, page, live))
     real = mask & (lane < request.head_dim) & (head < request.num_kv_heads)
-    source_head = grid_of(jnp.minimum(head, request.num_kv_heads - 1), 0, shape)
+    source_head = broadcast_along(jnp.minimum(head, request.num_kv_heads - 1), 0, shape)
     for source, at in ((keys, 0), (values, layout.value_offset)):
         new = pltriton.load(source.at[token, source_head, lane], mask=real, other=0.0)
-        element = grid_of(head * layout.head_stride + at, 0, shape) + lane
+        element = broadcast_along(head * layout.head_stride + at, 0, shape) + lane
         pltriton.store(pages.at[pages_at, slots, element], new, mask=mask & (lane < layout.padded_head_dim))
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from easydel_ragged_plugin.rows import Rows, assign_parts, exclusive_sum, first_visible
+from easydel_ragged_plugin.rows import Rows, assign_parts, exclusive_sum, visible_keys
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tiles
@@ -32,15 +32,16 @@ class Column(enum.IntEnum):
     ROW = 0
     START = 1
     """First token of the row."""
-    QUERIES = 2
+    TOKENS = 2
     """New tokens of the row."""
     CONTEXT = 3
+    """Tokens of the row's context."""
     FIRST = 4
-    """First query token (prefill, update), or first block of keys (decode), of the part."""
+    """The part's first token, counted from the row's (prefill, update), or its first block of keys (decode)."""
     END = 5
     """Block of keys after the part's last one (decode)."""
-    SLOT = 6
-    """Place of the part's partial result (decode), or of the row's first one (combine)."""
+    PARTIAL = 6
+    """Index of the part's partial (decode), or of the row's first one (merge)."""
     PARTS = 7
     """Parts of the row."""
 
@@ -53,7 +54,7 @@ def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) ->
     found = {
         "ROW": row,
         "START": rows.query_start[row],
-        "QUERIES": rows.num_queries[row],
+        "TOKENS": rows.num_queries[row],
         "CONTEXT": rows.context[row],
         **columns,
     }
@@ -62,7 +63,7 @@ def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) ->
 
 
 def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:
-    """Tiles of ``tokens`` query tokens of all rows with ``more_than`` of them, or more.
+    """Tiles of ``tokens`` new tokens of all rows that have more than ``more_than`` of them.
 
     There is room for twice the tokens that there are: one wrong start lets a row claim all of them, and the good rows
     after it must still find their place.
@@ -74,21 +75,21 @@ def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: in
 
 
 class DecodeWork(NamedTuple):
-    """Split-KV work of rows with few queries.
+    """Split-KV work of rows with few tokens.
 
     Attributes:
         parts: ranges of key blocks; ``PARTS`` is 1 where a part is its row's only one.
-        merges: rows of several parts, whose partial results are to be combined; None where no row can have several.
-        num_slots: room for partial results.
+        merges: rows of several parts, whose partials are to be merged; None where no row can have several.
+        num_partials: room for partials.
     """
 
     parts: jax.Array
     merges: jax.Array | None
-    num_slots: int
+    num_partials: int
 
 
-def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_queries: int) -> DecodeWork:
-    """Ranges of key blocks of all rows with up to ``most_queries`` queries.
+def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_tokens: int) -> DecodeWork:
+    """Ranges of key blocks of all rows with up to ``most_tokens`` new tokens.
 
     The rule: ``tiles.programs`` programs should run, of ``tiles.least_blocks`` blocks each at least. All live blocks
     divided by the programs of one kv head give the blocks of a part; a row of more blocks is split evenly. One long
@@ -99,10 +100,9 @@ def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_querie
     most_blocks = -(-request.pages_per_row * request.page_size // block)
     most_parts = -(-most_blocks // tiles.least_blocks)
 
-    first = lax.div(first_visible(request, rows.context - rows.num_queries), jnp.int32(block))
-    blocks = jnp.where(
-        (rows.num_queries > 0) & (rows.num_queries <= most_queries), _cdiv(rows.context, block) - first, 0
-    )
+    seen_begin, seen_end = visible_keys(request, rows.context - rows.num_queries, rows.context - 1)
+    first = lax.div(seen_begin, jnp.int32(block))
+    blocks = jnp.where((rows.num_queries > 0) & (rows.num_queries <= most_tokens), _cdiv(seen_end, block) - first, 0)
     share = jnp.maximum(tiles.least_blocks, _cdiv(jnp.sum(blocks, dtype=jnp.int32), wanted))
     counts = _cdiv(blocks, share)
     row, index, live = assign_parts(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
@@ -111,11 +111,11 @@ def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_querie
     end = jnp.minimum(begin + each[row], first[row] + blocks[row])
 
     several = counts > 1
-    slots = exclusive_sum(jnp.where(several, counts, 0))
+    partials = exclusive_sum(jnp.where(several, counts, 0))
     # A row of several parts has more than half of a share in each of them on average.
-    num_slots = min(2 * wanted, request.num_rows * most_parts)
-    parts = _table(rows, row, live, FIRST=begin, END=end, SLOT=slots[row] + index, PARTS=counts[row])
+    num_partials = min(2 * wanted, request.num_rows * most_parts)
+    parts = _table(rows, row, live, FIRST=begin, END=end, PARTIAL=partials[row] + index, PARTS=counts[row])
     if most_parts == 1:
-        return DecodeWork(parts, None, num_slots)
+        return DecodeWork(parts, None, num_partials)
     row, _, live = assign_parts(several.astype(jnp.int32), min(request.num_rows, wanted))
-    return DecodeWork(parts, _table(rows, row, live, SLOT=slots[row], PARTS=counts[row]), num_slots)
+    return DecodeWork(parts, _table(rows, row, live, PARTIAL=partials[row], PARTS=counts[row]), num_partials)

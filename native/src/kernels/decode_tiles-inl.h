@@ -2,7 +2,7 @@
 // a time.
 //
 // Keys are left operands and the queries of a group columns of the right one, so products come out token by token with
-// the group's queries side by side. Values are right operands, where a tile product multiplies pairs of neighbouring
+// the group's queries side by side. Values are right operands, where a tile product multiplies pairs of neighboring
 // elements by pairs of weights and adds the two up: weights (w, 0) give the even columns and weights (0, w) the odd
 // ones, and both stand in one left operand as different rows. Nothing has to be interleaved on the way.
 //
