@@ -28,7 +28,7 @@ OURS = pallas_gpu.KERNEL.name
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """Who answers. ``label`` and ``color`` are those of the picture."""
+    """A contestant. ``label`` and ``color`` are those of the picture."""
 
     name: str
     version: Version
