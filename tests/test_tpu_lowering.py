@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 
 from easydel_ragged_plugin import explain, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.layout import Version
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row, build_batch
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -200,7 +201,7 @@ def test_numbers_of_v2_in_interpret_mode(options: dict[str, Any], monkeypatch: p
         page_size=16,
         pages_per_row=2,
         num_pages=8,
-        **options,
+        options=Options(**options),
     )
     batch = build_batch(case, "v2", poison="finite")
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
