@@ -20,6 +20,8 @@ RunPython = Callable[..., str]
 
 LONGEST = (
     "test_pallas_gpu.py",
+    "test_xla.py",
+    "test_turboquant.py",
     "test_demo.py",
     "test_kernels.py",
     "test_gpu_lowering.py",
