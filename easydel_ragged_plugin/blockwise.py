@@ -2,11 +2,17 @@
 
 The online softmax is FlashAttention's (Dao et al., 2022, arXiv 2205.14135). Each kernel brings its own function that
 reads a block of pages as keys and values.
+
+**Values that are not finite.** The queries of a tile see different keys. The product of weights and values covers all
+keys of a block, and a weight of 0 times an infinite value is NaN, also for a query that does not see the value. Such a
+NaN never leaves the sum again. So a tile whose sums hold a NaN is computed once more, with :func:`weigh_exactly`; all
+others lose no time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +27,7 @@ __all__ = [
     "Results",
     "Softmax",
     "Tiling",
+    "again_where_nan",
     "attend_tiles",
     "empty_results",
     "initial_softmax",
@@ -29,6 +36,8 @@ __all__ = [
     "pin",
     "rescale",
     "statistics_dtype",
+    "weigh",
+    "weigh_exactly",
     "weights_of",
 ]
 
@@ -74,7 +83,7 @@ def rescale(old: jax.Array, new: jax.Array) -> jax.Array:
 
 def lse_of(state: Softmax) -> jax.Array:
     """Logsumexp of a finished softmax, float32; -inf where nothing was seen."""
-    seen = state.total > 0
+    seen = state.total != 0  # NaN stays
     lse = state.maximum + jnp.log(jnp.where(seen, state.total, 1.0))
     return jnp.where(seen, lse, -jnp.inf).astype(jnp.float32)
 
@@ -90,6 +99,43 @@ def initial_softmax(
         maximum = jnp.broadcast_to(sinks.astype(dtype).reshape(heads), (*leading, *heads))
         total = jnp.ones((*leading, *heads), dtype)
     return Softmax(maximum, total, jnp.zeros((*leading, *heads, request.head_dim), dtype))
+
+
+def again_where_nan(state: Softmax, again: Callable[[], Softmax]) -> Softmax:
+    """``state``, or ``again()`` where the sums of ``state`` hold a NaN."""
+    return lax.cond(jnp.any(jnp.isnan(state.weighted)), again, lambda: state)
+
+
+Weigh = Callable[[jax.Array, jax.Array, jax.Array, "Tiling"], jax.Array]
+
+
+def weigh(weights: jax.Array, visible: jax.Array, values: jax.Array, tiling: Tiling) -> jax.Array:
+    """Sums of weighted values, ``[kv_heads, group, tile, head_dim]``.
+
+    Args:
+        weights: ``[kv_heads, group, tile, slots]``; 0 where not visible.
+        visible: ``[tile, slots]`` bool; not read.
+        values: ``[kv_heads, slots, head_dim]`` in ``tiling.operands``, all finite.
+        tiling: the dtypes.
+    """
+    num_kv_heads, group, tile, slots = weights.shape
+    merged = weights.reshape(num_kv_heads, group * tile, slots).astype(tiling.operands)
+    weighted = jnp.einsum("hmt,htd->hmd", merged, values, preferred_element_type=tiling.statistics)
+    return weighted.reshape(num_kv_heads, group, tile, -1)
+
+
+def weigh_exactly(weights: jax.Array, visible: jax.Array, values: jax.Array, tiling: Tiling) -> jax.Array:
+    """As :func:`weigh`, for any values: one that is not finite reaches the queries that see it, and no others."""
+    weighted = weigh(weights, visible, jnp.where(jnp.isfinite(values), values, 0), tiling)
+    # A NaN counts as both infinities, whose sum it is.
+    nan = jnp.isnan(values)
+    infinities = jnp.stack([jnp.isposinf(values) | nan, jnp.isneginf(values) | nan]).astype(tiling.operands)
+    counts = jnp.einsum(
+        "mt,khtd->khmd", visible.astype(tiling.operands), infinities, preferred_element_type=tiling.statistics
+    )
+    positive, negative = counts > 0
+    special = jnp.where(positive, jnp.where(negative, jnp.nan, jnp.inf), jnp.where(negative, -jnp.inf, 0.0))
+    return weighted + special[:, None].astype(weighted.dtype)
 
 
 class Results(NamedTuple):
@@ -175,7 +221,7 @@ def attend_tiles(
         first_page = begin // page_size
         table = operands.block_tables[row]
 
-        def step(trip: jax.Array, state: Softmax) -> Softmax:
+        def step(weigh: Weigh, trip: jax.Array, state: Softmax) -> Softmax:
             cache, trip = pin(pages, trip)
             page = first_page + trip * tiling.pages
             entries = jnp.minimum(page + jnp.arange(tiling.pages, dtype=jnp.int32), request.pages_per_row - 1)
@@ -192,24 +238,22 @@ def attend_tiles(
             maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
             weights = weights_of(logits, visible, maximum)
             kept = rescale(state.maximum, maximum)
-            weighted = jnp.einsum(
-                "hmt,htd->hmd",
-                weights.reshape(num_kv_heads, group * tile, step_tokens).astype(tiling.operands),
-                values,
-                preferred_element_type=tiling.statistics,
-            )
             return Softmax(
                 maximum,
                 kept * state.total + jnp.sum(weights, axis=-1),
-                kept[..., None] * state.weighted + weighted.reshape(state.weighted.shape),
+                kept[..., None] * state.weighted + weigh(weights, visible, values, tiling),
             )
 
-        state = initial_softmax(request, operands.sinks, (), tiling.statistics)
-        state = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
+        nothing = initial_softmax(request, operands.sinks, (), tiling.statistics)
+        nothing = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), nothing
         )
         num_pages = -(-end // page_size) - first_page
-        state = lax.fori_loop(0, -(-num_pages // tiling.pages), step, state)
+
+        def walk(weigh: Weigh) -> Softmax:
+            return lax.fori_loop(0, -(-num_pages // tiling.pages), functools.partial(step, weigh), nothing)
+
+        state = again_where_nan(walk(weigh), lambda: walk(weigh_exactly))
 
         def put(into: jax.Array, value: jax.Array) -> jax.Array:
             """``into`` with ``value [kv_heads, group, tile, ...]`` at the filled tokens of the tile."""

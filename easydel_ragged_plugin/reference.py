@@ -129,13 +129,14 @@ def _attend_one(
     query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, soft_cap: float | None, sinks: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Output and logsumexp of one query ``[D]`` over the keys and values ``[n, D]`` that it sees."""
-    logits = keys @ query * scale
-    if soft_cap is not None:
-        logits = soft_cap * np.tanh(logits / soft_cap)
-    highest = max(logits.max(initial=-np.inf), sinks.max(initial=-np.inf))
-    weights = np.exp(logits - highest)
-    total = weights.sum() + np.exp(sinks - highest).sum()
-    return weights @ values / total, highest + math.log(total)
+    with np.errstate(invalid="ignore"):  # keys and values may hold infinities and NaN
+        logits = keys @ query * scale
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        highest = max(logits.max(initial=-np.inf), sinks.max(initial=-np.inf))
+        weights = np.exp(logits - highest)
+        total = weights.sum() + np.exp(sinks - highest).sum()
+        return weights @ values / total, highest + math.log(total)
 
 
 def _attend(

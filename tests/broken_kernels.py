@@ -234,6 +234,21 @@ def all_entries_are_checked(
     return right(request, config, operands._replace(context_lens=lens))
 
 
+@mistake(
+    "weights of 0 for values that a query does not see",
+    caught_by="test_what_is_not_finite_reaches_only_queries_that_see_it[{version}-None-values-inf]",
+    select="not_finite and values",
+    says="finite where it must not be, or the other way around, in tokens",
+)
+def values_out_of_sight(right: Forward, request: AttentionRequest, *args: Any) -> Attended:
+    """One product for all queries of a row: what is not finite reaches all of them."""
+    attended, operands = right(request, *args), args[-1]
+    token = jnp.arange(request.num_tokens)
+    row = jnp.searchsorted(operands.query_start_loc, token, side="right") - 1
+    spoiled = jnp.zeros(request.num_rows + 1, bool).at[row].max(~jnp.isfinite(attended.output).all(axis=(1, 2)))
+    return attended._replace(output=jnp.where(spoiled[row][:, None, None], jnp.nan, attended.output))
+
+
 @mistake("probabilities in bfloat16", caught_by="test_values[decode-{version}]", select="decode", replaces="compute")
 def probabilities_in_bfloat16(right: Callable[..., Any], *args: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     exp = np.exp

@@ -71,7 +71,8 @@ def compress(keys: np.ndarray, values: np.ndarray, made: TurboQuantConstants, st
     def rotated(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         vectors = vectors.astype(np.float64)
         norms = np.linalg.norm(vectors, axis=-1)
-        return norms, vectors / np.maximum(norms, 1e-8)[..., None] @ rotation.T
+        with np.errstate(invalid="ignore"):  # a vector may hold an infinity or NaN
+            return norms, vectors / np.maximum(norms, 1e-8)[..., None] @ rotation.T
 
     def nearest(vectors: np.ndarray, codebook: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Packed indices, and what the codebook leaves."""
@@ -86,7 +87,8 @@ def compress(keys: np.ndarray, values: np.ndarray, made: TurboQuantConstants, st
         if stored is None:
             return norms
         given = stored[ARRAYS.index(name)].astype(np.float64)
-        return np.where(np.abs(given - norms) <= 2**-8 * norms, given, norms)
+        with np.errstate(invalid="ignore"):
+            return np.where(np.abs(given - norms) <= 2**-8 * norms, given, norms)
 
     norms, directions = rotated(keys)
     key_indices, rest = nearest(directions, codebooks[0], "key_indices")

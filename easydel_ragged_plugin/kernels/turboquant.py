@@ -160,7 +160,7 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
         return unpack(cache, ids, tables)
 
     def normalize(state: Softmax) -> jax.Array:
-        return state.weighted / jnp.where(state.total > 0, state.total, 1.0)[..., None]
+        return state.weighted / jnp.where(state.total == 0, 1.0, state.total)[..., None]
 
     results = empty_results(request, tile, dtype)
     results = attend_tiles(request, tiling, rows, operands, pages.arrays, both, read, normalize, results)

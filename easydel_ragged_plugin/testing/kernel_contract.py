@@ -126,6 +126,29 @@ class KernelTests(KernelBase):
         assert not outcome.output[~batch.live_tokens].any(), "an invalid row's tokens are not zeros"
         assert_same_pages(outcome.pages, pages)
 
+    @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+    @pytest.mark.parametrize("what", ["keys", "values"])
+    @pytest.mark.parametrize("window", [None, 3])
+    def test_what_is_not_finite_reaches_only_queries_that_see_it(
+        self, driver: KernelDriver, number: float, what: str, window: int | None
+    ) -> None:
+        """A weight of 0 times an infinite value is NaN: no sum may run over keys that a query does not see."""
+        batch = self._build(driver, self._rows((30, 1), (20, 6), (25, 9)).with_options(sliding_window=window))
+        if np.issubdtype(batch.pages.dtype, np.integer):
+            pytest.skip("a cache of integers holds finite numbers alone")
+        array = getattr(batch, what).copy()
+        array[3, 0, 1] = number  # the third of six new tokens
+        batch = dataclasses.replace(batch, **{what: array})
+        if driver.version == "v2":
+            batch = dataclasses.replace(batch, updated_pages=driver.with_new_tokens(batch, batch.pages))
+        outcome = self._call(driver, batch)
+        expected, _ = driver.expected(batch, outcome)
+        finite = np.isfinite(expected)
+        assert finite[:3].all(), "the test itself: queries before the token see it"
+        wrong = np.unique(np.argwhere(np.isfinite(outcome.output.astype(np.float64)) != finite)[:, 0])
+        assert not wrong.size, f"finite where it must not be, or the other way around, in tokens {wrong.tolist()}"
+        assert_close(np.where(finite, outcome.output, 0), np.where(finite, expected, 0), batch.case)
+
     def test_context_in_two_parts_merges_to_the_whole(self, driver: KernelDriver) -> None:
         """Attention over each part of a context, merged by the logsumexp, is attention over all of it."""
         if driver.version == "v3":

@@ -54,6 +54,11 @@ ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
 
 
+KEYS_AGAIN = 16
+"""Keys of a step for a tile that is computed once more: the fewest that a product takes, so that it needs no more
+registers than the loops that count."""
+
+
 class Softmax(NamedTuple):
     """Running state of an online softmax, float32: ``[queries]``, ``[queries]`` and ``[queries, lanes]``.
 
@@ -219,6 +224,21 @@ def product(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
     )
 
 
+class Block(NamedTuple):
+    """A block of keys on its way into the softmax of a tile."""
+
+    maximum: jax.Array
+    """[queries] of the logits, this block's included."""
+    kept: jax.Array
+    """[queries] factor of the sums so far."""
+    weights: jax.Array
+    """``[queries, keys]``"""
+    values: jax.Array
+    """``[keys, lanes]``"""
+    visible: jax.Array | None
+    """``[queries, keys]``; None where all are visible."""
+
+
 def walk(
     request: AttentionRequest,
     tile: Tile,
@@ -236,32 +256,55 @@ def walk(
     scale = request.logits_scale
     cap = request.options.logits_soft_cap
 
-    def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
+    def weights_of(masked: bool, size: int, block: jax.Array, state: Softmax) -> Block:
         position = block * size + iota(size)
         inside = (position >= seen_begin) & (position < seen_end) if masked else None
         keys, values = load_block(request, size, tables, pages, row, kv_head, position, inside)
         logits = product(queries.operand, keys, 1)
         # In this order, so that a soft cap costs no further multiplication.
         logits = logits * (scale * LOG2_E) if cap is None else jnp.tanh(logits * (scale / cap)) * (cap * LOG2_E)
+        visible = None
         if masked:
             shape = logits.shape
             key, query = broadcast_along(position, 1, shape), broadcast_along(queries.position, 0, shape)
-            logits = jnp.where(is_visible(request, key, query), logits, -jnp.inf)
+            visible = is_visible(request, key, query)
+            logits = jnp.where(visible, logits, -jnp.inf)
         maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
         reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
-        weights = jnp.exp2(logits - reference[:, None])
         kept = jnp.exp2(state.maximum - reference)
+        return Block(maximum, kept, jnp.exp2(logits - reference[:, None]), values, visible)
+
+    def add(state: Softmax, block: Block) -> Softmax:
         return Softmax(
-            maximum,
-            state.total * kept + jnp.sum(weights, axis=1),
-            state.weighted * kept[:, None] + product(weights.astype(request.compute_dtype), values, 0),
+            block.maximum,
+            state.total * block.kept + jnp.sum(block.weights, axis=1),
+            state.weighted * block.kept[:, None]
+            + product(block.weights.astype(request.compute_dtype), block.values, 0),
+        )
+
+    def step(masked: bool, index: jax.Array, state: Softmax) -> Softmax:
+        return add(state, weights_of(masked, tile.keys, index, state))
+
+    def step_again(
+        index: jax.Array, carry: tuple[Softmax, jax.Array, jax.Array]
+    ) -> tuple[Softmax, jax.Array, jax.Array]:
+        state, spoiled_queries, spoiled_lanes = carry
+        block = weights_of(True, KEYS_AGAIN, index, state)
+        wide = block.values.astype(jnp.float32)
+        spoiled = jnp.where(jnp.abs(wide) < jnp.inf, 0, 1)
+        keys = broadcast_along(jnp.max(spoiled, axis=1), 1, block.weights.shape)
+        finite = jnp.where(spoiled == 0, wide, 0.0).astype(request.compute_dtype)
+        return (
+            add(state, block._replace(values=finite)),
+            jnp.maximum(spoiled_queries, jnp.max(jnp.where(block.visible, keys, 0), axis=1)),
+            jnp.maximum(spoiled_lanes, jnp.max(spoiled, axis=0)),
         )
 
     # Every query sees the keys that both the first and the last one see: all of those in blocks [whole, diagonal).
     _, last_whole = visible_keys(request, queries.first, queries.first)
     diagonal = jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
     whole = begin
-    state = Softmax(
+    state = nothing = Softmax(
         jnp.full((tile.queries,), -jnp.inf, jnp.float32),
         jnp.zeros((tile.queries,), jnp.float32),
         jnp.zeros((tile.queries, lanes), jnp.float32),
@@ -272,7 +315,20 @@ def walk(
         diagonal = jnp.maximum(diagonal, whole)
         state = lax.fori_loop(begin, whole, functools.partial(step, True), state)
     state = lax.fori_loop(whole, diagonal, functools.partial(step, False), state)
-    return lax.fori_loop(diagonal, end, functools.partial(step, True), state)
+    state = lax.fori_loop(diagonal, end, functools.partial(step, True), state)
+
+    # Values that are not finite: a weight of 0 times one is NaN, also for a query that does not see it. Such a NaN
+    # never leaves the sums, so a tile without one is finished. Another is computed once more, without these values;
+    # then queries that see one get NaN in the lanes that have one.
+    again = jnp.max(jnp.where(state.weighted == state.weighted, 0, 1)) > 0
+    state = jax.tree.map(lambda fresh, done: jnp.where(again, fresh, done), nothing, state)
+    none = jnp.zeros((tile.queries,), jnp.int32), jnp.zeros((lanes,), jnp.int32)
+    steps = size // KEYS_AGAIN
+    state, *spoiled = lax.fori_loop(begin * steps, jnp.where(again, end, begin) * steps, step_again, (state, *none))
+    spoiled_queries, spoiled_lanes = (
+        broadcast_along(each, axis, state.weighted.shape) for axis, each in enumerate(spoiled)
+    )
+    return state._replace(weighted=jnp.where(spoiled_queries * spoiled_lanes > 0, jnp.nan, state.weighted))
 
 
 def finish(request: AttentionRequest, state: Softmax, sink: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from easydel_ragged_plugin.blockwise import (
     Results,
     Softmax,
     Tiling,
+    again_where_nan,
     attend_tiles,
     empty_results,
     initial_softmax,
@@ -139,7 +141,7 @@ def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> t
 def normalize(request: AttentionRequest, state: Softmax) -> jax.Array:
     """Attention output of a finished softmax; zeros where nothing was seen."""
     total = state.total[..., None]
-    output = jnp.where(total > 0, state.weighted / jnp.where(total > 0, total, 1.0), 0.0)
+    output = state.weighted / jnp.where(total == 0, 1.0, total)
     return (output * request.v_scale).astype(request.query_dtype)
 
 
@@ -163,7 +165,7 @@ def attend_decode(
     queries = operands.queries[token].reshape(num_rows, num_kv_heads, group, request.head_dim)
     tables = operands.block_tables
 
-    def step(trip: jax.Array, state: Softmax) -> Softmax:
+    def step(merge: Merge, trip: jax.Array, state: Softmax) -> Softmax:
         cache, trip = pin(pages, trip)
         item = trip * lanes + jnp.arange(lanes, dtype=jnp.int32)
         rank = jnp.sum(item[:, None] >= last_block, axis=1, dtype=jnp.int32)
@@ -193,19 +195,46 @@ def attend_decode(
             jnp.sum(weights, axis=-1),
             jnp.einsum("whgt,whtd->whgd", weights.astype(dtype), values, preferred_element_type=state.total.dtype),
         )
-        return merge_parts(state, part, rank, taken)
+        return merge_parts(merge, state, part, rank, taken)
 
     # The state has `lanes` spare ranks after the last row, so that a slice of it is never clamped.
-    state = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
-    state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, state)
+    nothing = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
+
+    def walk(merge: Merge) -> Softmax:
+        return lax.fori_loop(0, -(-last_block[-1] // lanes), functools.partial(step, merge), nothing)
+
+    # Lanes have different rows, so a value that is not finite would reach the rows of other lanes (blockwise.py).
+    state = again_where_nan(walk(merge_weighted), lambda: walk(merge_weighted_exactly))
     state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
     token = jnp.where(is_decode, token, results.output.shape[0])  # one past the end: dropped
     lse = None if results.lse is None else results.lse.at[token].set(lse_of(state), mode="drop")
     return Results(results.output.at[token].set(normalize(request, state), mode="drop"), lse)
 
 
-def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
-    """Merge the partial softmax of each lane into the state of its row.
+Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def merge_weighted(owner: jax.Array, factor: jax.Array, weighted: jax.Array) -> jax.Array:
+    """The lanes' sums of weighted values, each times its factor, summed for each rank.
+
+    Args:
+        owner: ``[ranks, lanes, 1, 1]`` bool, whether a lane has this rank; not read.
+        factor: ``[ranks, lanes, kv_heads, group]``; 0 where the lane has another rank.
+        weighted: ``[lanes, kv_heads, group, head_dim]``, all finite.
+
+    Returns:
+        ``[ranks, kv_heads, group, head_dim]``.
+    """
+    return jnp.einsum("rwhg,whgd->rhgd", factor, weighted)
+
+
+def merge_weighted_exactly(owner: jax.Array, factor: jax.Array, weighted: jax.Array) -> jax.Array:
+    """As :func:`merge_weighted`, for any sums: what is not finite stays with its own rank."""
+    return jnp.sum(jnp.where(owner[..., None], factor[..., None] * weighted[None], 0), axis=1)
+
+
+def merge_parts(merge: Merge, state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
+    """Merge the partial softmax of each lane into the state of its row; ``merge`` does it for the weighted values.
 
     The lanes have neighboring ranks, so only ``lanes`` entries of the state change, however many rows there are.
     """
@@ -219,8 +248,8 @@ def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array
     kept = rescale(before.maximum, maximum)
     merged = Softmax(
         maximum,
-        kept * before.total + jnp.sum(factor * part.total[None], axis=1),
-        kept[..., None] * before.weighted + jnp.einsum("rwhg,whgd->rhgd", factor, part.weighted),
+        kept * before.total + jnp.sum(jnp.where(owner, factor * part.total[None], 0.0), axis=1),
+        kept[..., None] * before.weighted + merge(owner, factor, part.weighted),
     )
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, base, 0), state, merged)
 

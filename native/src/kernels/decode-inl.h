@@ -237,9 +237,14 @@ struct VectorHeads {
   }
 };
 
+// Heads [begin, end): kv heads in decode, query heads in finish.
+struct HeadRange {
+  int64_t begin, end;
+};
+
 template <class T, class Dot, class Heads>
 void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
-                void* scratch) {
+                void* scratch, HeadRange kv_heads) {
   DecodeScratch<T, Dot> s(p, scratch);
   const Cache<T> cache(p, row);
   const int64_t block = decode_block(p, sizeof(T), Heads::kTokens);
@@ -264,7 +269,7 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
     if (ahead > 0) cache.slots(begin + count, ahead, s.next);
     for (int64_t t = ahead; t < whole; ++t) s.next[t] = s.slot[t];  // nothing is left to prefetch
     heads.start(count);
-    for (int64_t h = 0; h < p.num_kv_heads; ++h) heads.attend(h, count);
+    for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h) heads.attend(h, count);
     begin += count;
     count = ahead;
     const T** swapped = s.slot;
@@ -284,26 +289,32 @@ RAGGED_INLINE bool pairs(const Problem& p) {
 
 template <class T, class Dot>
 void decode_vectors(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
-                    void* scratch) {
+                    void* scratch, HeadRange kv_heads) {
   if (p.logits_soft_cap > 0)
-    decode_row<T, Dot, VectorHeads<T, Dot, true>>(p, row, token, begin, end, partial, scratch);
+    decode_row<T, Dot, VectorHeads<T, Dot, true>>(p, row, token, begin, end, partial, scratch, kv_heads);
   else
-    decode_row<T, Dot, VectorHeads<T, Dot, false>>(p, row, token, begin, end, partial, scratch);
+    decode_row<T, Dot, VectorHeads<T, Dot, false>>(p, row, token, begin, end, partial, scratch, kv_heads);
 }
 
-void decode(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial, void* scratch) {
+// Heads outside of `kv_heads` of the partial are those of no keys.
+void decode_heads(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
+                  void* scratch, HeadRange kv_heads) {
 #if defined(__AMX_BF16__)
   if (pairs(p) && tiles_fit(p))
-    return p.logits_soft_cap > 0 ? decode_tiles<true>(p, row, token, begin, end, partial, scratch)
-                                 : decode_tiles<false>(p, row, token, begin, end, partial, scratch);
+    return p.logits_soft_cap > 0 ? decode_tiles<true>(p, row, token, begin, end, partial, scratch, kv_heads)
+                                 : decode_tiles<false>(p, row, token, begin, end, partial, scratch, kv_heads);
 #endif
 #if defined(__AVX512BF16__)
-  if (pairs(p)) return decode_vectors<BF16, PairDot>(p, row, token, begin, end, partial, scratch);
+  if (pairs(p)) return decode_vectors<BF16, PairDot>(p, row, token, begin, end, partial, scratch, kv_heads);
 #endif
   with_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    decode_vectors<T, FloatDot<T>>(p, row, token, begin, end, partial, scratch);
+    decode_vectors<T, FloatDot<T>>(p, row, token, begin, end, partial, scratch, kv_heads);
   });
+}
+
+void decode(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial, void* scratch) {
+  decode_heads(p, row, token, begin, end, partial, scratch, {0, p.num_kv_heads});
 }
 
 size_t decode_scratch(const Problem& p) {
@@ -314,9 +325,9 @@ size_t decode_scratch(const Problem& p) {
   return size;
 }
 
-void finish(const Problem& p, const Partial* partials, int64_t count, int64_t token) {
+void finish_heads(const Problem& p, const Partial* partials, int64_t count, int64_t token, HeadRange heads) {
   const int64_t stride = partial_stride(p);
-  for (int64_t h = 0; h < p.num_q_heads; ++h) {
+  for (int64_t h = heads.begin; h < heads.end; ++h) {
     const float sink = p.sinks ? p.sinks[h] * kLog2E : -kInfinity;
     float most = sink;
     for (int64_t i = 0; i < count; ++i) most = partials[i].maximum[h] > most ? partials[i].maximum[h] : most;
@@ -342,4 +353,8 @@ void finish(const Problem& p, const Partial* partials, int64_t count, int64_t to
       }
     });
   }
+}
+
+void finish(const Problem& p, const Partial* partials, int64_t count, int64_t token) {
+  finish_heads(p, partials, count, token, {0, p.num_q_heads});
 }

@@ -251,15 +251,15 @@ RAGGED_INLINE bool tiles_fit(const Problem& p) { return p.head_dim % 32 == 0; }
 
 template <bool kCapped>
 void decode_tiles(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
-                  void* scratch) {
+                  void* scratch, HeadRange kv_heads) {
   switch (tile_queries(p)) {
     case 1:
-      return decode_row<BF16, PairDot, TileHeads<1, kCapped>>(p, row, token, begin, end, partial, scratch);
+      return decode_row<BF16, PairDot, TileHeads<1, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
     case 2:
-      return decode_row<BF16, PairDot, TileHeads<2, kCapped>>(p, row, token, begin, end, partial, scratch);
+      return decode_row<BF16, PairDot, TileHeads<2, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
     case 4:
-      return decode_row<BF16, PairDot, TileHeads<4, kCapped>>(p, row, token, begin, end, partial, scratch);
+      return decode_row<BF16, PairDot, TileHeads<4, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
     default:
-      return decode_row<BF16, PairDot, TileHeads<8, kCapped>>(p, row, token, begin, end, partial, scratch);
+      return decode_row<BF16, PairDot, TileHeads<8, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
   }
 }

@@ -56,11 +56,24 @@ void pack_values(const T* const* slot, int64_t count, int64_t offset, int64_t he
   }
 }
 
+// Memory of attend_exactly: a partial, then what decoding needs.
+RAGGED_INLINE Partial exact_partial(const Problem& p, Carver& carver) {
+  float* maximum = carver.take<float>(p.num_q_heads);
+  float* total = carver.take<float>(p.num_q_heads);
+  return {maximum, total, carver.take<float>(p.num_q_heads * partial_stride(p))};
+}
+RAGGED_INLINE size_t exact_scratch(const Problem& p) {
+  Carver carver{nullptr};
+  exact_partial(p, carver);
+  return carver.used + decode_scratch(p);
+}
+
 template <class T, class Step>
 struct PrefillScratch {
   int64_t rows, depth, width;  // depth: steps over head_dim; width: columns of the sums
   float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
   const T** slot;
+  char* rest;  // of attend_exactly
   size_t size;
   PrefillScratch(const Problem& p, int64_t tokens, void* base) {
     Carver carver{static_cast<char*>(base)};
@@ -77,9 +90,32 @@ struct PrefillScratch {
     total = carver.take<float>(rows);
     factor = carver.take<float>(Step::kRows);
     slot = carver.take<const T*>(kTile);
+    rest = carver.take<char>(int64_t(exact_scratch(p)));
     size = carver.used;
   }
 };
+
+// Where a value is not finite. The queries of a tile see different keys, and a product covers the tile: a weight of 0
+// times an infinite value is NaN, also for a query that does not see the value. Such a NaN never leaves the sums again.
+// So a query token whose sums are not finite is attended once more, with the loops of decoding, which read only keys
+// that the query sees. All other tokens lose no time.
+void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, char* scratch) {
+  Carver carver{scratch};
+  const Partial partial = exact_partial(p, carver);
+  const KeyRange keys = visible_keys(p, position, 1);
+  decode_heads(p, row, token, keys.begin, keys.end, partial, carver.base + carver.used, {kv_head, kv_head + 1});
+  finish_heads(p, &partial, 1, token, {kv_head * p.group(), (kv_head + 1) * p.group()});
+}
+
+RAGGED_INLINE bool all_finite(const float* from, int64_t count) {  // a multiple of kLanes
+  VecF sum = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VecF v = load(from + i);
+    sum = sum + (v - v);  // 0 where finite, else NaN
+  }
+  const float total = sum_of(sum);
+  return total == total;
+}
 
 RAGGED_INLINE void store_weights(BF16* to, VecF weights) {
 #if defined(__AVX512BF16__)  // one instruction, which flushes denormals: right for weights, not for caches
@@ -214,6 +250,9 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
       }
     }
   });
+  for (int64_t i = 0; i < count; ++i)
+    if (!all_finite(s.sums + i * group * s.width, group * s.width))
+      attend_exactly(p, row, kv_head, position + i, token + i, s.rest);
 }
 
 #if defined(__AMX_BF16__)
