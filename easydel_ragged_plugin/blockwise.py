@@ -57,7 +57,7 @@ def pin(pages: Any, trip: jax.Array) -> tuple[Any, jax.Array]:
 def logits_of(request: AttentionRequest, products: jax.Array) -> jax.Array:
     """Scale and cap the products of queries and keys."""
     logits = products * jnp.asarray(request.logits_scale, products.dtype)
-    cap = request.options.logits_soft_cap
+    cap = request.options.soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -160,7 +160,7 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
     layout = request.layout
     return {
         "softmax_scale": np.float32(request.logits_scale),
-        "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
+        "logits_soft_cap": np.float32(request.options.soft_cap or 0.0),
         "v_scale": np.float32(request.v_scale),
         "sliding_window": np.int64(request.options.window or 0),
         "num_kv_heads": np.int64(request.num_kv_heads),
@@ -184,11 +184,11 @@ class CpuNativeKernel(Kernel):
                 "softmax_scale",
                 "sliding_window",
                 "logits_soft_cap",
-                "q_scale",
                 "k_scale",
                 "v_scale",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # it uses none
             }
         ),

@@ -196,9 +196,11 @@ class TurboQuantKernel(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # uses no VMEM
             }
         ),

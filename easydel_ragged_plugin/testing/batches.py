@@ -64,7 +64,8 @@ class Case:
         num_pages: pages in the cache, the null page 0 included. None: what the rows need and five more.
         dtype: of queries, new keys and new values.
         cache_dtype: of the pages. None: ``dtype``.
-        options: options of the call.
+        options: options of the call. With ``update_pages=False`` the pages hold the new tokens before the call, and
+            the call's keys and values are NaN.
         sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
         query_gain, value_mean: size of queries, mean of values.
         stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
@@ -322,6 +323,9 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
     sinks = None
     if case.sinks is not None:
         sinks = normal(*((case.q_heads,) if case.sinks == "heads" else (case.kv_heads, 2)), mean=1.5).astype(dtype)
+    if not case.options.update_pages:
+        pages, written = updated.copy(), np.zeros_like(written)
+        keys, values = np.full_like(keys, np.nan), np.full_like(values, np.nan)
     mapping = np.zeros((3, case.num_tokens + case.num_rows), np.int32)
     mapping[:, : len(slices)] = np.array(slices, np.int32).reshape(-1, 3).T
     return Batch(

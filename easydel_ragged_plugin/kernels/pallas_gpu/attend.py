@@ -234,7 +234,7 @@ def walk(
     lanes, size = power_of_two(request.head_dim), tile.keys
     seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
     scale = request.logits_scale
-    cap = request.options.logits_soft_cap
+    cap = request.options.soft_cap
 
     def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
         position = block * size + iota(size)
@@ -266,7 +266,7 @@ def walk(
         jnp.zeros((tile.queries,), jnp.float32),
         jnp.zeros((tile.queries, lanes), jnp.float32),
     )
-    if request.options.window is not None:
+    if request.options.is_local:
         first_whole, _ = visible_keys(request, queries.last, queries.last)
         whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), begin, end)
         diagonal = jnp.maximum(diagonal, whole)

@@ -256,12 +256,13 @@ class XlaKernel(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
-                "q_scale",
                 "k_scale",
                 "v_scale",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # uses no VMEM
             }
         ),
