@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from . import rows, sharding
 from .config import RaggedPageConfig, as_config
 from .layout import Version
-from .options import Options, Window
+from .options import Options, Window, split_scales
 from .request import describe
 from .select import Selection, select
 from .sharding import Shards
@@ -125,7 +125,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing.
         Unsupported: the kernel that was named refuses.
     """
-    scales, arrays = _split_scales(k_scale=k_scale, v_scale=v_scale)
+    scales, arrays = split_scales({"k_scale": k_scale, "v_scale": v_scale})
     options = Options(
         softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
         sliding_window=sliding_window, attention_chunk_size=attention_chunk_size, mask_value=mask_value,
@@ -206,7 +206,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing: nothing is written.
         Unsupported: the kernel that was named refuses.
     """
-    scales, arrays = _split_scales(k_scale=k_scale, v_scale=v_scale)
+    scales, arrays = split_scales({"k_scale": k_scale, "v_scale": v_scale})
     options = Options(
         softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
         sliding_window=sliding_window, attention_chunk_size=attention_chunk_size, mask_value=mask_value,
@@ -217,16 +217,6 @@ def ragged_page_attention_v3(  # type: ignore[misc]
         options, **arrays, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
     )  # fmt: skip
     return attended[:2] if attended.lse is None else (attended.output, attended.pages, attended.lse)
-
-
-def _split_scales(**scales: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scales that are numbers, and those that are arrays. A 0-d array whose value is known is a number."""
-    arrays = {
-        name: scale
-        for name, scale in scales.items()
-        if hasattr(scale, "dtype") and (isinstance(scale, jax.core.Tracer) or scale.ndim)
-    }
-    return {name: scale for name, scale in scales.items() if name not in arrays}, arrays
 
 
 def attend(

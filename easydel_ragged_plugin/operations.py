@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from . import api, host, views
 from .errors import Unsupported
-from .options import KEYWORDS, Options
+from .options import KEYWORDS, Options, split_scales
 
 _host = host.load()
 _EMPTY, _HEAD, _PREFILL = _host.axes.EMPTY, _host.axes.HEAD, _host.axes.MODE_PREFILL
@@ -131,7 +131,8 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         portable: bool = False,
         **arguments: Any,
     ) -> Any:
-        options = Options(**{name: arguments.pop(name) for name in KEYWORDS & arguments.keys()})
+        given, scales = split_scales({name: arguments.pop(name) for name in KEYWORDS & arguments.keys()})
+        options = Options(**given)
         self._check_host_arguments(arguments)
         view = views.adapter_of(cache_view)
         pages = view.read(cache_view, self.version)
@@ -155,6 +156,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             last,
             softmax_aux,
             options,
+            **scales,
             config=view.portable_kernel if portable else next((each for each in configs if each is not None), None),
             **self._partitioning(query, pages, cache_view, view),
         )

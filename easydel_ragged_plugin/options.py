@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["KEYWORDS", "NO_OPTIONS", "SCALES", "Options", "Window", "check_magnitude", "is_wide_float"]
+__all__ = ["KEYWORDS", "NO_OPTIONS", "SCALES", "Options", "Window", "check_magnitude", "is_wide_float", "split_scales"]
 
 Window = int | tuple[int, int] | None
 
@@ -243,5 +244,17 @@ class Options:
 
 KEYWORDS = frozenset(each.name for each in dataclasses.fields(Options) if not each.metadata.get("array"))
 """Names of the options that are keyword arguments of the public functions; of the others the call has arrays."""
+
+
+def split_scales(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of a call without those scales that are arrays of it, and these. What is an array has axes, or
+    a value that is not known while tracing."""
+    arrays = {
+        name: keywords[name]
+        for name in SCALES
+        if hasattr(keywords.get(name), "dtype") and (isinstance(keywords[name], jax.core.Tracer) or keywords[name].ndim)
+    }
+    return {name: value for name, value in keywords.items() if name not in arrays}, arrays
+
 
 NO_OPTIONS = Options()

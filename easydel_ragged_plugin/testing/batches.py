@@ -135,7 +135,8 @@ class Batch:
 
     ``pages`` is the cache before the new tokens, ``updated_pages`` after them. ``live_tokens`` marks tokens that
     belong to a live row, ``written_slots`` (``[pages, page_size]``) the slots that the new tokens fill.
-    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes.
+    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes. ``k_scale`` and
+    ``v_scale`` are float32 ``[kv_heads]`` where the case has them as arrays.
     """
 
     case: Case
@@ -155,6 +156,13 @@ class Batch:
     written_slots: np.ndarray
     slot_mapping: np.ndarray
     num_kv_update_slices: np.ndarray
+    k_scale: np.ndarray | None = None
+    v_scale: np.ndarray | None = None
+
+    @property
+    def scales(self) -> dict[str, np.ndarray]:
+        """The scales that are arrays, by the names of their keywords."""
+        return {name: getattr(self, name) for name in self.case.options.scale_arrays}
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """(output in float64, pages after the call) of the oracle."""
@@ -164,7 +172,7 @@ class Batch:
     def expected_with_lse(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(output, pages, logsumexp ``[tokens, q_heads]`` in float64) of the oracle."""
         index = (self.context_lens, self.block_tables, self.query_start_loc)
-        how: Any = {"options": self.case.options, "return_lse": True}
+        how: Any = {"options": self.case.options, "return_lse": True, **self.scales}
         if self.version == "v2":
             output, lse = reference.ragged_page_attention_v2(
                 self.queries, self.updated_pages, *index, self.num_seqs, self.sinks, **how
@@ -346,6 +354,7 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         written_slots=written,
         slot_mapping=mapping,
         num_kv_update_slices=np.array([len(slices)], np.int32),
+        **{name: random.uniform(0.25, 2.0, case.kv_heads).astype(np.float32) for name in case.options.scale_arrays},
     )
 
 

@@ -247,7 +247,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "float8-scales",
         _PAIR,
-        "a scale forgotten or applied twice",
+        "a scale forgotten or applied twice; one of queries, which cancels, applied at all",
         head_dim=64,
         dtype="bfloat16",
         cache_dtype="float8_e4m3fn",
@@ -257,8 +257,25 @@ CASES: tuple[Case, ...] = (
     Case(
         "float32-scales",
         _PAIR,
-        "a scale forgotten or applied twice",
+        "a scale forgotten or applied twice; one of queries, which cancels, applied at all",
         options=Options(q_scale=0.5, k_scale=1.75, v_scale=0.25),
+        **_SMALL,
+    ),
+    Case(
+        "scales-per-kv-head",
+        _MIXED,
+        "the scale of another kv head, or of the call's first one",
+        options=Options(scale_arrays=("k_scale", "v_scale"), logits_soft_cap=2.0),
+        sinks="heads",
+    ),
+    Case(
+        "float8-scales-per-kv-head",
+        _PAIR,
+        "a number and an array",
+        head_dim=64,
+        dtype="bfloat16",
+        cache_dtype="float8_e4m3fn",
+        options=Options(v_scale=0.25, scale_arrays=("k_scale",)),
         **_SMALL,
     ),
 )
