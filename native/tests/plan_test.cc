@@ -28,6 +28,7 @@ struct Request {
     problem.num_q_heads = problem.num_kv_heads * between(1, 8);
     problem.head_dim = between(1, 256);
     problem.sliding_window = between(0, 2) ? 0 : between(1, 5000);
+    problem.attention_chunk_size = between(0, 2) ? 0 : between(1, 5000);
     chunk = between(1, 300);
     const int64_t longest = between(0, 1) ? 100 : 50000;
     for (int64_t r = 0, count = between(1, 12); r < count; ++r) {
@@ -156,7 +157,7 @@ TEST(helpers_are_fewer_than_threads_and_than_the_items_of_the_wider_phase) {
 TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   Request request(1);
   request.problem.keys = request.problem.values = nullptr;
-  request.problem.sliding_window = 0;
+  request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
   request.problem.head_dim = 128;
   request.rows = Rows{{{0, 0, 1, 999999}}, true};
