@@ -51,10 +51,22 @@ inline std::vector<uint8_t> random_elements(Bytes& bytes, int64_t count, DType d
       const uint16_t v = uint16_t(sign >> 16 | 0x3800u | mantissa >> 13);
       std::memcpy(&all[i * 2], &v, 2);
     } else {
-      all[i] = uint8_t(state >> 24 & 0xbfu);  // below 2: a NaN spreads over a tile, whose size is the level's own
+      all[i] = uint8_t(state >> 24 & 0xbfu);  // below 2
     }
   }
   return all;
+}
+
+// Some elements become infinite, or NaN where the dtype has no infinity.
+inline void spoil(Bytes& bytes, std::vector<uint8_t>& elements, DType dtype) {
+  const size_t size = element_size(dtype), count = elements.size() / size;
+  const uint32_t bits = dtype == DType::kF32      ? 0x7f800000u
+                        : dtype == DType::kBF16   ? 0x7f80u
+                        : dtype == DType::kF16    ? 0x7c00u
+                        : dtype == DType::kF8E5M2 ? 0x7cu
+                                                  : 0x7fu;
+  for (int64_t i = bytes.between(1, 3); i > 0 && count > 0; --i)
+    std::memcpy(&elements[bytes.next32() % count * size], &bits, size);  // little-endian
 }
 
 // `orderly`: rows of the batch follow one another and no two share a page; else the index arrays may hold anything.
@@ -121,9 +133,11 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.head_dim, p.query_dtype);
   a.output.assign(a.queries.size(), 0xff);
   a.pages = random_elements(bytes, p.num_pages * p.page_size * p.token_stride, p.cache_dtype);
+  if (bytes.one_in(4)) spoil(bytes, a.pages, p.cache_dtype);
   if (v3) {
     a.keys = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
     a.values = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
+    if (bytes.one_in(4)) spoil(bytes, a.values, p.new_dtype);
     static uint8_t none;
     p.keys = a.keys.empty() ? &none : a.keys.data();
     p.values = a.values.empty() ? &none : a.values.data();
