@@ -154,9 +154,19 @@ class Kernel:
     code: Code
 
     @functools.cached_property
-    def key_loops(self) -> list[Code]:
-        """Its loops over blocks of keys: no others have a softmax."""
+    def softmax_loops(self) -> list[Code]:
+        """Its loops over keys: no others have a softmax."""
         return [loop for loop in loops_of(self.code.ptx) if loop.has_softmax]
+
+    @property
+    def key_loops(self) -> list[Code]:
+        """Those over blocks of keys."""
+        return self.softmax_loops[:-1]
+
+    @property
+    def single_key_loop(self) -> Code:
+        """The last one, for tiles that are computed once more."""
+        return self.softmax_loops[-1]
 
 
 def loops_of(ptx: str) -> list[Code]:

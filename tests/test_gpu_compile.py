@@ -83,15 +83,13 @@ COPIED_STEPS = {
 asynchronously while an earlier one is computed: keys, values and page ids.
 
 ``whole`` has the blocks that all queries see whole, the bulk of a long context; ``edge`` those before them, in which
-the window of a query begins; ``last`` those after them, up to the last key. A loop
-over all of them comes last, and makes a trip only where a value that is not finite has spoiled the sums: it may copy as
-it likes. Triton pipelines no more than a kernel's
+the window of a query begins; ``last`` those after them, up to the last key. Triton pipelines no more than a kernel's
 first loop where products take 16-bit operands as they were stored, or widened: with a window that is not the loop with
 most trips.
 """
 
-FEW_BYTES = 96
-"""24 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 queries
+FEW_BYTES = 64
+"""16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 queries
 of a head_dim above 128 take all of them."""
 
 
@@ -236,6 +234,8 @@ def check_loops(program: Program, name: str) -> None:
     kernel, tile, request = program.kernels[name], program.tile(name), program.request
     about = f"{name} {tile} for {request.describe()}"
     lanes = tiles.power_of_two(request.head_dim)
+    single = kernel.single_key_loop
+    assert not (single.tensor_core_products or single.copied_bytes), f"the loop over single keys of {about}"
     for loop in kernel.key_loops:
         assert bool(loop.tensor_core_products) == (request.compute_dtype.itemsize == 2), f"tensor cores in {about}"
         if request.compute_dtype.itemsize > 2:
@@ -244,8 +244,8 @@ def check_loops(program: Program, name: str) -> None:
     step = 2 * tile.keys * lanes * request.cache_dtype.itemsize + 4 * max(tile.keys, kernel.threads)
     copied = [loop.copied_bytes * kernel.threads for loop in kernel.key_loops]
     expected = {loop: steps * step for loop, steps in program.copied_steps(name).items()}
-    assert len(copied) == len(expected) + 1, f"{len(copied)} loops over keys in {about}"
-    assert dict(zip(expected, copied, strict=False)) == expected, f"copies of {about}"
+    assert len(copied) == len(expected), f"{len(copied)} loops over keys in {about}"
+    assert dict(zip(expected, copied, strict=True)) == expected, f"copies of {about}"
 
 
 def temporary_bytes(program: Program) -> int:
@@ -295,7 +295,7 @@ def test_compiles_for_float32(dtypes: str, head_dim: int, options: str, card: st
 
 
 @pytest.mark.parametrize(
-    ("card", "head_dim", "spilled"), [("H100", 256, FEW_BYTES), ("A100", 128, FEW_BYTES), ("A100", 256, 256)]
+    ("card", "head_dim", "spilled"), [("H100", 256, FEW_BYTES), ("A100", 128, FEW_BYTES), ("A100", 256, 352)]
 )
 def test_the_largest_groups_compile(card: str, head_dim: int, spilled: int, described: Any) -> None:
     """With 128 query heads for a kv head, the widest heads are more than a thread of an A100 has the registers for."""

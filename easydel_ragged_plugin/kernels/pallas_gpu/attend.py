@@ -58,11 +58,6 @@ ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
 
 
-KEYS_AGAIN = 16
-"""Keys of a step for a tile that is computed once more: the fewest that a product takes, so that it needs no more
-registers than the loops that count."""
-
-
 class Softmax(NamedTuple):
     """Running state of an online softmax, float32: ``[queries]``, ``[queries]`` and ``[queries, lanes]``.
 
@@ -188,23 +183,16 @@ def load_queries(
     first: jax.Array,
 ) -> Queries:
     """The queries of ``tokens`` tokens from token ``start`` on, at positions from ``first`` on."""
-    group, lanes = request.group_size, power_of_two(request.head_dim)
+    group = request.group_size
     query = iota(tile.queries)
     offset = lax.div(query, jnp.int32(group))
     head = kv_head * group + lax.rem(query, jnp.int32(group))
     filled = offset < tokens
     # What is no query keeps an index of its own: the interpreter writes what a masked store leaves, too.
     token = start + offset
-    shape = (tile.queries, lanes)
-    lane = broadcast_along(iota(lanes), 1, shape)
-    operand = pltriton.load(
-        queries.at[broadcast_along(token, 0, shape), broadcast_along(head, 0, shape), lane],
-        mask=broadcast_along(filled, 0, shape) & (lane < request.head_dim),
-        other=0.0,
-    )
     last = first + tokens - 1
     return Queries(
-        operand.astype(request.compute_dtype),
+        load_operand(request, queries, token, head, filled),
         jnp.minimum(first + offset, last),
         first,
         last,
@@ -213,6 +201,28 @@ def load_queries(
         head,
         filled,
     )
+
+
+def load_operand(
+    request: AttentionRequest, queries: Any, token: jax.Array, head: jax.Array, filled: jax.Array
+) -> jax.Array:
+    """Queries ``[queries, lanes]`` in the compute dtype; zeros where ``filled`` is false."""
+    shape = (*token.shape, power_of_two(request.head_dim))
+    lane = broadcast_along(iota(shape[1]), 1, shape)
+    operand = pltriton.load(
+        queries.at[broadcast_along(token, 0, shape), broadcast_along(head, 0, shape), lane],
+        mask=broadcast_along(filled, 0, shape) & (lane < request.head_dim),
+        other=0.0,
+    )
+    return operand.astype(request.compute_dtype)
+
+
+def load_key(
+    request: AttentionRequest, tables: Any, pages: Any, row: jax.Array, kv_head: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The key and the value ``[lanes]`` at one position, in float32 after a cast to the compute dtype."""
+    keys, values = load_block(request, 1, tables, pages, row, kv_head, jnp.broadcast_to(position, (1,)), None)
+    return tuple(each.astype(jnp.float32).reshape(-1) for each in (keys, values))
 
 
 def load_block(
@@ -261,21 +271,6 @@ def product(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
     )
 
 
-class Block(NamedTuple):
-    """A block of keys on its way into the softmax of a tile."""
-
-    maximum: jax.Array
-    """[queries] of the logits, this block's included."""
-    kept: jax.Array
-    """[queries] factor of the sums so far."""
-    weights: jax.Array
-    """``[queries, keys]``"""
-    values: jax.Array
-    """``[keys, lanes]``"""
-    visible: jax.Array | None
-    """``[queries, keys]``; None where all are visible."""
-
-
 def base2_logits(request: AttentionRequest, products: jax.Array, k_scale: jax.Array | None) -> jax.Array:
     """Logits in base 2, from products of queries and keys."""
 
@@ -301,6 +296,7 @@ def walk(
     row: jax.Array,
     kv_head: jax.Array,
     k_scale: jax.Array | None,
+    queries_ref: Any,
     queries: Queries,
     begin: jax.Array,
     end: jax.Array,
@@ -309,46 +305,20 @@ def walk(
     lanes, size = power_of_two(request.head_dim), tile.keys
     seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
 
-    def weights_of(masked: bool, size: int, block: jax.Array, state: Softmax) -> Block:
+    def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
         position = block * size + iota(size)
         inside = (position >= seen_begin) & (position < seen_end) if masked else None
         keys, values = load_block(request, size, tables, pages, row, kv_head, position, inside)
         logits = base2_logits(request, product(queries.operand, keys, 1), k_scale)
-        visible = None
         if masked:
             shape = logits.shape
             key, query = broadcast_along(position, 1, shape), broadcast_along(queries.position, 0, shape)
-            visible = is_visible(request, key, query)
-            logits = jnp.where(visible, logits, -jnp.inf)
-        maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
-        reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
-        kept = jnp.exp2(state.maximum - reference)
-        return Block(maximum, kept, jnp.exp2(logits - reference[:, None]), values, visible)
-
-    def add(state: Softmax, block: Block) -> Softmax:
+            logits = jnp.where(is_visible(request, key, query), logits, -jnp.inf)
+        maximum, kept, weights = add_logits(state, logits, jnp.max(logits, axis=1))
         return Softmax(
-            block.maximum,
-            state.total * block.kept + jnp.sum(block.weights, axis=1),
-            state.weighted * block.kept[:, None]
-            + product(block.weights.astype(request.compute_dtype), block.values, 0),
-        )
-
-    def step(masked: bool, index: jax.Array, state: Softmax) -> Softmax:
-        return add(state, weights_of(masked, tile.keys, index, state))
-
-    def step_again(
-        index: jax.Array, carry: tuple[Softmax, jax.Array, jax.Array]
-    ) -> tuple[Softmax, jax.Array, jax.Array]:
-        state, spoiled_queries, spoiled_lanes = carry
-        block = weights_of(True, KEYS_AGAIN, index, state)
-        wide = block.values.astype(jnp.float32)
-        spoiled = jnp.where(jnp.abs(wide) < jnp.inf, 0, 1)
-        keys = broadcast_along(jnp.max(spoiled, axis=1), 1, block.weights.shape)
-        finite = jnp.where(spoiled == 0, wide, 0.0).astype(request.compute_dtype)
-        return (
-            add(state, block._replace(values=finite)),
-            jnp.maximum(spoiled_queries, jnp.max(jnp.where(block.visible, keys, 0), axis=1)),
-            jnp.maximum(spoiled_lanes, jnp.max(spoiled, axis=0)),
+            maximum,
+            state.total * kept + jnp.sum(weights, axis=1),
+            state.weighted * kept[:, None] + product(weights.astype(request.compute_dtype), values, 0),
         )
 
     # Every query sees the keys that both the first and the last one see: all of those in blocks [whole, diagonal).
@@ -369,17 +339,34 @@ def walk(
     state = lax.fori_loop(diagonal, end, functools.partial(step, True), state)
 
     # Values that are not finite: a weight of 0 times one is NaN, also for a query that does not see it. Such a NaN
-    # never leaves the sums, so a tile without one is finished. Another is computed once more, without these values;
-    # then queries that see one get NaN in the lanes that have one.
+    # never leaves the sums, so a tile without one is finished. Another is computed once more, key by key.
     again = jnp.max(jnp.where(state.weighted == state.weighted, 0, 1)) > 0
+
+    def step_again(position: jax.Array, state: Softmax) -> Softmax:
+        key, value = load_key(request, tables, pages, row, kv_head, position)
+        operand = load_operand(request, queries_ref, queries.token, queries.head, queries.filled).astype(jnp.float32)
+        logits = base2_logits(request, jnp.sum(operand * key[None, :], axis=1), k_scale)
+        visible = is_visible(request, jnp.broadcast_to(position, logits.shape), queries.position)
+        logits = jnp.where(visible, logits, -jnp.inf)
+        maximum, kept, weights = add_logits(state, logits[:, None], logits)
+        seen = broadcast_along(jnp.where(visible, 1, 0), 0, state.weighted.shape) > 0
+        return Softmax(
+            maximum,
+            state.total * kept + jnp.sum(weights, axis=1),
+            state.weighted * kept[:, None] + jnp.where(seen, weights * value[None, :], 0.0),
+        )
+
     state = jax.tree.map(lambda fresh, done: jnp.where(again, fresh, done), nothing, state)
-    none = jnp.zeros((tile.queries,), jnp.int32), jnp.zeros((lanes,), jnp.int32)
-    steps = size // KEYS_AGAIN
-    state, *spoiled = lax.fori_loop(begin * steps, jnp.where(again, end, begin) * steps, step_again, (state, *none))
-    spoiled_queries, spoiled_lanes = (
-        broadcast_along(each, axis, state.weighted.shape) for axis, each in enumerate(spoiled)
-    )
-    return state._replace(weighted=jnp.where(spoiled_queries * spoiled_lanes > 0, jnp.nan, state.weighted))
+    first, last = jnp.maximum(begin * size, seen_begin), jnp.minimum(end * size, seen_end)
+    return lax.fori_loop(first, jnp.where(again, last, first), step_again, state)
+
+
+def add_logits(state: Softmax, logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax's new maximum, the factor of its sums so far, and the weights of new ``logits [queries, keys]``, of
+    which ``largest`` is each query's largest."""
+    maximum = jnp.maximum(state.maximum, largest)
+    reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
+    return maximum, jnp.exp2(state.maximum - reference), jnp.exp2(logits - reference[:, None])
 
 
 def finish(
@@ -446,7 +433,7 @@ def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     end = jnp.where(tokens > 0, lax.div(seen_end - 1, jnp.int32(tile.keys)) + 1, begin)
     extras = Extras.of_refs(request, rest)
     k_scale, v_scale = extras.scales_of(kv_head)
-    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, end)
+    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries_ref, queries, begin, end)
     finished = finish(request, state, extras.sink_of(queries.head), v_scale)
     store_results(request, out, finished, queries.token, queries.head, queries.filled)
 
@@ -463,7 +450,19 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     queries = load_queries(request, tile, queries_ref, kv_head, start, count, context - count)
     extras = Extras.of_refs(request, rest)
     k_scale, v_scale = extras.scales_of(kv_head)
-    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, jnp.where(has_pages, end, begin))
+    state = walk(
+        request,
+        tile,
+        tables,
+        pages,
+        row,
+        kv_head,
+        k_scale,
+        queries_ref,
+        queries,
+        begin,
+        jnp.where(has_pages, end, begin),
+    )
     whole = queries.filled & (parts == 1)
     finished = finish(request, state, extras.sink_of(queries.head), v_scale)
     store_results(request, out, finished, queries.token, queries.head, whole)
