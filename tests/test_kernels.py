@@ -141,7 +141,7 @@ def call_that_does_not_write(kernel: str, num_pages: int) -> tuple[Any, list[Any
         return output, same
 
     shapes = [
-        jax.ShapeDtypeStruct(page_shape("v3", num_pages, page_size, 4, 128, dtype), dtype),
+        jax.ShapeDtypeStruct(page_shape("v3", num_pages, page_size, 4, 128, np.dtype(dtype)), dtype),
         jax.ShapeDtypeStruct((rows, 8, 128), dtype),
         index((rows,)),
         index((rows, 16)),
@@ -182,7 +182,7 @@ def test_scales_may_be_traced_and_without_axes(version: Version, kernel: str) ->
     """One program serves all scales of a shape, and a scale without axes holds for all heads."""
     batch = build_batch(case_named("scales-per-kv-head"), version)
     for k_scale, v_scale in (([0.5, 2.0], [3.0, 0.25]), ([0.7, 0.7], [1.5, 1.5])):
-        each = dataclasses.replace(batch, k_scale=np.float32(k_scale), v_scale=np.float32(v_scale))
+        each = dataclasses.replace(batch, k_scale=np.array(k_scale, np.float32), v_scale=np.array(v_scale, np.float32))
         assert_close(run_batch(each, kernel)[0], each.expected()[0], batch.case)
     scalar = dataclasses.replace(batch, k_scale=np.array(0.7, np.float32), v_scale=np.array(1.5, np.float32))
     np.testing.assert_array_equal(run_batch(scalar, kernel)[0], run_batch(each, kernel)[0])

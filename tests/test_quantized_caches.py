@@ -115,7 +115,7 @@ def test_int8_without_a_scale_is_refused(name: str) -> None:
 def test_int8_takes_scales_as_arrays(version: Any) -> None:
     scales = Options(scale_arrays=("k_scale", "v_scale"))
     batch = build_batch(dataclasses.replace(INT8, options=scales), version)
-    small = {name: scale * np.float32(STEP) for name, scale in batch.scales.items()}
+    small: dict[str, Any] = {name: scale * np.float32(STEP) for name, scale in batch.scales.items()}
     batch = dataclasses.replace(batch, **small)
     output, pages = run(batch, **small)
     expected, expected_pages = batch.expected()

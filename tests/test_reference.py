@@ -92,10 +92,12 @@ def test_a_step_of_quantized_queries_cancels(request_arrays: Arrays) -> None:
 
 def test_a_chunk_is_attention_over_its_tokens_alone(request_arrays: Arrays) -> None:
     whole = one_row(*request_arrays, attention_chunk_size=3)
-    parts = [dense(*(array[begin : begin + 3] for array in request_arrays)) for begin in (0, 3, 6)]
+    query, key, value = request_arrays
+    chunks = [(query[at : at + 3], key[at : at + 3], value[at : at + 3]) for at in (0, 3, 6)]
+    parts = [dense(*chunk) for chunk in chunks]
     np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-12, atol=1e-14)
     both = one_row(*request_arrays, attention_chunk_size=3, sliding_window=2)
-    parts = [dense(*(array[begin : begin + 3] for array in request_arrays), 2) for begin in (0, 3, 6)]
+    parts = [dense(*chunk, window=2) for chunk in chunks]
     np.testing.assert_allclose(both, np.concatenate(parts), rtol=1e-12, atol=1e-14)
 
 
@@ -112,18 +114,17 @@ def test_sinks_at_the_ends() -> None:
 def test_pages_as_they_are() -> None:
     """v3 without writing is v3 after it has written; keys may be missing where the pages tell how many heads."""
     batch = build_batch(case_named("mixed"), "v3")
-    new, index = (batch.keys, batch.values), (batch.context_lens, batch.block_tables, batch.query_start_loc)
-    output, pages = ragged_page_attention_v3(batch.queries, *new, batch.pages, *index, batch.distribution)
-    for nothing in (new, (None, None)):
-        again, same = ragged_page_attention_v3(
-            batch.queries, *nothing, pages, *index, batch.distribution, update_pages=False
-        )
+    queries, keys, values = batch.queries, batch.keys, batch.values
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    output, pages = ragged_page_attention_v3(queries, keys, values, batch.pages, *index)
+    for given in (keys, None):
+        again, same = ragged_page_attention_v3(queries, given, None, pages, *index, update_pages=False)
         assert np.array_equal(again, output)
         assert same.tobytes() == pages.tobytes()
     short = build_batch(case_named("bfloat16-head-dim-64"), "v3")
-    index = (short.context_lens, short.block_tables, short.query_start_loc)
+    index = (short.context_lens, short.block_tables, short.query_start_loc, short.distribution)
     with pytest.raises(ValueError, match=r"keys: got None, and the pages can have \[1, 2\] kv heads. Pass keys"):
-        ragged_page_attention_v3(short.queries, None, None, short.pages, *index, short.distribution, update_pages=False)
+        ragged_page_attention_v3(short.queries, None, None, short.pages, *index, update_pages=False)
 
 
 @pytest.mark.parametrize(
