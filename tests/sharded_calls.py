@@ -178,6 +178,20 @@ def functions() -> None:
                 print(f"ok {version} {kernel} {geometry}: {how}, {'bit for bit' if exact else 'within tolerance'}")
 
 
+def pages_as_they_are() -> None:
+    """v3 that does not write: the pages come back as they were split, with their bits."""
+    for geometry in (Geometry(8, 4, 32, tp=2), Geometry(4, 2, 32, tp=1, dp=2), Geometry(4, 1, 32, tp=2)):
+        names = ("q_heads", "kv_heads", "head_dim")
+        case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+        batch = local_pages(build_batch(case.with_options(update_pages=False), "v3"), geometry.dp)
+        for kernel in available(BOTH):
+            many = call(batch, kernel, mesh_of(geometry), geometry)
+            assert_close(many.output, batch.expected()[0], case)
+            assert many.pages.tobytes() == batch.pages.tobytes()
+            how = check_collectives(many.compiled, geometry, batch)
+            print(f"ok v3 {kernel} {geometry} over pages as they are: {how}")
+
+
 # Split heads with their sinks, split pages, both, and query heads over one kv head.
 WITH_LSE = (
     Geometry(8, 4, 32, tp=2, sinks="heads"),
@@ -316,6 +330,7 @@ def main(what: str) -> None:
     assert len(jax.devices()) == 8, jax.devices()
     if what == "functions":
         functions()
+        pages_as_they_are()
         logsumexp()
         turboquant()
         gathered_pages_are_seen()

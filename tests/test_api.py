@@ -17,6 +17,7 @@ import easydel_ragged_plugin
 from easydel_ragged_plugin import (
     RaggedPageConfig,
     Unsupported,
+    api,
     explain,
     page_shape,
     ragged_page_attention_v2,
@@ -25,7 +26,6 @@ from easydel_ragged_plugin import (
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
 from easydel_ragged_plugin.options import Options
-from easydel_ragged_plugin.request import describe
 from easydel_ragged_plugin.testing.cases import build_batch, case_named, spoil_row
 
 TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, ROWS, WIDTH, PAGES, PAGE_SIZE = 6, 4, 2, 32, 3, 4, 9, 4
@@ -210,7 +210,7 @@ def test_wrong_scale_arrays_are_refused(scale: Any, message: str, name: str) -> 
 
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_scale_arrays_are_refused_by_name_where_a_kernel_takes_none(name: str) -> None:
-    scales = {name: np.ones(KV_HEADS, np.float32)}
+    scales: dict[str, Any] = {name: np.ones(KV_HEADS, np.float32)}
     assert explain(ragged_page_attention_v3, *ARRAYS.values(), **scales).request.options.scale_arrays == (name,)
     with pytest.raises(Unsupported, match=f"^ejkernel: (takes no {name} as an array|ejkernel is not installed)"):
         trace(config="ejkernel", **scales)
@@ -235,10 +235,11 @@ def test_only_v3_can_leave_pages_alone() -> None:
     pages = array(PAGES, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM)
     rest = [ARRAYS[name] for name in ("context_lens", "block_tables", "query_start_loc")]
     call: Any = ragged_page_attention_v2
+    attend: Any = api.attend
     with pytest.raises(TypeError, match="update_pages"):
         call(ARRAYS["queries"], pages, *rest, 1, update_pages=False)
     with pytest.raises(ValueError, match=r"update_pages: got False for v2, which never writes pages. Leave it out"):
-        describe("v2", ARRAYS["queries"], None, None, pages, *rest, 1, None, Options(update_pages=False))
+        attend("v2", ARRAYS["queries"], None, None, pages, *rest, 1, None, Options(update_pages=False))
 
 
 @pytest.mark.parametrize(

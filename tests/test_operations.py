@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from easydel_ragged_plugin import Unsupported, host, startup
+from easydel_ragged_plugin.options import KEYWORDS
 from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named
 from easydel_ragged_plugin.testing.driver import Driver
 
@@ -218,9 +219,9 @@ def test_every_argument_of_the_attention_layer_is_known() -> None:
             if {"query", "cache_view", "cache_metadata"} <= names:
                 passed |= names
     assert passed, "the attention layer builds its arguments another way now: read it again"
-    from easydel_ragged_plugin.operations import OPTIONS, RaggedPageAttnV3
+    from easydel_ragged_plugin.operations import RaggedPageAttnV3
 
-    ours = OPTIONS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
+    ours = KEYWORDS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
     assert passed <= ours | host.PASSED_ARGUMENTS
 
 

@@ -75,7 +75,8 @@ def test_scales_are_numbers_of_float32(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", SCALES)
 @pytest.mark.parametrize("value", [2.0**-126, 2.0**127, 1e36, 3])
 def test_scales_at_the_ends_of_float32_are_taken(name: str, value: Any) -> None:
-    assert getattr(Options(**{name: value}), name) == value
+    given: dict[str, Any] = {name: value}
+    assert getattr(Options(**given), name) == value
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -(2.0**127), -(2.0**-126)])
@@ -85,9 +86,9 @@ def test_softmax_scale_may_be_negative_or_zero(value: Any) -> None:
 
 @pytest.mark.parametrize("name", [*NUMBERS, "mask_value"])
 def test_ints_that_no_float_holds_are_refused(name: str) -> None:
-    value = -(10**400) if name == "mask_value" else 10**400
+    given: dict[str, Any] = {name: -(10**400) if name == "mask_value" else 10**400}
     with pytest.raises(ValueError, match=f"^{name}: got a number that is too large for a float, wanted one of float32"):
-        Options(**{name: value})
+        Options(**given)
 
 
 def test_soft_caps_have_an_end_below_alone() -> None:
@@ -178,7 +179,7 @@ EVERY: dict[str, Any] = {
     "optimized": True,
 }
 HINTS = {"q_scale", "mask_value", "optimized"}
-ARRAYS = {"scale_arrays": ("k_scale", "v_scale"), "sinks": True}
+ARRAYS: dict[str, Any] = {"scale_arrays": ("k_scale", "v_scale"), "sinks": True}
 """Options that are arrays of the call, and no keywords."""
 
 
