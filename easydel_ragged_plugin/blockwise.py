@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .rows import Rows, is_visible, visible_keys
 from .types import AttentionRequest, Operands
+from .varying import vary
 
 __all__ = [
     "Results",
@@ -43,7 +45,7 @@ class Softmax(NamedTuple):
 
 def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
     """Dtype of softmax statistics and sums: float32, or float64 for float64 queries."""
-    return jnp.promote_types(request.query_dtype, jnp.float32)
+    return np.promote_types(request.query_dtype, np.float32)  # NumPy's: JAX's may be told to promote nothing
 
 
 def pin(pages: Any, trip: jax.Array) -> tuple[Any, jax.Array]:
@@ -188,6 +190,7 @@ def attend_tiles(
             products = jnp.einsum("hmd,htd->hmt", tokens, keys, preferred_element_type=tiling.statistics)
             logits = logits_of(request, products).reshape(num_kv_heads, group, tile, step_tokens)
             visible = is_visible(request, position[None, :], query_position[:, None]) & needed[None, :]
+            visible = visible[None, None]  # all heads
             logits = jnp.where(visible, logits, -jnp.inf)
             maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
             weights = weights_of(logits, visible, maximum)
@@ -209,7 +212,7 @@ def attend_tiles(
             lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), state
         )
         num_pages = -(-end // page_size) - first_page
-        state = lax.fori_loop(0, -(-num_pages // tiling.pages), step, state)
+        state = lax.fori_loop(0, -(-num_pages // tiling.pages), step, vary(state, operands))
 
         def put(into: jax.Array, value: jax.Array) -> jax.Array:
             """``into`` with ``value [kv_heads, group, tile, ...]`` at the filled tokens of the tile."""
@@ -221,4 +224,4 @@ def attend_tiles(
         lse = None if results.lse is None else put(results.lse, lse_of(state))
         return Results(put(results.output, finish(state)), lse)
 
-    return lax.fori_loop(0, last_tile[-1], run_tile, results)
+    return lax.fori_loop(0, last_tile[-1], run_tile, vary(results, operands))
