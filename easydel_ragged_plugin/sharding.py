@@ -257,8 +257,8 @@ def run(
     if is_explicit(shards.mesh):
         operands = resharded(operands, Operands(**specs), shards.mesh)
     results: dict[str, Any] = {"output": queries, "pages": pages, "lse": lse}
-    # check_vma=False: EasyDeL's kernels do not follow what varies, and where every shard has the one kv head, types can't
-    # say that all of them write the same pages.
+    # check_vma=False: EasyDeL's kernels do not follow what varies. And where every shard has the one kv head, types
+    # can't say that all of them write the same pages.
     split = jax.shard_map(
         body, mesh=shards.mesh, in_specs=(Operands(**specs),), out_specs=Attended(**results), check_vma=False
     )
