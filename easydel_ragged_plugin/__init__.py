@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hooks import hookimpl
     from .layout import page_shape
     from .operations import RaggedPageAttnV2, RaggedPageAttnV3
+    from .programs import CUSTOM_CALLS, register_ffi_targets
     from .startup import activate, deactivate, status
     from .workers import FingerprintMismatch, check_fingerprints, fingerprint
 
@@ -36,6 +37,8 @@ __all__ = [
     "FingerprintMismatch",
     "page_shape",
     "hookimpl",
+    "CUSTOM_CALLS",
+    "register_ffi_targets",
 ]
 
 _HOMES = {
@@ -55,6 +58,8 @@ _HOMES = {
     "FingerprintMismatch": "workers",
     "page_shape": "layout",
     "hookimpl": "hooks",
+    "CUSTOM_CALLS": "programs",
+    "register_ffi_targets": "programs",
 }
 
 

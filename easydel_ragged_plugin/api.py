@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from . import rows, sharding
+from . import programs, rows, sharding
 from .config import RaggedPageConfig, as_config
 from .layout import Version
 from .options import Options, Window, split_scales
@@ -31,8 +31,11 @@ from .select import Selection, select
 from .sharding import Shards
 from .turboquant import TurboQuantPages
 from .types import Attended, AttentionRequest, Kernel, Operands
+from .varying import vary
 
 __all__ = ["attend", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
+
+programs.register_available()  # here, because a process that loads saved programs may trace none
 
 Config = RaggedPageConfig | str | None
 Specs = tuple[PartitionSpec | None, ...] | None
@@ -273,7 +276,10 @@ def attend(
 def _run(
     kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
 ) -> Attended:
-    attended = sharding.run(lambda local: kernel.forward(request, config, local), request, operands, shards)
+    def forward(local: Operands) -> Attended:
+        return kernel.forward(request, config, vary(local, local))
+
+    attended = sharding.run(forward, request, operands, shards)
     return attended if request.writes_pages else attended._replace(pages=None)  # no copy where it is no part of a trace
 
 

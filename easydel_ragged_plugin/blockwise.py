@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .rows import Rows, is_visible, visible_keys
 from .types import SATURATED, AttentionRequest, Operands
+from .varying import vary
 
 __all__ = [
     "Results",
@@ -52,7 +54,7 @@ class Softmax(NamedTuple):
 
 def statistics_dtype(request: AttentionRequest) -> jnp.dtype:
     """Dtype of softmax statistics and sums: float32, or float64 for float64 queries."""
-    return jnp.promote_types(request.query_dtype, jnp.float32)
+    return np.promote_types(request.query_dtype, np.float32)  # NumPy's: JAX's may be told to promote nothing
 
 
 def pin(pages: Any, trip: jax.Array) -> tuple[Any, jax.Array]:
@@ -239,7 +241,8 @@ def attend_tiles(
             products = jnp.einsum("hmd,htd->hmt", tokens, keys, preferred_element_type=tiling.statistics)
             k_scale = None if operands.k_scale is None else operands.k_scale[:, None, None]
             logits = logits_of(request, products, k_scale).reshape(num_kv_heads, group, tile, step_tokens)
-            visible = is_visible(request, position[None, :], query_position[:, None]) & needed[None, :]
+            seen = is_visible(request, position[None, :], query_position[:, None]) & needed[None, :]
+            visible = seen[None, None]  # all heads
             logits = jnp.where(visible, logits, -jnp.inf)
             maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))
             weights = weights_of(logits, visible, maximum)
@@ -247,13 +250,14 @@ def attend_tiles(
             return Softmax(
                 maximum,
                 kept * state.total + jnp.sum(weights, axis=-1),
-                kept[..., None] * state.weighted + weigh(weights, visible, values, tiling),
+                kept[..., None] * state.weighted + weigh(weights, seen, values, tiling),
             )
 
         nothing = initial_softmax(request, operands.sinks, (), tiling.statistics)
         nothing = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf[:, :, None], (num_kv_heads, group, tile, *leaf.shape[2:])), nothing
         )
+        nothing = vary(nothing, operands)
         num_pages = -(-end // page_size) - first_page
 
         def walk(weigh: Weigh) -> Softmax:
@@ -271,4 +275,4 @@ def attend_tiles(
         lse = None if results.lse is None else put(results.lse, lse_of(state))
         return Results(put(results.output, finish(state)), lse)
 
-    return lax.fori_loop(0, last_tile[-1], run_tile, results)
+    return lax.fori_loop(0, last_tile[-1], run_tile, vary(results, operands))

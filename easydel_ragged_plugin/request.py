@@ -18,7 +18,7 @@ from . import turboquant
 from .formats import PLAIN, CacheFormat
 from .layout import Version
 from .options import Options, check_magnitude, is_wide_float
-from .types import AttentionRequest, Operands
+from .types import AttentionRequest, Distribution, Operands
 
 __all__ = ["FORMATS", "describe"]
 
@@ -83,7 +83,7 @@ def describe(
     if version == "v2":
         distribution = _of_num_seqs(distribution)
     block_tables = _check_index_arrays(context_lens, query_start_loc, block_tables, distribution)
-    _check_known_lengths(context_lens, block_tables.shape[1], pages.shape[1])
+    _check_known_lengths(context_lens, query_start_loc, distribution, block_tables.shape[1], pages.shape[1])
     arrays = {name: array for name, array in (("k_scale", k_scale), ("v_scale", v_scale)) if array is not None}
     options = dataclasses.replace(options, sinks=softmax_aux is not None, scale_arrays=tuple(arrays))
     cache_format.check_options(pages, options)
@@ -207,12 +207,13 @@ def _check_heads(queries: Any, keys: Any, values: Any, pages: Any, cache_format:
             )
 
 
-def _of_num_seqs(num_seqs: Any) -> jax.Array:
-    """The number of rows of v2 as a distribution, of which kernels read the last entry."""
-    num_seqs = jnp.asarray(num_seqs, jnp.int32).reshape(-1)
+def _of_num_seqs(num_seqs: Any) -> Any:
+    """The number of rows of v2 as a distribution, of which kernels read the last entry; in NumPy where it is known."""
+    xp: Any = jnp if isinstance(num_seqs, jax.Array) else np
+    num_seqs = xp.asarray(num_seqs, xp.int32).reshape(-1)
     if num_seqs.shape != (1,):
         raise ValueError(f"num_seqs: got {num_seqs.size} numbers, wanted one: the number of rows in use.")
-    return jnp.broadcast_to(num_seqs, (3,))
+    return xp.broadcast_to(num_seqs, (3,))
 
 
 def _check_index_arrays(context_lens: Any, query_start_loc: Any, block_tables: Any, distribution: Any) -> jax.Array:
@@ -250,11 +251,18 @@ def _check_index_arrays(context_lens: Any, query_start_loc: Any, block_tables: A
     return jnp.asarray(block_tables).reshape(num_rows, size // num_rows)
 
 
-def _check_known_lengths(context_lens: Any, pages_per_row: int, page_size: int) -> None:
-    """Refuse lengths that exceed the block table, where they are NumPy arrays and so have values while tracing."""
-    if not isinstance(context_lens, np.ndarray) or not context_lens.size:
+def _check_known_lengths(
+    context_lens: Any, query_start_loc: Any, distribution: Any, pages_per_row: int, page_size: int
+) -> None:
+    """Refuse lengths that exceed the block table, where all metadata is in NumPy and so has values while tracing.
+
+    Rows that are dead or have no tokens are not looked at, here as in the kernels: what they hold may be stale.
+    """
+    if not all(isinstance(each, np.ndarray) for each in (context_lens, query_start_loc, distribution)):
         return
-    longest, capacity = int(context_lens.max()), pages_per_row * page_size
+    live = np.arange(context_lens.size) < Distribution(*distribution).total
+    used = live & (query_start_loc[1:] > query_start_loc[:-1])
+    longest, capacity = int(np.max(context_lens, initial=0, where=used)), pages_per_row * page_size
     if longest > capacity:
         raise ValueError(
             f"block_tables: a context of {longest} tokens was given, wanted at most {capacity}: "
@@ -269,7 +277,7 @@ def _sinks_per_head(softmax_aux: Any, num_q_heads: int, num_kv_heads: int) -> ja
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise ValueError(f"softmax_aux: got dtype {sinks.dtype}, wanted a float dtype.")
     # The kernels hold them in float32. A sink that is infinite, or larger than that, is the largest number there.
-    sinks = jnp.minimum(sinks.astype(jnp.promote_types(sinks.dtype, jnp.float32)), float(jnp.finfo(jnp.float32).max))
+    sinks = jnp.minimum(sinks.astype(np.promote_types(sinks.dtype, np.float32)), float(jnp.finfo(jnp.float32).max))
     if sinks.shape == (num_q_heads,):
         return sinks
     if sinks.ndim == 2 and sinks.shape[0] == num_kv_heads and sinks.shape[1] > 0:

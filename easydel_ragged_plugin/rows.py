@@ -101,7 +101,7 @@ def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
     """Rows that are valid; all others have zero queries, so nothing of them is read or written."""
     rows = plausible_rows(request, operands)
     first, last = needed_entries(request, rows.context, rows.num_queries)
-    entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)
+    entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)[None, :]
     needed = (entry >= first[:, None]) & (entry <= last[:, None])
     outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
     bad = jnp.any(needed & outside, axis=1)

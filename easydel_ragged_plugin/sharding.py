@@ -5,6 +5,11 @@ Query heads and kv heads are split over the same mesh axes (tensor parallel). Pa
 count through all shards. Pages are not moved. The collectives of a call are those that combine the tokens of all
 data-parallel shards: a sum of the output, and a maximum of the logsumexp. Where heads can't be split, every shard
 computes all of them, and a warning is logged once.
+
+Types of arrays hold how they are split over the explicit axes of a mesh (``jax.sharding.AxisType.Explicit``, what
+``jax.make_mesh`` makes since JAX 0.9). No kernel sees such types: ``shard_map`` is around every call that has them, and
+its operands are resharded for it. Arrays that are sharded explicitly need no ``mesh=``: their types hold mesh and
+specs.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .layout import Version
 from .select import warn_once
@@ -49,8 +54,58 @@ class Shards:
 
     @property
     def is_single(self) -> bool:
-        """Whether the call runs unsplit."""
-        return not (self.head_axes or self.query_only_axes or self.page_axes)
+        """Whether the call runs unsplit, with no types of shards for a kernel to meet."""
+        return not (self.head_axes or self.query_only_axes or self.page_axes or is_explicit(self.mesh))
+
+
+def is_explicit(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether types of arrays hold how they are split over an axis of ``mesh``."""
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def explicit_mesh(operands: Operands) -> AbstractMesh | None:
+    """The mesh in the types of ``operands``, or None where no axis of it is explicit."""
+    for leaf in jax.tree.leaves(operands):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if is_explicit(mesh):
+            return mesh
+    return None
+
+
+def with_types(
+    operands: Operands, mesh: Mesh | AbstractMesh | None, specs: tuple[PartitionSpec | None, PartitionSpec | None]
+) -> tuple[Mesh | AbstractMesh | None, tuple[PartitionSpec | None, PartitionSpec | None]]:
+    """Mesh and specs of queries and pages: those of the call, or else those that the operands' types hold."""
+    found = explicit_mesh(operands)
+    if found is None:
+        return mesh, specs
+    if mesh is None:
+        typed = (operands.queries, jax.tree.leaves(operands.pages)[0])
+        return found, tuple(jax.typeof(each).sharding.spec for each in typed)
+    given = mesh.abstract_mesh
+    if described(given) != described(found):
+        raise ValueError(
+            f"mesh: got {described(given)}, and arrays that are sharded explicitly over {described(found)}. Pass their "
+            "mesh, or leave mesh= out, or move the arrays with jax.device_put."
+        )
+    return mesh, specs
+
+
+def described(mesh: AbstractMesh) -> str:
+    """The axes of a mesh for messages."""
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return "axes " + ", ".join(f"{name}={size} ({kind.name})" for name, size, kind in axes)
+
+
+def resharded(operands: Operands, specs: Operands, mesh: Mesh | AbstractMesh) -> Operands:
+    """The operands, split over the explicit axes of ``mesh`` as ``specs`` say. An array that is so already stays."""
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
+
+    def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        kept = (tuple(name for name in axes_of_entry(entry) if name in explicit) for entry in spec)
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, PartitionSpec(*(names or None for names in kept))))
+
+    return jax.tree.map(one, operands, specs)
 
 
 def specs_of(
@@ -71,8 +126,12 @@ def specs_of(
 def axes_of(spec: PartitionSpec | None, dimension: int, mesh: Mesh | AbstractMesh) -> Axes:
     """Mesh axes of more than one device that split ``dimension``."""
     entry = spec[dimension] if spec is not None and len(spec) > dimension else None
-    names = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
-    return tuple(name for name in names if mesh.shape[name] > 1)
+    return tuple(name for name in axes_of_entry(entry) if mesh.shape[name] > 1)
+
+
+def axes_of_entry(entry: Any) -> Axes:
+    """The names of one entry of a spec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
 
 
 def plan(
@@ -92,8 +151,8 @@ def plan(
         ValueError: specs without a mesh or not one for each argument; or rows or pages do not divide among the shards
             of the page axis.
     """
-    query_spec, page_spec = specs_of(request.version, mesh, in_specs)
-    if mesh is None or mesh.size == 1:
+    mesh, (query_spec, page_spec) = with_types(operands, mesh, specs_of(request.version, mesh, in_specs))
+    if mesh is None or (mesh.size == 1 and not is_explicit(mesh)):
         return Shards()
     page_axes = axes_of(page_spec, 0, mesh)
     head_axes, stored_axes = axes_of(query_spec, 1, mesh), axes_of(page_spec, 2, mesh)
@@ -196,7 +255,12 @@ def run(
             return attended
         return attended._replace(lse=jax.lax.pmax(jnp.where(mine, attended.lse, -jnp.inf), shards.page_axes))
 
+    assert shards.mesh is not None
+    if is_explicit(shards.mesh):
+        operands = resharded(operands, Operands(**specs), shards.mesh)
     results: dict[str, Any] = {"output": queries, "pages": pages, "lse": lse}
+    # check_vma=False: EasyDeL's kernels do not follow what varies. And where every shard has the one kv head, types
+    # can't say that all of them write the same pages.
     split = jax.shard_map(
         body, mesh=shards.mesh, in_specs=(Operands(**specs),), out_specs=Attended(**results), check_vma=False
     )
@@ -215,7 +279,7 @@ def local_rows(operands: Operands, shards: Shards) -> Operands:
     first_row = (shard * num_rows).astype(jnp.int32)
     start_loc = jax.lax.dynamic_slice_in_dim(operands.query_start_loc, first_row, num_rows + 1)
     total = jnp.clip(Distribution(*operands.distribution).total - first_row, 0, num_rows)
-    decodes = (start_loc[1:] - start_loc[:-1] == 1) & (jnp.arange(num_rows) < total)
+    decodes = (start_loc[1:] - start_loc[:-1] == 1) & (jnp.arange(num_rows, dtype=jnp.int32) < total)
     decode_end = jnp.sum(jnp.cumprod(decodes.astype(jnp.int32)), dtype=jnp.int32)
     return operands._replace(
         block_tables=operands.block_tables - (shard * num_pages).astype(jnp.int32),
@@ -226,7 +290,8 @@ def local_rows(operands: Operands, shards: Shards) -> Operands:
 
 def tokens_of_rows(operands: Operands) -> jax.Array:
     """Which tokens belong to a row that is not dead, ``[tokens]`` bool."""
-    token = jnp.arange(operands.queries.shape[0], dtype=jnp.int32)
+    token = jnp.arange(operands.queries.shape[0], dtype=jnp.int32)[None, :]
     start, end = operands.query_start_loc[:-1, None], operands.query_start_loc[1:, None]
-    live = (jnp.arange(operands.context_lens.shape[0]) < Distribution(*operands.distribution).total)[:, None]
+    row = jnp.arange(operands.context_lens.shape[0], dtype=jnp.int32)
+    live = (row < Distribution(*operands.distribution).total)[:, None]
     return jnp.any(live & (start <= token) & (token < end), axis=0)

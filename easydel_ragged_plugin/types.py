@@ -156,6 +156,8 @@ class AttentionRequest:
 class Operands(NamedTuple):
     """The arrays of one call. Index arrays are int32.
 
+    Inside of ``jax.shard_map`` all of them vary over the same mesh axes, and so must all results: see ``varying.py``.
+
     Attributes:
         queries: ``[tokens, q_heads, head_dim]``.
         keys, values: ``[tokens, kv_heads, head_dim]`` of the new tokens; None where ``request.writes_pages`` is false.
@@ -271,6 +273,7 @@ class Kernel(abc.ABC):
         technologies: how it is made: ``"xla"``, ``"triton"``, ``"pallas"``, ``"native"``, ... A config whose
             ``platform`` is not ``"auto"`` allows only kernels that list it here.
         features: what it honors. Selection refuses the rest by name.
+        custom_calls: names of the custom calls in its programs that ``jax.export`` does not allow by itself.
         label: its name in tables and figures; ``name`` where it is empty.
         color: its color in figures; None for any.
         is_hosts: whether it is the host's own kernel, which others are compared with.
@@ -281,6 +284,7 @@ class Kernel(abc.ABC):
     platforms: frozenset[str]
     technologies: frozenset[str]
     features: Features
+    custom_calls: tuple[str, ...] = ()
     label: str = ""
     color: str | None = None
     is_hosts: bool = False
@@ -293,6 +297,13 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """Attend, after writing the new tokens where ``request.writes_pages``."""
+
+    def register_ffi_targets(self) -> str | None:
+        """Make known to XLA what :attr:`custom_calls` call, where JAX does not: a program that is loaded needs it.
+
+        It starts no backend, and a second call has no effect. Returns why it can't be done, or None.
+        """
+        return None
 
     def fingerprint(self) -> str:
         """What this kernel's numbers and programs depend on in this process. Must be equal on all workers of a job."""

@@ -11,6 +11,7 @@ from jax import lax
 
 from .rows import Rows, assign_parts
 from .types import AttentionRequest, Operands
+from .varying import vary
 
 __all__ = ["select_slots", "sources_of_slots", "to_cache_dtype", "too_many_slots", "write_tokens"]
 
@@ -49,7 +50,7 @@ def write_tokens(
         return write(jnp.where(live, rows.query_start[row] + index, 0), slot, state)
 
     total = jnp.sum(rows.num_queries, dtype=jnp.int32)
-    return lax.fori_loop(0, -(-total // request.num_tokens), step, state)
+    return lax.fori_loop(0, -(-total // request.num_tokens), step, vary(state, operands))
 
 
 def to_cache_dtype(array: jax.Array, request: AttentionRequest) -> jax.Array:

@@ -25,6 +25,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import CASES
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.varying import vary, varying_axes
 
 Forward = Callable[[AttentionRequest, RaggedPageConfig, Operands], Attended]
 
@@ -74,7 +75,8 @@ class OracleKernel(Kernel):
             return output.astype(query.dtype), pages, lse.astype(np.float32)
 
         heads = jax.ShapeDtypeStruct(operands.queries.shape[:2], jnp.float32)
-        output, pages, lse = jax.pure_callback(on_host, (operands.queries, operands.pages, heads), operands)
+        results = jax.pure_callback(on_host, (operands.queries, operands.pages, heads), operands)
+        output, pages, lse = vary(results, operands)
         return Attended(output, pages, lse if request.return_lse else None)
 
 
@@ -416,6 +418,72 @@ def lse_in_any_case(right: Forward, request: AttentionRequest, *args: Any) -> At
 )
 def lse_never(right: Forward, request: AttentionRequest, *args: Any) -> Attended:
     return right(dataclasses.replace(request, return_lse=False), *args)
+
+
+# What surrounds the call: settings of JAX, and shard_map.
+
+
+@mistake(
+    "a vector is added to a tile",
+    caught_by="test_strict_settings[{version}]",
+    select="strict",
+    says=r"numpy_rank_promotion(.|\n)*In the case decode",
+)
+def ranks_are_promoted(right: Forward, *args: Any) -> Attended:
+    attended = right(*args)
+    zeros = jnp.zeros(attended.output.shape[-1], attended.output.dtype)
+    return attended._replace(output=attended.output + zeros)
+
+
+@mistake(
+    "indices are compared with others of the default dtype",
+    caught_by="test_strict_settings[{version}]",
+    select="strict",
+    says=r"jax_numpy_dtype_promotion=strict",
+)
+def dtypes_are_promoted(
+    right: Forward, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+) -> Attended:
+    live = jnp.arange(request.num_rows) < operands.distribution[2]
+    return right(request, config, operands._replace(context_lens=jnp.where(live, operands.context_lens, 0)))
+
+
+@mistake(
+    "default integers are taken for 32 bits",
+    caught_by="test_strict_settings_change_no_number[{version}-rank-dtype-x64]",
+    select="strict",
+)
+def default_integers_have_32_bits(right: Forward, *args: Any) -> Attended:
+    attended = right(*args)
+    words = jnp.arange(1).dtype.itemsize // 4
+    return attended._replace(output=jnp.roll(attended.output, words - 1, axis=-1))
+
+
+@mistake(
+    "a loop begins with a constant",
+    caught_by="test_inside_of_shard_map[{version}]",
+    select="shard_map",
+    says="varying manual axes",
+)
+def loop_from_a_constant(right: Forward, *args: Any) -> Attended:
+    attended = right(*args)
+    zeros = jnp.zeros(attended.output.shape, attended.output.dtype)
+    total = jax.lax.fori_loop(0, 1, lambda _, total: total + attended.output, zeros)
+    return attended._replace(output=total)
+
+
+@mistake(
+    "results of a callback vary over nothing",
+    caught_by="test_inside_of_shard_map[{version}]",
+    select="shard_map",
+    says="got lse that vary over no mesh axis, wanted those of the operands",
+)
+def lse_of_a_callback(right: Forward, *args: Any) -> Attended:
+    attended = right(*args)
+    if attended.lse is None or not varying_axes(attended.lse):
+        return attended
+    kind = jax.ShapeDtypeStruct(attended.lse.shape, attended.lse.dtype)
+    return attended._replace(lse=jax.pure_callback(np.asarray, kind, attended.lse))
 
 
 # What it says of itself.

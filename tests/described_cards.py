@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 # The plugin compares the versions of NVIDIA's libraries with those of the driver, which is not here.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -73,11 +73,12 @@ CARDS = {
 
 @contextlib.contextmanager
 def described_gpu(kind: str = CARDS["H100"].kind) -> Iterator[None]:
-    """From JAX 0.11 on lowering asks which GPU it is for; before, it does not."""
+    """From JAX 0.11 on lowering asks which GPU it is for; before, it does not. The mesh has one axis, ``"x"``."""
     from jax_private import described_device
 
     device = described_device(kind, 132, "gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 

@@ -1,6 +1,7 @@
 """Run by test_sharding.py with simulated devices: sharded calls of the functions and of the operations.
 
-``python sharded_calls.py functions`` or ``... operations``. Prints one line for each call; an assertion ends it.
+``python sharded_calls.py functions``, ``... callers`` or ``... operations``. Prints one line for each call; an
+assertion ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from turboquant_oracle import check_written, expected_results, random_pages
 
@@ -101,6 +102,114 @@ class Called(NamedTuple):
     pages: np.ndarray
     lse: np.ndarray | None
     compiled: Any
+
+
+def arrays_of(batch: Batch, flat_tables: bool = False) -> tuple[Any, ...]:
+    """The positional arguments of the public function, in NumPy."""
+    tables = batch.block_tables.reshape(-1) if flat_tables else batch.block_tables
+    index = (batch.context_lens, tables, batch.query_start_loc)
+    if batch.version == "v2":
+        return (batch.queries, batch.updated_pages, *index, batch.num_seqs, batch.sinks)
+    return (batch.queries, batch.keys, batch.values, batch.pages, *index, batch.distribution, batch.sinks)
+
+
+def function_of(version: str, **keywords: Any) -> Any:
+    """The public function of this version."""
+    function: Any = ragged_page_attention_v2 if version == "v2" else ragged_page_attention_v3
+    return functools.partial(function, **keywords)
+
+
+def check_results(batch: Batch, results: Any) -> None:
+    """Output, pages for v3, and the logsumexp where it is there, against the oracle's."""
+    output, pages, lse = batch.expected_with_lse()
+    assert_close(np.asarray(results[0]), output, batch.case)
+    if batch.version == "v3":
+        assert np.asarray(results[1]).tobytes() == pages.tobytes()
+    if len(results) == (3 if batch.version == "v3" else 2):
+        assert_lse_close(np.asarray(results[-1]), lse, batch.case)
+
+
+def inside_of_shard_map() -> None:
+    """The caller splits the heads: ``jax.shard_map`` with its defaults, which follow what varies over the mesh."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("tp",))
+    case = dataclasses.replace(BASE, q_heads=8, kv_heads=4, sinks="heads")
+    for version in VERSIONS:
+        batch = build_batch(case, version)
+        heads = P(None, "tp", None)
+        pages = P(None, None, "tp", *[None] * (batch.pages.ndim - 3))
+        before, cache = ((heads, heads, heads), (pages,)) if version == "v3" else ((heads,), ())
+        specs = (*before, pages, P(), P(), P(), P(), P("tp"))
+        for kernel in available(BOTH):
+            program = jax.shard_map(
+                function_of(version, config=kernel, return_lse=True),
+                mesh=mesh,
+                in_specs=specs,
+                out_specs=(heads, *cache, P(None, "tp")),
+            )
+            check_results(batch, jax.jit(program)(*arrays_of(batch)))
+            print(f"ok {version} {kernel}: inside of shard_map")
+
+
+def strict_settings() -> None:
+    """A call over a mesh under settings of JAX that refuse promotion, with 64 bits."""
+    geometry = Geometry(8, 4, 32, tp=2, dp=2, sinks="heads")
+    case = dataclasses.replace(BASE, q_heads=8, kv_heads=4, sinks="heads")
+    for version in VERSIONS:
+        batch = local_pages(build_batch(case, version), geometry.dp)
+        query_spec, page_spec = specs_of(batch, geometry)
+        before = (None, None) if version == "v3" else ()
+        specs = (query_spec, *before, page_spec, *[None] * 5)
+        for kernel in available(BOTH):
+            program = function_of(version, config=kernel, return_lse=True, mesh=mesh_of(geometry), in_specs=specs)
+            with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+                results = jax.jit(program)(*arrays_of(batch))
+            check_results(batch, results)
+            print(f"ok {version} {kernel}: strict settings")
+
+
+HOW = ("host arrays", "unsharded", "replicated", "sharded", "pages alone sharded")
+
+
+def placed(array: Any, how: str, mesh: Mesh, spec: P) -> Any:
+    """An argument as one of :data:`HOW` has it."""
+    if how == "host arrays":
+        return array
+    if how == "unsharded" or (how.startswith("pages") and array.ndim < 4):
+        return jnp.asarray(array)
+    return jax.device_put(array, NamedSharding(mesh, P() if how == "replicated" else spec))
+
+
+def explicit_meshes() -> None:
+    """Meshes whose axes are in the types of arrays: with and without ``mesh=``, wherever the arrays lie."""
+    case = dataclasses.replace(BASE, q_heads=8, kv_heads=4, sinks="heads")
+    for shape in ((2, 2), (1, 1)):
+        mesh = jax.make_mesh(shape, ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+        for version in VERSIONS:
+            batch = local_pages(build_batch(case, version), shape[0])
+            heads, pages = P(None, "tp", None), P("dp", None, "tp", *[None] * (batch.pages.ndim - 3))
+            before = (heads, heads, heads) if version == "v3" else (heads,)
+            specs = (*before, pages, P("dp"), P("dp"), P(), P(), P("tp"))
+            for kernel in available(BOTH if shape == (2, 2) else ("xla",)):
+                for how in HOW if kernel == available(BOTH)[0] else ("replicated", "sharded"):
+                    for keywords in ({"mesh": mesh, "in_specs": specs}, {}):
+                        flat = bool(keywords) and how == "sharded"
+                        arrays = arrays_of(batch, flat_tables=flat)
+                        operands = [placed(each, how, mesh, spec) for each, spec in zip(arrays, specs, strict=True)]
+                        program = function_of(version, config=kernel, return_lse=True, **keywords)
+                        results = (jax.jit(program) if keywords else program)(*operands)
+                        check_results(batch, results)
+                        if shape != (1, 1) and (keywords or how == "sharded"):
+                            assert jax.typeof(results[0]).sharding.spec == heads, jax.typeof(results[0])
+                            assert version == "v2" or jax.typeof(results[1]).sharding.spec == pages
+                        print(f"ok {version} {kernel}: explicit {shape}, {how}, mesh={'given' if keywords else 'none'}")
+    batch = build_batch(case, "v2")
+    mesh = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Explicit,))
+    other = Mesh(np.array(jax.devices()[:4]), ("tp",), axis_types=(AxisType.Auto,))
+    queries = jax.device_put(batch.queries, NamedSharding(mesh, P(None, "tp", None)))
+    specs = (P(None, "tp", None), P(None, None, "tp", None), *[None] * 5)
+    with pytest.raises(ValueError, match=r"mesh: got axes tp=4 \(Auto\), and arrays .* over axes tp=2 \(Explicit\)"):
+        function_of("v2", mesh=other, in_specs=specs)(queries, *arrays_of(batch)[1:])
+    print("ok: another mesh than that of the arrays is refused")
 
 
 def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry, return_lse: bool = False) -> Called:
@@ -334,6 +443,10 @@ def main(what: str) -> None:
         logsumexp()
         turboquant()
         gathered_pages_are_seen()
+    elif what == "callers":
+        inside_of_shard_map()
+        strict_settings()
+        explicit_meshes()
     else:
         operations()
     print("all sharded calls agree")

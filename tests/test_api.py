@@ -168,12 +168,54 @@ def test_wrong_sinks_are_refused(shape: tuple[int, ...]) -> None:
         trace({"softmax_aux": array(*shape)})
 
 
-def test_block_table_that_cannot_hold_a_context_is_refused() -> None:
-    lens = np.array([3, WIDTH * PAGE_SIZE + 1, 1], np.int32)
-    rest = [np.zeros(ARRAYS[name].shape, ARRAYS[name].dtype) for name in ("queries", "keys", "values", "kv_pages")]
-    index = [np.zeros(ARRAYS[name].shape, np.int32) for name in ("block_tables", "query_start_loc", "distribution")]
+TOO_LONG = WIDTH * PAGE_SIZE + 1
+
+
+def call_with_lengths(version: str, lens: Any, starts: Any, total: int, kernel: str = "xla") -> np.ndarray:
+    """The output of a call with this metadata, whose queries, keys and values are ones."""
+    ones = {name: np.ones(ARRAYS[name].shape, ARRAYS[name].dtype) for name in ("queries", "keys", "values")}
+    tables = np.arange(ROWS * WIDTH, dtype=np.int32).reshape(ROWS, WIDTH)
+    if version == "v2":
+        pages = np.ones((ROWS * WIDTH, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM), np.float32)
+        last = np.array([total], np.int32)
+        return np.asarray(ragged_page_attention_v2(ones["queries"], pages, lens, tables, starts, last, config=kernel))
+    pages = np.ones(page_shape("v3", ROWS * WIDTH, PAGE_SIZE, KV_HEADS, HEAD_DIM, np.dtype("float32")), np.float32)
+    last = np.array([0, 0, total], np.int32)
+    output, _ = ragged_page_attention_v3(*ones.values(), pages, lens, tables, starts, last, config=kernel)
+    return np.asarray(output)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_block_table_that_cannot_hold_a_context_is_refused(version: str) -> None:
+    lens, starts = np.array([3, TOO_LONG, 1], np.int32), np.array([0, 1, 2, 3], np.int32)
     with pytest.raises(ValueError, match="a context of 17 tokens was given, wanted at most 16"):
-        ragged_page_attention_v3(*rest, lens, *index)
+        call_with_lengths(version, lens, starts, 3)
+
+
+@pytest.mark.parametrize(
+    ("starts", "total", "tokens"),
+    [
+        pytest.param((0, 1, 1, 3), 3, 3, id="idle row"),
+        pytest.param((0, 1, 2, 2), 1, 1, id="dead row"),
+        pytest.param((0, 2, 1, 1), 3, 2, id="row that runs backwards"),
+    ],
+)
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_stale_lengths_of_rows_without_tokens_are_not_judged(
+    version: str, starts: tuple[int, ...], total: int, tokens: int
+) -> None:
+    """NumPy arrays give what JAX's arrays give."""
+    lens, starts_loc = np.array([3, TOO_LONG, 5], np.int32), np.array(starts, np.int32)
+    output = call_with_lengths(version, lens, starts_loc, total)
+    np.testing.assert_array_equal(output, call_with_lengths(version, jnp.array(lens), jnp.array(starts_loc), total))
+    assert output[:tokens].all()
+    assert not output[tokens:].any()
+
+
+def test_lengths_are_judged_only_with_the_starts_of_rows() -> None:
+    """A length alone does not say whether its row has tokens."""
+    lens, starts = np.array([3, TOO_LONG, 1], np.int32), jnp.array([0, 1, 1, 2], jnp.int32)
+    assert call_with_lengths("v3", lens, starts, 3)[:2].all()
 
 
 @pytest.mark.parametrize("count", [[1, 2], []])

@@ -1,9 +1,12 @@
 """Runs the examples of the pages, in the root and in docs/: every ``python`` block, in order, a process for each page.
 
-A page's blocks share their names. A comment in the line above a block says what to do with it::
+A page's blocks share their names. A comment in the line above a block says what to do with it, in one phrase, or in two
+with a comma between them::
 
-    <!-- example: needs EasyDeL -->      left out where no host is installed
-    <!-- example: not run, REASON -->    shown only
+    <!-- example: needs EasyDeL -->               left out where no host is installed
+    <!-- example: needs the native library -->    left out where it is not
+    <!-- example: new process -->                 begins a further process, in the folder of those before it
+    <!-- example: not run, REASON -->             shown only
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from pathlib import Path
 import pytest
 from conftest import RunPython
 
+from easydel_ragged_plugin.kernels import cpu_native
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
@@ -24,29 +29,41 @@ BLOCK = re.compile(
 )
 
 
-def examples(page: Path, has_host: bool) -> str:
-    """The page's examples as one program whose line numbers are the page's."""
+HERE = {
+    "needs EasyDeL": importlib.util.find_spec("easydel") is not None,
+    "needs the native library": cpu_native.availability() is None,
+}
+
+
+def examples(page: Path) -> list[str]:
+    """The page's examples as a program for each process, whose line numbers are the page's."""
     text = page.read_text(encoding="utf-8")
-    lines = [""] * (text.count("\n") + 1)
+    programs = [[""] * (text.count("\n") + 1)]
     for block in BLOCK.finditer(text):
         mark = block["mark"] or ""
-        assert mark in ("", "needs EasyDeL") or mark.startswith("not run, "), f"{page.name}: unknown mark {mark!r}"
-        if mark.startswith("not run, ") or (mark and not has_host):
+        if mark.startswith("not run, "):
             continue
+        marks = set(mark.split(", ")) - {""}
+        assert marks <= {*HERE, "new process"}, f"{page.name}: unknown mark {mark!r}"
+        if not all(HERE.get(each, True) for each in marks):
+            continue
+        if "new process" in marks:
+            programs.append([""] * len(programs[0]))
         first = text.count("\n", 0, block.start("code"))
         for offset, line in enumerate(block["code"].splitlines()):
-            lines[first + offset] = line.removeprefix(block["indent"])
-    return "\n".join(lines)
+            programs[-1][first + offset] = line.removeprefix(block["indent"])
+    return ["\n".join(lines) for lines in programs if any(lines)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples_run(page: Path, tmp_path: Path, run: RunPython) -> None:
-    code = examples(page, has_host=importlib.util.find_spec("easydel") is not None)
-    if not code.strip():
+    codes = examples(page)
+    if not codes:
         pytest.skip("no example to run here")
     program = tmp_path / page.with_suffix(".py").name
-    program.write_text(code, encoding="utf-8")
-    run(sys.executable, program, cwd=tmp_path, environment={"JAX_PLATFORMS": "cpu"})
+    for code in codes:
+        program.write_text(code, encoding="utf-8")
+        run(sys.executable, program, cwd=tmp_path, environment={"JAX_PLATFORMS": "cpu"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -234,7 +234,7 @@ def check_loops(program: Program, name: str) -> None:
     about = f"{name} {tile} for {request.describe()}"
     lanes = tiles.power_of_two(request.head_dim)
     single = kernel.single_key_loop
-    assert not (single.tensor_core_products or single.copied_bytes), f"the loop over single keys of {about}"
+    assert single.tensor_core_products == single.copied_bytes == 0, f"the loop over single keys of {about}"
     for loop in kernel.key_loops:
         assert bool(loop.tensor_core_products) == (request.compute_dtype.itemsize == 2), f"tensor cores in {about}"
         if request.compute_dtype.itemsize > 2:

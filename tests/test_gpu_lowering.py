@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from described_cards import described_gpu
+from jax.sharding import PartitionSpec as P
 
-from easydel_ragged_plugin import page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin import CUSTOM_CALLS, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels.pallas_gpu import attend
 from easydel_ragged_plugin.layout import Version
 
@@ -77,6 +78,7 @@ def lower(
     scale_arrays: tuple[str, ...] = (),
     donate: bool = True,
     prepare: Callable[[jax.Array], jax.Array] = lambda pages: pages,
+    around: Callable[[Any], Any] = lambda call: call,
     **options: Any,
 ) -> Any:
     """A call with its pages donated, lowered for ``platform``. It attends to ``prepare(pages)``."""
@@ -96,7 +98,7 @@ def lower(
         return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], platform=platform, **options, **scales)
 
     with described_gpu():
-        jitted = jax.jit(call, donate_argnums=at if donate and version == "v3" else ())
+        jitted = jax.jit(around(call), donate_argnums=at if donate and version == "v3" else ())
         return jitted.trace(*arguments, **scales).lower(lowering_platforms=(platform,))
 
 
@@ -165,6 +167,26 @@ def test_lowers_for_rocm(dtypes: tuple[Any, Any], version: Version) -> None:
     dtype, cache = dtypes
     lowered = lower(version, dtype=dtype, cache=cache, platform="rocm", **OPTIONS["all"])
     assert names(lowered) == KERNELS[version]
+
+
+@pytest.mark.parametrize("varying", ["all", "heads", "nothing"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_lowers_inside_of_shard_map(version: Version, varying: str) -> None:
+    """With its defaults: results vary over the axes that any operand varies over."""
+    heads = (0, 1, 6) if version == "v2" else (0, 1, 2, 3, 8)
+    count = 7 if version == "v2" else 9
+    specs = tuple(P("x") if varying == "all" or (varying == "heads" and at in heads) else P() for at in range(count))
+    around = functools.partial(jax.shard_map, in_specs=specs, out_specs=P() if varying == "nothing" else P("x"))
+    lowered = lower(version, sinks=True, return_lse=True, donate=False, sliding_window=300, around=around)
+    assert names(lowered) == KERNELS[version]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_export_needs_no_names_but_those_that_the_package_gives(version: Version) -> None:
+    lowered = operations(lower(version, sinks=True, return_lse=True).compiler_ir().operation)
+    targets = {each.attributes["call_target_name"].value for each in lowered if each.name == "stablehlo.custom_call"}
+    assert targets
+    assert targets <= set(CUSTOM_CALLS)
 
 
 def test_a_decode_step_of_one_row_has_no_prefill() -> None:

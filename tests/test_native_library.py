@@ -81,7 +81,7 @@ index = (jnp.full((5,), 400, jnp.int32), jnp.arange(125, dtype=jnp.int32).reshap
 call = functools.partial(attend, config="cpu_native")
 one = jax.jit(call)(queries, pages, *index)
 specs = (P(None, "heads"), P(None, None, "heads"), P(), P(), P(), P())
-many = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(None, "heads"), check_vma=False))
+many = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P(None, "heads")))
 for _ in range(20):
     np.testing.assert_allclose(np.asarray(many(queries, pages, *index)), np.asarray(one), rtol=1e-5, atol=1e-5)
 print("equal", len(jax.devices()))

@@ -123,6 +123,9 @@ class TestPallasGPU(KernelContract):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN
     versions: ClassVar = ("v3",)
+    known_failures: ClassVar = {
+        "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes; test_gpu_lowering.py lowers it"
+    }
 
 
 class TestPallasGPUV2(TestPallasGPU):

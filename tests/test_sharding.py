@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -42,6 +41,15 @@ def test_sharded_equals_unsharded() -> None:
         assert "ok v3 cpu_native" in printed
 
 
+def test_callers_with_meshes_of_their_own() -> None:
+    """Inside of shard_map with its defaults, under strict settings of JAX, and with explicit meshes."""
+    printed = run_program("callers")
+    assert "ok v3 xla: inside of shard_map" in printed
+    assert "ok v3 xla: strict settings" in printed
+    assert "ok v2 xla: explicit (1, 1), sharded, mesh=none" in printed
+    assert "ok: another mesh than that of the arrays is refused" in printed
+
+
 @pytest.mark.host
 def test_operations_on_the_hosts_meshes() -> None:
     """The same through the host's own cache configuration, placement and partition manager."""
@@ -52,9 +60,10 @@ def request_of(q_heads: int, kv_heads: int, cache_dtype: str = "float32") -> tup
     """A v3 request and what ``plan`` reads of its operands."""
     case = Case("plan", (Row(3, 1),), q_heads=q_heads, kv_heads=kv_heads, cache_dtype=cache_dtype)
     batch = build_batch(case, "v3")
-    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    index: Any = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
     selection = explain(ragged_page_attention_v3, batch.queries, batch.keys, batch.values, batch.pages, *index)
-    return selection.request, SimpleNamespace(pages=batch.pages)
+    arrays: Any = (batch.queries, batch.keys, batch.values, batch.pages, *index, None)
+    return selection.request, Operands(*arrays)
 
 
 def specs_v3(queries: PartitionSpec | None, pages: PartitionSpec) -> tuple[PartitionSpec | None, ...]:

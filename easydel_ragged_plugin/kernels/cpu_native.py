@@ -1,9 +1,10 @@
 """Native CPU kernel: C++ behind JAX's foreign function interface (FFI). The C++ is in ``native/``.
 
-The library is loaded with ctypes on first use and registered once. Nothing of it depends on a Python version, but it
-is built for one version of XLA's FFI, and a process whose jaxlib is older must not register it: jaxlib would reject
-it while the CPU backend starts, and take the backend with it. So the version is compared here, before registering,
-and whatever is wrong is a reason that :func:`availability` gives and :meth:`CpuNativeKernel.refuses` repeats.
+The library is loaded with ctypes on first use and registered once, at the latest when ``api`` is imported. Nothing of
+it depends on a Python version, but it is built for one version of XLA's FFI, and a process whose jaxlib is older must
+not register it: jaxlib would reject it while the CPU backend starts, and take the backend with it. So the version is
+compared here, before registering, and whatever is wrong is a reason that :func:`availability` gives and
+:meth:`CpuNativeKernel.refuses` repeats.
 
 Environment:
     EASYDEL_RAGGED_NATIVE_LIBRARY: path of a library to load in place of the installed one.
@@ -28,6 +29,7 @@ import numpy as np
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.varying import result_type
 
 __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "set_isa"]
 
@@ -37,8 +39,12 @@ ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
 INTERFACE = 3
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
-TARGET = "easydel_ragged_attention"
-"""The library's function behind XLA's FFI, and the name of the custom call."""
+TARGETS = tuple(f"easydel_ragged_attention_v{version}" for version in range(1, INTERFACE + 1))
+"""Names of the custom call, for each version of the interface. A saved program may hold an older one: it gets an error
+in place of buffers that it would misread."""
+
+TARGET = TARGETS[-1]
+"""The name that this version calls."""
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -152,7 +158,10 @@ _registration = threading.Lock()
 
 @functools.cache
 def _register() -> None:
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(_require(), TARGET)), platform="cpu")
+    library = _require()
+    for target in TARGETS:
+        handler = library.easydel_ragged_attention if target == TARGET else library.easydel_ragged_other_interface
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
@@ -197,6 +206,7 @@ class CpuNativeKernel(Kernel):
         ),
         results=frozenset({"lse"}),
     )
+    custom_calls = (TARGET,)
     label = "native (this package)"
     color = "#0f766e"
 
@@ -242,6 +252,14 @@ class CpuNativeKernel(Kernel):
             return f"head_dim {request.head_dim}, more than {MAX_HEAD_DIM}"
         return None
 
+    def register_ffi_targets(self) -> str | None:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.register_ffi_targets`. It loads the library."""
+        unavailable = availability()
+        if unavailable is None:
+            with _registration:
+                _register()
+        return unavailable
+
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
         with _registration:
@@ -260,8 +278,8 @@ class CpuNativeKernel(Kernel):
         ]
         lse_shape = operands.queries.shape[:2] if request.return_lse else nothing.shape
         results = [
-            jax.ShapeDtypeStruct(operands.queries.shape, request.query_dtype),
-            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+            result_type(operands.queries.shape, request.query_dtype, operands),
+            result_type(lse_shape, jnp.float32, operands),
         ]
         aliases = {}
         keys, values = operands.keys, operands.values
@@ -271,7 +289,7 @@ class CpuNativeKernel(Kernel):
             # Pages in and out are one buffer: where the caller donates them, nothing is copied.
             aliases = {1: 2}
             arrays += [keys, values]
-            results.append(jax.ShapeDtypeStruct(operands.pages.shape, operands.pages.dtype))
+            results.append(result_type(operands.pages.shape, operands.pages.dtype, operands))
         call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
         with jax.named_scope("ragged_page_attention_native"):
             output, lse, *updated = call(*arrays, **_attributes(request))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easydel_ragged_plugin.blockwise import Results, Softmax, Tiling, attend_tiles, empty_results
+from easydel_ragged_plugin.blockwise import Results, Softmax, Tiling, attend_tiles, empty_results, statistics_dtype
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, live_rows
 from easydel_ragged_plugin.turboquant import ARRAYS, FORMAT, INDEX_LEVELS, TurboQuantConstants, TurboQuantPages
@@ -116,13 +116,14 @@ def rotate(array: jax.Array, constants: TurboQuantConstants) -> tuple[jax.Array,
 
 def nearest(array: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index of the nearest entry, or of the first of two that are equally near."""
-    return jnp.argmin(jnp.abs(array[..., None] - codebook), axis=-1).astype(jnp.uint8)
+    return jnp.argmin(jnp.abs(array[..., None] - codebook[None, None, None, :]), axis=-1).astype(jnp.uint8)
 
 
 def pack(array: jax.Array, count: int) -> jax.Array:
     """``count`` neighbors of the last axis in each byte, the first in the lowest bits."""
     parts = array.astype(jnp.uint8).reshape(*array.shape[:-1], array.shape[-1] // count, count)
-    return jnp.sum(parts << jnp.arange(0, 8, 8 // count, dtype=jnp.uint8), axis=-1, dtype=jnp.uint8)
+    shifts = jnp.arange(0, 8, 8 // count, dtype=jnp.uint8)[None, None, None, :]
+    return jnp.sum(parts << shifts, axis=-1, dtype=jnp.uint8)
 
 
 def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
@@ -141,7 +142,7 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
     """Attention of all live tokens, in the queries' dtype."""
     pages, constants = operands.pages, operands.pages.constants
     # Codes are more exact than the short types, and EasyDeL computes in float32, too.
-    dtype = jnp.promote_types(jnp.promote_types(request.query_dtype, request.compute_dtype), jnp.float32)
+    dtype = np.promote_types(statistics_dtype(request), request.compute_dtype)
     small = request.num_tokens <= DECODE_TILE * request.num_rows
     tile = min(config.num_queries_per_block or (DECODE_TILE if small else PREFILL_TILE), request.num_tokens)
     wanted = config.num_kv_pages_per_block or BLOCK_TOKENS // request.page_size

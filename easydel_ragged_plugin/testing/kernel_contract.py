@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +25,23 @@ from .contract_laws import LawTests
 from .kernel_driver import KernelDriver, KernelOutcome
 
 __all__ = ["KernelContract"]
+
+
+_SETTINGS = {
+    "rank": functools.partial(jax.numpy_rank_promotion, "raise"),
+    "dtype": functools.partial(jax.numpy_dtype_promotion, "strict"),
+    "x64": functools.partial(jax.enable_x64, True),
+}
+"""Settings of JAX under which a kernel must work."""
+
+
+@contextlib.contextmanager
+def _strict(*settings: str) -> Iterator[None]:
+    """These settings, together."""
+    with contextlib.ExitStack() as stack:
+        for name in settings:
+            stack.enter_context(_SETTINGS[name]())
+        yield
 
 
 @functools.lru_cache(maxsize=2)
@@ -114,6 +134,51 @@ class KernelTests(KernelBase):
     def test_no_logsumexp_unless_requested(self, driver: KernelDriver) -> None:
         """It costs time and memory."""
         assert self._run(driver, self.law_case)[3].lse is None, "got a logsumexp that was not requested"
+
+    def test_strict_settings(self, driver: KernelDriver) -> None:
+        """JAX may be told to refuse what promotes ranks or dtypes, and to have 64 bits: every call traces in any case.
+
+        The first case of each set of options and dtypes stands for all of them.
+        """
+        distinct: dict[Any, Case] = {}
+        for case in self.cases:
+            key = (frozenset(case.options.given()), case.sinks, case.dtype, case.cache_dtype)
+            if key not in distinct and driver.version in case.versions and self._missing(driver, case) is None:
+                distinct[key] = case
+        return_lse = "lse" in self.kernel.features.results
+        for case in distinct.values():
+            batch = self._build(driver, case)
+            try:
+                with _strict("rank", "dtype", "x64"):
+                    found = driver.types(batch, return_lse=return_lse)
+            except Exception as error:
+                error.add_note(f"In the case {case.name}.")
+                raise
+            assert (found.output.shape, found.output.dtype) == (batch.queries.shape, batch.queries.dtype), case.name
+            assert not return_lse or (found.lse is not None and found.lse.dtype == np.float32), case.name
+
+    @pytest.mark.parametrize("settings", [("rank", "dtype"), ("rank", "dtype", "x64")], ids="-".join)
+    def test_strict_settings_change_no_number(self, driver: KernelDriver, settings: tuple[str, ...]) -> None:
+        """With these settings the numbers are the oracle's, too."""
+        batch = self._build(driver, self.law_case)
+        with _strict(*settings):
+            outcome = self._call(driver, batch)
+        expected, pages = driver.expected(batch, outcome)
+        assert_close(outcome.output, expected, batch.case)
+        assert_same_pages(outcome.pages, pages)
+
+    def test_inside_of_shard_map(self, driver: KernelDriver) -> None:
+        """``jax.shard_map`` follows what varies over its mesh: operands that do give results that do, and the numbers.
+
+        Every loop has to carry it, and every call into other code has to state it: see
+        :mod:`easydel_ragged_plugin.varying`.
+        """
+        batch = self._build(driver, self.law_case)
+        return_lse = "lse" in self.kernel.features.results
+        outcome = self._call(driver, batch, in_shard_map=True, return_lse=return_lse)
+        expected, pages = driver.expected(batch, outcome)
+        assert_close(outcome.output, expected, batch.case)
+        assert_same_pages(outcome.pages, pages)
 
     @pytest.mark.parametrize("fault", FAULTS)
     @pytest.mark.parametrize("window", [None, 3])

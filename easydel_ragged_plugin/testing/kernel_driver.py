@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.request import describe
 from easydel_ragged_plugin.select import why_not
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Kernel, Operands
+from easydel_ragged_plugin.varying import vary, varying_axes
 
 from .batches import Batch, Case, Version, build_batch
 
@@ -24,6 +27,23 @@ __all__ = ["KernelDriver", "KernelOutcome"]
 MOST_PROGRAMS = 64
 """Compiled programs that are kept. Each holds up to a hundred memory maps of its process, of which Linux allows
 65,530: the cases of a few kernels would end the process."""
+
+AXIS = "shards"
+"""The mesh axis of calls inside of ``jax.shard_map``."""
+
+
+def _all_vary(program: Callable[[Any, Operands], Attended], cache: Any, rest: Operands) -> Attended:
+    """``program``, each of whose results must vary over the axis, as all operands do."""
+    attended = program(*vary((cache, rest), (cache, rest)))
+    lacking = [name for name, each in attended._asdict().items() if AXIS not in varying_axes(each)]
+    if attended.lse is None:
+        lacking.remove("lse")
+    if lacking:
+        raise TypeError(
+            f"forward: got {', '.join(lacking)} that vary over no mesh axis, wanted those of the operands. Inside of "
+            "jax.shard_map use easydel_ragged_plugin.varying: result_type for the results of a call, vary for constants"
+        )
+    return attended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +87,7 @@ class KernelDriver:
         self.config = config or RaggedPageConfig()
         self.outcomes: dict[Case, Any] = {}
         self._compiler_options = compiler_options
-        self._programs: dict[AttentionRequest, Any] = {}
+        self._programs: dict[tuple[AttentionRequest, bool], Any] = {}
         self._missing: dict[Case, str | None] = {}
 
     def cache_of(self, batch: Batch, pages: np.ndarray) -> Any:
@@ -107,37 +127,55 @@ class KernelDriver:
                 self._missing[case] = str(refusal)
         return self._missing[case]
 
-    def call(self, batch: Batch, *, host_writes: bool = False, return_lse: bool = False) -> KernelOutcome:
+    def call(
+        self, batch: Batch, *, host_writes: bool = False, return_lse: bool = False, in_shard_map: bool = False
+    ) -> KernelOutcome:
         """Run the kernel on ``batch`` inside ``jax.jit``, with the cache donated.
 
         Args:
             batch: what to run. Its pages may be those of an earlier outcome.
             host_writes: for v2, write the batch's new tokens into its pages first, where they are not written yet.
             return_lse: whether to request the logsumexp.
+            in_shard_map: run inside of ``jax.shard_map`` as well, with its defaults, over a mesh of one device. All
+                operands vary over its axis, and so must all results.
         """
         pages = batch.pages
         if self.version == "v2":
             pages = self.with_new_tokens(batch, pages) if host_writes else batch.updated_pages
         request, operands = self._described(batch, pages, return_lse)
-        if request not in self._programs:
+        key = (request, in_shard_map)
+        if key not in self._programs:
             if len(self._programs) == MOST_PROGRAMS:
                 self._programs.clear()
                 jax.clear_caches()
-
-            def program(cache: Any, rest: Operands) -> Attended:
-                attended = self.kernel.forward(request, self.config, rest._replace(pages=cache))
-                if not isinstance(attended, Attended):
-                    raise TypeError(
-                        f"forward: got {type(attended).__name__}, wanted easydel_ragged_plugin.types.Attended"
-                    )
-                return attended
-
             # v2 leaves the cache alone: nothing to donate it to.
             donated = 0 if self.version == "v3" else ()
-            self._programs[request] = jax.jit(program, donate_argnums=donated, compiler_options=self._compiler_options)
-        attended = self._programs[request](operands.pages, operands._replace(pages=None))
+            program = functools.partial(self._program, request)
+            if in_shard_map:
+                mesh = jax.sharding.Mesh(jax.devices()[:1], (AXIS,))
+                along = jax.sharding.PartitionSpec(AXIS)
+                program = jax.shard_map(
+                    functools.partial(_all_vary, program), mesh=mesh, in_specs=along, out_specs=along
+                )
+            self._programs[key] = jax.jit(program, donate_argnums=donated, compiler_options=self._compiler_options)
+        attended = self._programs[key](operands.pages, operands._replace(pages=None))
         lse = None if attended.lse is None else np.asarray(attended.lse)
         return KernelOutcome(np.asarray(attended.output), self.pages_of(attended.pages), lse)
+
+    def types(self, batch: Batch, *, return_lse: bool = False) -> Attended:
+        """The shapes and dtypes of what the kernel gives for ``batch``; nothing runs."""
+        pages = batch.pages if self.version == "v3" else batch.updated_pages
+        request, operands = self._described(batch, pages, return_lse)
+        found: Attended = jax.eval_shape(
+            functools.partial(self._program, request), operands.pages, operands._replace(pages=None)
+        )
+        return found
+
+    def _program(self, request: AttentionRequest, cache: Any, rest: Operands) -> Attended:
+        attended = self.kernel.forward(request, self.config, rest._replace(pages=cache))
+        if not isinstance(attended, Attended):
+            raise TypeError(f"forward: got {type(attended).__name__}, wanted easydel_ragged_plugin.types.Attended")
+        return attended
 
     def _described(self, batch: Batch, pages: np.ndarray, return_lse: bool) -> tuple[AttentionRequest, Operands]:
         is_v3 = self.version == "v3"

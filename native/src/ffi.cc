@@ -175,6 +175,22 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) 
   return handler->Call(frame);
 }
 
+// Runs in place of the handlers of other interface versions, whose buffers and attributes may mean other things.
+RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_other_interface(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind()
+                             .RemainingArgs()
+                             .RemainingRets()
+                             .Attrs()
+                             .To([](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+                               return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                                                 "cpu_native: this program was saved with an older version of "
+                                                 "easydel-ragged-plugin, whose calls this version does not have. "
+                                                 "Save it again, or install the version that it was saved with.");
+                             })
+                             .release();
+  return handler->Call(frame);
+}
+
 // The FFI version that this library was built for, as major * 1000 + minor.
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 

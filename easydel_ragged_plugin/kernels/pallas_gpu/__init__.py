@@ -73,6 +73,7 @@ class PallasGPU(Kernel):
         ),
         results=frozenset({"lse"}),
     )
+    custom_calls = ("__gpu$xla.gpu.triton",)
     label = "Triton (this package)"
     color = "#0f766e"
     config_type = Tiles

@@ -31,6 +31,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.rows import is_visible, needed_entries, visible_keys
 from easydel_ragged_plugin.types import SATURATED, AttentionRequest
+from easydel_ragged_plugin.varying import result_type, vary
 
 from .tiles import Tile, power_of_two
 from .work import Column, DecodeWork
@@ -444,6 +445,9 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     out = rest[-2:] if request.return_lse else rest[-1:]
     kv_head, part = pl.program_id(0), pl.program_id(1)
     row, start, count, context, begin, end, partial, parts = (work[part, int(column)] for column in Column)
+    # In JAX 0.8 what is read from memory varies over the mesh of a shard_map around the kernel. What is computed does
+    # not, and so what a loop counts.
+    begin = begin + 0
     # A row that lacks a page has no blocks in any part, so its parts sum up to zeros.
     has_pages = row_has_pages(request, tables, row, context, count)
     queries = load_queries(request, tile, queries_ref, kv_head, start, count, context - count)
@@ -487,8 +491,9 @@ def launch(
     *others: jax.ShapeDtypeStruct,
 ) -> tuple[Results, tuple[jax.Array, ...]]:
     """Run a kernel on ``operands``. It fills ``results`` in their memory, and arrays of the shapes ``others``."""
-    filled = results.arrays()
-    shapes = [*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in filled), *others]
+    filled = vary(results.arrays(), operands)
+    wanted: list[Any] = [*filled, *others]
+    shapes = [result_type(each.shape, each.dtype, operands) for each in wanted]
     # Compiler parameters of Triton choose it: JAX's own default is another backend since 0.9.
     call = pl.pallas_call(
         kernel,

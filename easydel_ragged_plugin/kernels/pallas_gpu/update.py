@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.types import AttentionRequest
+from easydel_ragged_plugin.varying import result_type
 
 from .attend import broadcast_along, iota, row_has_pages
 from .tiles import power_of_two
@@ -68,7 +69,7 @@ def update_pages(
     return pl.pallas_call(
         functools.partial(ragged_update, request, tokens),
         grid=(heads, work.shape[0]),
-        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        out_shape=result_type(pages.shape, pages.dtype, (work, keys, values, tables, pages)),
         input_output_aliases={4: 0},
         compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from easydel_ragged_plugin.blockwise import (
@@ -42,6 +43,7 @@ from easydel_ragged_plugin.blockwise import (
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, first_visible, live_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.varying import vary
 from easydel_ragged_plugin.writes import select_slots, sources_of_slots, to_cache_dtype, too_many_slots, write_tokens
 
 __all__ = ["KERNEL", "XlaKernel"]
@@ -121,7 +123,7 @@ def operand_dtype(request: AttentionRequest) -> jnp.dtype:
     CPUs multiply float32 at full rate and emulate shorter types, so float32 is both faster and more exact there.
     """
     if request.platform == "cpu":
-        return jnp.promote_types(request.compute_dtype, jnp.float32)
+        return np.promote_types(request.compute_dtype, np.float32)
     return request.compute_dtype
 
 
@@ -170,16 +172,16 @@ def attend_decode(
     def step(merge: Merge, trip: jax.Array, state: Softmax) -> Softmax:
         cache, trip = pin(pages, trip)
         item = trip * lanes + jnp.arange(lanes, dtype=jnp.int32)
-        rank = jnp.sum(item[:, None] >= last_block, axis=1, dtype=jnp.int32)
+        rank = jnp.sum(item[:, None] >= last_block[None, :], axis=1, dtype=jnp.int32)
         taken = rank < num_rows
         rank = jnp.minimum(rank, num_rows - 1)
         block = item - (last_block[rank] - num_blocks[rank])
         page = first_page[rank] + block * blocks.pages
-        entries = page[:, None] + jnp.arange(blocks.pages, dtype=jnp.int32)
+        entries = page[:, None] + jnp.arange(blocks.pages, dtype=jnp.int32)[None, :]
         ids = tables[order[rank][:, None], jnp.minimum(entries, request.pages_per_row - 1)]
         keys, values = read_pages(request, cache, ids)
 
-        position = page[:, None] * request.page_size + jnp.arange(block_tokens, dtype=jnp.int32)
+        position = page[:, None] * request.page_size + jnp.arange(block_tokens, dtype=jnp.int32)[None, :]
         end = context[rank][:, None]
         visible = taken[:, None] & (position < end) & (position >= first_visible(request, end - 1))
         keys = jnp.swapaxes(keys, 1, 2).astype(dtype)
@@ -201,7 +203,7 @@ def attend_decode(
         return merge_parts(merge, state, part, rank, taken)
 
     # The state has `lanes` spare ranks after the last row, so that a slice of it is never clamped.
-    nothing = initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request))
+    nothing = vary(initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request)), operands)
 
     def walk(merge: Merge) -> Softmax:
         return lax.fori_loop(0, -(-last_block[-1] // lanes), functools.partial(step, merge), nothing)
