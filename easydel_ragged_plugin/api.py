@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from . import rows, sharding
 from .config import RaggedPageConfig, as_config
 from .layout import Version
-from .options import Options, Window
+from .options import Options, Window, split_scales
 from .request import describe
 from .select import Selection, select
 from .sharding import Shards
@@ -36,6 +36,7 @@ __all__ = ["attend", "explain", "ragged_page_attention_v2", "ragged_page_attenti
 
 Config = RaggedPageConfig | str | None
 Specs = tuple[PartitionSpec | None, ...] | None
+Scale = float | Float[Array, " kv_heads"] | Float[Array, ""] | None
 Sinks = Float[Array, " q_heads"] | Float[Array, "kv_heads sinks"] | None
 Output = Float[Array, "tokens q_heads head_dim"]
 LogSumExp = Float[Array, "tokens q_heads"]
@@ -63,11 +64,12 @@ def ragged_page_attention_v2(  # type: ignore[misc]
     compute_dtype: Any = None,
     optimized: bool = False,
     sliding_window: Window = None,
+    attention_chunk_size: int | None = None,
     mask_value: float | None = None,
     vmem_limit_bytes: int | None = None,
     q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
@@ -85,18 +87,28 @@ def ragged_page_attention_v2(  # type: ignore[misc]
         query_start_loc: int32 first token of each row.
         num_seqs: int32 number of rows in use; the rows after them are dead. Rows without tokens may be among them.
         softmax_aux: sink logits, which are added to the softmax's sum and have no value: one for each query head,
-            or ``[kv_heads, sinks]``, where all sinks of a kv head count for each of its query heads.
-        softmax_scale: factor on ``query . key``; None for ``head_dim ** -0.5``.
-        logits_soft_cap: c of ``c * tanh(logits / c)``, applied to the scaled logits.
+            or ``[kv_heads, sinks]``, where all sinks of a kv head count for each of its query heads. -inf is no sink;
+            inf, and any number past float32, counts as the largest float32.
+        softmax_scale: factor on ``query . key``; None for ``head_dim ** -0.5``. Scales are 0 or of a magnitude between
+            2**-126 and 2**127, and so are their products.
+        logits_soft_cap: c of ``c * tanh(logits / c)``, applied to the scaled logits. From 2**60 on it caps nothing,
+            and is the same as None.
         compute_dtype: dtype of the operands of the two products, or a wider one where that is faster; None for the
             queries' dtype. Softmax and sums are float32 at least.
         optimized: hint for EasyDeL's TPU kernel; results do not depend on it.
         sliding_window: tokens that a query sees, its own included; or a pair (tokens left of it, tokens right of
-            it), of which causality cuts the right part. -1 in a pair means no limit.
+            it), of which causality cuts the right part. -1 in a pair means no limit, and so does any number from 2**31
+            on.
+        attention_chunk_size: tokens of a chunk of chunked attention (Llama 4): a query at position p sees only keys
+            from ``p // attention_chunk_size * attention_chunk_size`` on. With a sliding window both limits hold.
         mask_value: logit of a masked key. Masked keys have no weight at all here, so only None and values up to
             -1e9, which have the same effect, are accepted.
         vmem_limit_bytes: upper limit of the scoped VMEM of a TPU kernel, in bytes. Other kernels use none.
-        q_scale, k_scale, v_scale: factors that turn stored queries, keys and values into real ones.
+        q_scale: step of a quantization of the queries, as in ejkernel and tpu-inference: queries are divided by it,
+            cast, and multiplied by it again, so it cancels but for rounding. The kernels of this package compute with
+            the queries as they are; ejkernel's v3 gets it.
+        k_scale, v_scale: factors that turn stored keys and values into real ones: a number, or a float array
+            ``[kv_heads]`` or ``[]``, which may be traced. Arrays are held in float32.
         return_lse: whether to return the logsumexp of each token and query head as well: the natural logarithm of the
             sum of ``exp(logit)`` over the keys that the token sees and its sinks. With it the results over two parts
             of a context can be merged.
@@ -113,14 +125,15 @@ def ragged_page_attention_v2(  # type: ignore[misc]
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing.
         Unsupported: the kernel that was named refuses.
     """
+    scales, arrays = split_scales({"k_scale": k_scale, "v_scale": v_scale})
     options = Options(
         softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
-        sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale,
-        k_scale=k_scale, v_scale=v_scale,
+        sliding_window=sliding_window, attention_chunk_size=attention_chunk_size, mask_value=mask_value,
+        vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale, **scales,
     )  # fmt: skip
     attended = attend(
         "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
-        options, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+        options, **arrays, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
     )  # fmt: skip
     return attended.output if attended.lse is None else (attended.output, attended.lse)
 
@@ -135,8 +148,8 @@ def ragged_page_attention_v3(
 ) -> tuple[Output, PagesV3]: ...
 def ragged_page_attention_v3(  # type: ignore[misc]
     queries: Float[Array, "tokens q_heads head_dim"],
-    keys: Float[Array, "tokens kv_heads head_dim"],
-    values: Float[Array, "tokens kv_heads head_dim"],
+    keys: Float[Array, "tokens kv_heads head_dim"] | None,
+    values: Float[Array, "tokens kv_heads head_dim"] | None,
     kv_pages: PagesV3,
     context_lens: Int[Array, " rows"],
     block_tables: Int[Array, "rows pages_per_row"] | Int[Array, " rows_x_pages_per_row"],
@@ -150,48 +163,58 @@ def ragged_page_attention_v3(  # type: ignore[misc]
     compute_dtype: Any = None,
     optimized: bool = False,
     sliding_window: Window = None,
+    attention_chunk_size: int | None = None,
     mask_value: float | None = None,
     vmem_limit_bytes: int | None = None,
     q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    update_pages: bool = True,
     return_lse: bool = False,
     config: Config | Any = None,
     platform: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
 ) -> tuple[Output, PagesV3] | tuple[Output, PagesV3, LogSumExp]:
-    """Write the new keys and values of each live token into its page, then attend.
+    """Write the new keys and values of each live token into its page, then attend; or attend alone.
 
     Inside ``jax.jit`` with the pages donated, the update is in place and the pages are not copied. Slots of other
     tokens keep their bits; the padding of a written slot becomes zero. Keys and values are stored as they are given,
     cast to the cache's dtype: 8-bit floats saturate, int8 rounds to the nearest of -127 to 127. With ``k_scale`` and
     ``v_scale`` the caller has divided by them.
 
+    With ``update_pages=False`` nothing is written: the pages hold the new tokens' keys and values already, as those of
+    a layer that shares another layer's cache do. Context lengths include these tokens in both cases.
+
     Args:
         queries, softmax_aux, context_lens, query_start_loc: as for :func:`ragged_page_attention_v2`.
-        keys, values: keys and values of the new tokens.
+        keys, values: keys and values of the new tokens. With ``update_pages=False`` only their shape is read, and they
+            may be None where the pages' shape tells the number of kv heads.
         kv_pages: the cache, in the shape that :func:`~easydel_ragged_plugin.layout.page_shape` gives for ``"v3"``; or
             a :class:`~easydel_ragged_plugin.turboquant.TurboQuantPages`, whose constants come back as they are.
         block_tables: int32 page ids, ``[rows, pages_per_row]`` or flat.
         distribution: int32 ``[decode_end, prefill_end, total]``; see ``types.Distribution``.
-        softmax_scale ... in_specs: as for :func:`ragged_page_attention_v2`.
+        update_pages: whether to write the new keys and values.
+        softmax_scale: factor on ``query . key``; None for ``head_dim ** -0.5``. ejkernel's own v3 takes 1.0 for None.
+        logits_soft_cap ... in_specs: as for :func:`ragged_page_attention_v2`.
 
     Returns:
-        The attention output in the queries' dtype, and the updated pages; with ``return_lse`` also the logsumexp.
+        The attention output in the queries' dtype, and the updated pages (the given ones where nothing is written);
+        with ``return_lse`` also the logsumexp.
 
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype or value. Raised while tracing: nothing is written.
         Unsupported: the kernel that was named refuses.
     """
+    scales, arrays = split_scales({"k_scale": k_scale, "v_scale": v_scale})
     options = Options(
         softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, compute_dtype=compute_dtype, optimized=optimized,
-        sliding_window=sliding_window, mask_value=mask_value, vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale,
-        k_scale=k_scale, v_scale=v_scale,
+        sliding_window=sliding_window, attention_chunk_size=attention_chunk_size, mask_value=mask_value,
+        vmem_limit_bytes=vmem_limit_bytes, q_scale=q_scale, update_pages=update_pages, **scales,
     )  # fmt: skip
     attended = attend(
         "v3", queries, keys, values, kv_pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
-        options, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+        options, **arrays, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
     )  # fmt: skip
     return attended[:2] if attended.lse is None else (attended.output, attended.pages, attended.lse)
 
@@ -209,6 +232,8 @@ def attend(
     softmax_aux: Any,
     options: Options,
     *,
+    k_scale: Any = None,
+    v_scale: Any = None,
     return_lse: bool = False,
     config: Any = None,
     platform: str | None = None,
@@ -221,13 +246,14 @@ def attend(
         version: which operation.
         queries, ..., softmax_aux: the positional arguments of :func:`ragged_page_attention_v3`. For v2 ``keys`` and
             ``values`` are None, and ``distribution`` is ``num_seqs``.
-        options: the options; ``sinks`` is set from ``softmax_aux``.
+        options: the options; ``sinks`` is set from ``softmax_aux``, and ``scale_arrays`` from the next two.
+        k_scale, v_scale: the options of these names where they are arrays; else None.
         return_lse: as for the public functions.
         config, platform, mesh, in_specs: as for the public functions.
     """
     request, operands = describe(
         version, queries, keys, values, pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
-        options, return_lse=return_lse, platform=platform,
+        options, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, platform=platform,
     )  # fmt: skip
     shards = sharding.plan(request, operands, mesh, in_specs)
     kernel, selection = select(sharding.local_request(request, operands, shards), as_config(config))
@@ -238,7 +264,8 @@ def attend(
         explained.append(selection)
         lse = jnp.zeros(operands.queries.shape[:2], jnp.float32) if return_lse else None
         return Attended(operands.queries, operands.pages, lse)
-    return _run(kernel, selection.request, selection.config, shards, operands)
+    attended = _run(kernel, selection.request, selection.config, shards, operands)
+    return attended if request.writes_pages else attended._replace(pages=operands.pages)
 
 
 # All layers of a model make the same call. jit keeps its trace, so it is traced and lowered once.
@@ -246,7 +273,8 @@ def attend(
 def _run(
     kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig, shards: Shards, operands: Operands
 ) -> Attended:
-    return sharding.run(lambda local: kernel.forward(request, config, local), request, operands, shards)
+    attended = sharding.run(lambda local: kernel.forward(request, config, local), request, operands, shards)
+    return attended if request.writes_pages else attended._replace(pages=None)  # no copy where it is no part of a trace
 
 
 _explained: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("ragged_explained", default=None)
@@ -268,7 +296,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selectio
     found: list[Selection] = []
     token = _explained.set(found)
     try:
-        jax.eval_shape(functools.partial(function, **kwargs), *args)
+        shapes = {name: value for name, value in kwargs.items() if isinstance(value, jax.ShapeDtypeStruct)}
+        given = {name: value for name, value in kwargs.items() if name not in shapes}
+        jax.eval_shape(functools.partial(function, **given), *args, **shapes)
     finally:
         _explained.reset(token)
     return found[0]

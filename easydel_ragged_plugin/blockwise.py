@@ -54,10 +54,11 @@ def pin(pages: Any, trip: jax.Array) -> tuple[Any, jax.Array]:
     return lax.optimization_barrier((pages, trip))
 
 
-def logits_of(request: AttentionRequest, products: jax.Array) -> jax.Array:
-    """Scale and cap the products of queries and keys."""
-    logits = products * jnp.asarray(request.logits_scale, products.dtype)
-    cap = request.options.logits_soft_cap
+def logits_of(request: AttentionRequest, products: jax.Array, k_scale: jax.Array | None = None) -> jax.Array:
+    """Scale and cap the products of queries and keys; ``k_scale`` is a further factor that broadcasts against them."""
+    scale = jnp.asarray(request.logits_scale, products.dtype)
+    logits = products * (scale if k_scale is None else scale * k_scale.astype(products.dtype))
+    cap = request.options.soft_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -147,7 +148,7 @@ def attend_tiles(
     Args:
         request, tiling: static sizes.
         rows: rows to attend; those with no queries are skipped.
-        operands: source of block tables and sinks.
+        operands: source of block tables, sinks and ``k_scale``.
         pages: the cache, up to date.
         queries: ``[tokens, kv_heads, group, width]``.
         read: function of the cache and page ids ``[pages]``; returns keys ``[slots, kv_heads, width]`` and values
@@ -186,7 +187,8 @@ def attend_tiles(
             keys = jnp.swapaxes(keys, 0, 1).astype(tiling.operands)
             values = jnp.swapaxes(values, 0, 1).astype(tiling.operands)
             products = jnp.einsum("hmd,htd->hmt", tokens, keys, preferred_element_type=tiling.statistics)
-            logits = logits_of(request, products).reshape(num_kv_heads, group, tile, step_tokens)
+            k_scale = None if operands.k_scale is None else operands.k_scale[:, None, None]
+            logits = logits_of(request, products, k_scale).reshape(num_kv_heads, group, tile, step_tokens)
             visible = is_visible(request, position[None, :], query_position[:, None]) & needed[None, :]
             logits = jnp.where(visible, logits, -jnp.inf)
             maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=-1))

@@ -15,10 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from .layout import PageLayout, Version
-from .options import Options
+from .layout import PageLayout, Version, page_shape
+from .options import SCALES, Options
 
-__all__ = ["PLAIN", "CacheFormat", "PlainPages"]
+__all__ = ["CACHE_DTYPES", "PLAIN", "CacheFormat", "PlainPages"]
+
+CACHE_DTYPES = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3",
+    "float8_e3m4",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "int8",
+)
+"""Names of the dtypes that keys and values can be stored in: they have signs, zero, and eight bits at least."""
 
 Axes = tuple[str, ...]
 
@@ -59,8 +75,9 @@ class CacheFormat(abc.ABC):
         """
 
     @abc.abstractmethod
-    def num_kv_heads(self, version: Version, cache: Any) -> int:
-        """Key/value heads of a cache, for v2, where no new keys have them."""
+    def num_kv_heads(self, version: Version, cache: Any, head_dim: int) -> tuple[int, ...]:
+        """Key/value heads that a cache may have, for calls without new keys, which would have them. Several where the
+        cache pads them."""
 
     @abc.abstractmethod
     def layout(
@@ -97,30 +114,39 @@ class PlainPages(CacheFormat):
         return np.dtype(cache.dtype)
 
     def check(self, version: Version, cache: Any, head_dim: int) -> None:
-        """Raise ValueError for a wrong number of axes, a dtype that holds no keys, or an empty array."""
+        """Raise ValueError for a wrong number of axes, a dtype not in :data:`CACHE_DTYPES`, or an empty array."""
         rank = 4 if version == "v2" else 5
         if len(cache.shape) != rank:
             raise ValueError(
                 f"kv_pages: got shape {tuple(cache.shape)}, wanted {rank} axes for {version}. "
                 f"page_shape({version!r}, ...) gives the shape."
             )
-        if not (jnp.issubdtype(cache.dtype, jnp.floating) or cache.dtype == jnp.int8):
-            raise ValueError(f"kv_pages: got dtype {cache.dtype}, wanted a float dtype or int8.")
+        if cache.dtype.name not in CACHE_DTYPES:
+            raise ValueError(
+                f"kv_pages: got dtype {cache.dtype}, wanted one that keys can be stored in: {', '.join(CACHE_DTYPES)}."
+            )
         if 0 in cache.shape:
             raise ValueError(f"kv_pages: got shape {tuple(cache.shape)}, wanted at least one page of one token.")
 
     def check_options(self, cache: Any, options: Options) -> None:
         """Integer caches must have ``k_scale`` and ``v_scale``: the factors that turn integers into keys and values."""
-        missing = [name for name in ("k_scale", "v_scale") if getattr(options, name) is None]
+        missing = [name for name in SCALES if getattr(options, name) is None and name not in options.scale_arrays]
         if jnp.issubdtype(cache.dtype, jnp.integer) and missing:
             raise ValueError(
                 f"{' and '.join(missing)}: got None, wanted the size of one step of the {cache.dtype} cache. Keys and "
                 "values are stored divided by them."
             )
 
-    def num_kv_heads(self, version: Version, cache: Any) -> int:
-        """Half of the heads of a v2 array: keys and values alternate."""
-        return int(cache.shape[2]) // 2
+    def num_kv_heads(self, version: Version, cache: Any, head_dim: int) -> tuple[int, ...]:
+        """Half of the heads of a v2 array: keys and values alternate. All that have the shape of a v3 array."""
+        if version == "v2":
+            return (int(cache.shape[2]) // 2,)
+        pages, page_size, groups, pack, _ = shape = tuple(cache.shape)
+        return tuple(
+            heads
+            for heads in range(1, groups * pack + 1)
+            if page_shape(version, pages, page_size, heads, head_dim, self.dtype(cache)) == shape
+        )
 
     def layout(
         self, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype

@@ -6,7 +6,6 @@ They turn the host's call (a cache view, metadata, a partition manager and a lon
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -15,13 +14,10 @@ import jax.numpy as jnp
 from . import api, host, model_config, views
 from .config import RaggedPageConfig, as_config
 from .errors import Unsupported
-from .options import Options
+from .options import KEYWORDS, Options, split_scales
 
 _host = host.load()
 _EMPTY, _HEAD, _PREFILL = _host.axes.EMPTY, _host.axes.HEAD, _host.axes.MODE_PREFILL
-
-OPTIONS = frozenset(each.name for each in dataclasses.fields(Options)) - {"sinks"}
-"""Names of the host's arguments that are options of the call. Sinks come as an array."""
 
 __all__ = ["RaggedPageAttnV2", "RaggedPageAttnV3"]
 
@@ -84,8 +80,10 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             key, value: ``[tokens, kv_heads, head_dim]`` of the same tokens. v2 does not use them: the pages have them.
             cache_view: object with ``kv_pages`` and ``metadata``. v3 puts the updated pages into it.
             cache_metadata: the host's ``RaggedPagesMetadata``.
-            softmax_scale, logits_soft_cap, sliding_window, softmax_aux, mask_value, vmem_limit_bytes, compute_dtype,
-                optimized, q_scale, k_scale, v_scale: as in :func:`easydel_ragged_plugin.ragged_page_attention_v2`.
+            softmax_scale, logits_soft_cap, sliding_window, attention_chunk_size, softmax_aux, mask_value,
+                vmem_limit_bytes, compute_dtype, optimized, q_scale, k_scale, v_scale: as in
+                :func:`easydel_ragged_plugin.ragged_page_attention_v2`.
+            update_pages: as in :func:`easydel_ragged_plugin.ragged_page_attention_v3`; only for v3.
 
         Returns:
             The host's ``AttentionOutput``: the output in the query's dtype, no weights, and for v3 the same cache view.
@@ -133,7 +131,8 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         portable: bool = False,
         **arguments: Any,
     ) -> Any:
-        options = Options(**{name: arguments.pop(name) for name in OPTIONS & arguments.keys()})
+        given, scales = split_scales({name: arguments.pop(name) for name in KEYWORDS & arguments.keys()})
+        options = Options(**given)
         self._check_host_arguments(arguments, options)
         options = self._with_chunks(options, arguments.get("mask_info"), cache_view)
         view = views.adapter_of(cache_view)
@@ -162,6 +161,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             last,
             softmax_aux,
             options,
+            **scales,
             config=self._with_soft_cap(config, options),
             **self._partitioning(query, pages, cache_view, view),
         )

@@ -11,15 +11,17 @@ The two functions take the arguments of the public functions of the same name, o
 Its rules:
 
 * Row r has the tokens ``[query_start_loc[r], query_start_loc[r + 1])``. Its i-th query is at position
-  ``context_lens[r] - number_of_queries + i`` and sees the keys at positions up to its own; a sliding
-  window of N leaves the last N of them.
+  ``context_lens[r] - number_of_queries + i`` and sees the keys at positions up to its own. A sliding window of N
+  leaves the last N of them; chunks of N tokens leave those of its own chunk, which begins at a multiple of N.
 * Tokens of no live row give zeros. So do all tokens of an invalid row: one whose lengths are negative,
   run backwards, pass the table or the tokens, or whose table names a page that does not exist among the
   pages it needs. An invalid row writes nothing.
-* v3 writes only the slots of live tokens. There, elements past ``head_dim`` and heads that exist only to
-  fill a group of 32 bits become zeros; every other slot keeps its bytes.
+* v3 writes only the slots of live tokens, or none with ``update_pages=False``. There, elements past ``head_dim`` and
+  heads that exist only to fill a group of 32 bits become zeros; every other slot keeps its bytes.
 * The logsumexp of a token and head is the natural logarithm of the softmax's sum before it is divided by: of
   ``exp(logit)`` over the keys that are seen and the sinks. It is -inf for tokens of no live row.
+* A sink of -inf is none. One that is larger than every float32 counts as the largest of them.
+* ``k_scale`` and ``v_scale`` are numbers, or arrays with one for each kv head.
 * float8 caches saturate at the largest finite number, int8 caches round to the nearest of -127 to 127. Wider caches
   round as NumPy does.
 """
@@ -37,16 +39,26 @@ from .options import Options
 
 __all__ = ["ragged_page_attention_v2", "ragged_page_attention_v3", "write_tokens"]
 
-_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3")
+_FLOAT8 = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e4m3",
+    "float8_e3m4",
+)
+_LARGEST_SINK = float(np.finfo(np.float32).max)
 
 
 def _first_visible(position: int, options: Options) -> int:
     """Lowest position that a query at ``position`` sees."""
-    window = options.sliding_window
+    window, chunk = options.sliding_window, options.attention_chunk_size
+    first = 0 if chunk is None else position // chunk * chunk
     if window is None or (isinstance(window, tuple) and window[0] == -1):
-        return 0
+        return first
     before = window - 1 if isinstance(window, int) else window[0]
-    return max(0, position - before)
+    return max(first, position - before)
 
 
 def _cast_to_cache(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -121,8 +133,39 @@ def _sinks_of_head(softmax_aux: np.ndarray | None, head: int, group: int) -> np.
     if softmax_aux is None:
         return np.zeros(0)
     if softmax_aux.ndim == 1:
-        return softmax_aux[head : head + 1].astype(np.float64)
-    return softmax_aux[head // group].astype(np.float64)
+        sinks = softmax_aux[head : head + 1].astype(np.float64)
+    else:
+        sinks = softmax_aux[head // group].astype(np.float64)
+    return np.minimum(sinks, _LARGEST_SINK)
+
+
+def _scale_of_head(scale: np.ndarray | float | None, kv_head: int) -> float:
+    if scale is None:
+        return 1.0
+    numbers = np.asarray(scale, np.float64).reshape(-1)
+    return float(numbers[kv_head if len(numbers) > 1 else 0])
+
+
+def _kv_heads_of_pages(num_q_heads: int, head_dim: int, groups: int, pack: int) -> int:
+    """Kv heads of v3 pages, for calls without keys: the only number that fills these groups of 32 bits."""
+    heads_of_one = 1 if head_dim == 64 else 2
+    found = [
+        heads
+        for heads in range(1, groups * pack + 1)
+        if -(-heads * heads_of_one // pack) == groups and num_q_heads % heads == 0
+    ]
+    if len(found) != 1:
+        raise ValueError(f"keys: got None, and the pages can have {found} kv heads. Pass keys.")
+    return found[0]
+
+
+def _options(options: Options | None, keywords: dict[str, Any]) -> tuple[Options, dict[str, np.ndarray | float | None]]:
+    """The options, and the scales: those that are arrays are no part of the options."""
+    scales = {name: keywords.get(name) for name in ("k_scale", "v_scale")}
+    arrays = [name for name, scale in scales.items() if np.ndim(scale) > 0]
+    numbers = {name: value for name, value in keywords.items() if name not in arrays}
+    options = Options(**numbers) if options is None else options
+    return options, {name: scales[name] if name in arrays else getattr(options, name) for name in scales}
 
 
 def _attend_one(
@@ -147,12 +190,11 @@ def _attend(
     block_tables: np.ndarray,
     softmax_aux: np.ndarray | None,
     options: Options,
+    scales: dict[str, np.ndarray | float | None],
 ) -> tuple[np.ndarray, np.ndarray]:
     num_q_heads, head_dim = queries.shape[1:]
     group = num_q_heads // num_kv_heads
     scale = 1.0 / math.sqrt(head_dim) if options.softmax_scale is None else options.softmax_scale
-    factors = (1.0 if s is None else s for s in (options.q_scale, options.k_scale, options.v_scale))
-    q_factor, k_factor, v_factor = factors
     output = np.zeros(queries.shape, np.float64)
     lse = np.full(queries.shape[:2], -np.inf)
     for row, start, count, context in rows:
@@ -163,9 +205,9 @@ def _attend(
             for head in range(num_q_heads):
                 keys, values = read(pages, slots, head // group)
                 output[start + index, head], lse[start + index, head] = _attend_one(
-                    queries[start + index, head].astype(np.float64) * q_factor,
-                    keys.astype(np.float64) * k_factor,
-                    values.astype(np.float64) * v_factor,
+                    queries[start + index, head].astype(np.float64),
+                    keys.astype(np.float64) * _scale_of_head(scales["k_scale"], head // group),
+                    values.astype(np.float64) * _scale_of_head(scales["v_scale"], head // group),
                     scale,
                     options.logits_soft_cap,
                     _sinks_of_head(softmax_aux, head, group),
@@ -197,13 +239,13 @@ def ragged_page_attention_v2(
         query_start_loc: ``[rows + 1]``.
         num_seqs: number of live rows, a scalar or ``[1]``.
         softmax_aux: sink logits, ``[q_heads]`` or ``[kv_heads, n]``.
-        options, **keywords: the options, as one object or as keywords.
+        options, **keywords: the options, as one object or as keywords. Scales that are arrays are keywords in any case.
         return_lse: whether to return the logsumexp as well.
 
     Returns:
         ``[tokens, q_heads, head_dim]`` float64; with ``return_lse`` a pair of it and ``[tokens, q_heads]`` float64.
     """
-    options = Options(**keywords) if options is None else options
+    options, scales = _options(options, keywords)
     queries, kv_pages = np.asarray(queries), np.asarray(kv_pages)
     context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
     block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
@@ -224,14 +266,14 @@ def ragged_page_attention_v2(
         return kv_pages[pages, slots, 2 * head], kv_pages[pages, slots, 2 * head + 1]
 
     heads = combined_heads // 2
-    output, lse = _attend(queries, read, heads, page_size, rows, block_tables, softmax_aux, options)
+    output, lse = _attend(queries, read, heads, page_size, rows, block_tables, softmax_aux, options, scales)
     return (output, lse) if return_lse else output
 
 
 def ragged_page_attention_v3(
     queries: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
+    keys: np.ndarray | None,
+    values: np.ndarray | None,
     kv_pages: np.ndarray,
     context_lens: np.ndarray,
     block_tables: np.ndarray,
@@ -252,7 +294,8 @@ def ragged_page_attention_v3(
 
     Args:
         queries: ``[tokens, q_heads, head_dim]``.
-        keys, values: ``[tokens, kv_heads, head_dim]``, stored as given after a cast to the cache's dtype.
+        keys, values: ``[tokens, kv_heads, head_dim]``, stored as given after a cast to the cache's dtype. With
+            ``update_pages=False`` only the keys' shape is read, and both may be None.
         kv_pages: pages before the new tokens; not changed.
         distribution: ``[3]``; its last entry is the number of live rows.
         context_lens, block_tables, query_start_loc, softmax_aux, options, **keywords, return_lse: as for v2.
@@ -261,13 +304,14 @@ def ragged_page_attention_v3(
         ``[tokens, q_heads, head_dim]`` float64, and the new pages in the cache's dtype; with ``return_lse`` also
         ``[tokens, q_heads]`` float64.
     """
-    options = Options(**keywords) if options is None else options
-    queries, keys, values, kv_pages = (np.asarray(a) for a in (queries, keys, values, kv_pages))
+    options, scales = _options(options, keywords)
+    queries, kv_pages = np.asarray(queries), np.asarray(kv_pages)
     context_lens, query_start_loc = np.asarray(context_lens), np.asarray(query_start_loc)
     block_tables = np.asarray(block_tables).reshape(len(context_lens), -1)
     softmax_aux = None if softmax_aux is None else np.asarray(softmax_aux)
     num_pages, page_size, groups, pack, width = kv_pages.shape
-    num_kv_heads, head_dim = keys.shape[1:]
+    head_dim = queries.shape[2]
+    num_kv_heads = _kv_heads_of_pages(queries.shape[1], head_dim, groups, pack) if keys is None else keys.shape[1]
     rows = _live_rows(
         len(queries),
         num_pages,
@@ -280,9 +324,11 @@ def ragged_page_attention_v3(
     )
     updated = kv_pages.copy()
     flat = updated.reshape(num_pages, page_size, groups * pack, width)
-    for row, start, count, context in rows:
-        new = slice(start, start + count)
-        write_tokens(updated, block_tables[row], context - count, keys[new], values[new])
+    if options.update_pages:
+        keys, values = np.asarray(keys), np.asarray(values)
+        for row, start, count, context in rows:
+            new = slice(start, start + count)
+            write_tokens(updated, block_tables[row], context - count, keys[new], values[new])
 
     def read(pages: np.ndarray, slots: np.ndarray, head: int) -> tuple[np.ndarray, np.ndarray]:
         (k_head, k_start), (v_head, v_start) = _key_and_value_place(head, head_dim)
@@ -291,5 +337,5 @@ def ragged_page_attention_v3(
             flat[pages, slots, v_head, v_start : v_start + head_dim],
         )
 
-    output, lse = _attend(queries, read, num_kv_heads, page_size, rows, block_tables, softmax_aux, options)
+    output, lse = _attend(queries, read, num_kv_heads, page_size, rows, block_tables, softmax_aux, options, scales)
     return (output, updated, lse) if return_lse else (output, updated)

@@ -53,11 +53,16 @@ class Rows(NamedTuple):
 
 
 def first_visible(request: AttentionRequest, position: Any, xp: Any = jnp) -> Any:
-    """First key position that a query at ``position`` sees; ``xp`` is the array module to compute it with."""
-    window = request.options.window
-    if window is None:
-        return xp.zeros_like(position)
-    return xp.maximum(position - (window - 1), 0)
+    """First key position that a query at ``position`` sees; ``xp`` is the array module to compute it with.
+
+    A later query of a row never sees earlier keys, so the first position that several see is that of the first one.
+    """
+    first, window, chunk = xp.zeros_like(position), request.options.window, request.options.chunk
+    if window is not None:
+        first = xp.maximum(position - (window - 1), first)
+    if chunk is not None:
+        first = xp.maximum(position - position % chunk, first)
+    return first
 
 
 def visible_keys(request: AttentionRequest, first: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,7 +73,7 @@ def visible_keys(request: AttentionRequest, first: jax.Array, last: jax.Array) -
 def is_visible(request: AttentionRequest, key: jax.Array, query: jax.Array) -> jax.Array:
     """Whether queries at positions ``query`` see keys at positions ``key``, which broadcast against them."""
     visible = key <= query
-    if request.options.window is not None:
+    if request.options.is_local:
         visible &= key >= first_visible(request, query)
     return visible
 

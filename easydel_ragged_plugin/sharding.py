@@ -178,6 +178,8 @@ def run(
         "query_start_loc": PartitionSpec(),
         "distribution": PartitionSpec(),
         "sinks": PartitionSpec(q_heads) if operands.sinks is not None else None,
+        "k_scale": PartitionSpec(kv_heads) if operands.k_scale is not None else None,
+        "v_scale": PartitionSpec(kv_heads) if operands.v_scale is not None else None,
     }
     lse = PartitionSpec(None, q_heads) if request.return_lse else None
 

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec
 from .errors import Unsupported
 from .formats import Axes, CacheFormat
 from .layout import PageLayout, Version
-from .options import Options
+from .options import SCALES, Options
 
 __all__ = ["ARRAYS", "FORMAT", "TurboQuantConstants", "TurboQuantFormat", "TurboQuantPages"]
 
@@ -131,15 +131,15 @@ class TurboQuantFormat(CacheFormat):
 
     def check_options(self, cache: Any, options: Options) -> None:
         """Refuse scales: the cache has norms."""
-        given = [name for name in ("q_scale", "k_scale", "v_scale") if getattr(options, name) is not None]
+        given = [name for name in SCALES if getattr(options, name) is not None or name in options.scale_arrays]
         if given:
             raise Unsupported(
                 f"{' and '.join(given)} with a TurboQuant cache, which has norms instead. Leave them out."
             )
 
-    def num_kv_heads(self, version: Version, cache: Any) -> int:
+    def num_kv_heads(self, version: Version, cache: Any, head_dim: int) -> tuple[int, ...]:
         """The third axis of each array."""
-        return int(cache.shape[2])
+        return (int(cache.shape[2]),)
 
     def layout(
         self, version: Version, shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: np.dtype

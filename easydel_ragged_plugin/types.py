@@ -43,7 +43,8 @@ class AttentionRequest:
     """Static description of one call, after validation.
 
     Attributes:
-        version: ``"v2"`` (pages are up to date) or ``"v3"`` (new keys and values are written first).
+        version: ``"v2"`` (pages are up to date) or ``"v3"`` (new keys and values are written first, unless the option
+            ``update_pages`` is off).
         platform: ``"cpu"``, ``"gpu"``, ``"tpu"``, or another name that the caller gave.
         num_tokens: query tokens, padding included.
         num_q_heads: query heads.
@@ -94,13 +95,19 @@ class AttentionRequest:
 
     @property
     def logits_scale(self) -> float:
-        """Factor on ``query . key`` of queries and keys as they are stored: ``softmax_scale`` and their scales."""
-        return self.softmax_scale * (self.options.q_scale or 1.0) * (self.options.k_scale or 1.0)
+        """Factor on ``query . key`` of keys as they are stored: ``softmax_scale`` and ``k_scale``, where that is a
+        number. Where it is an array, :attr:`Operands.k_scale` is a further factor."""
+        return self.softmax_scale * (self.options.k_scale or 1.0)
 
     @property
     def v_scale(self) -> float:
-        """Factor that turns stored values into real ones."""
+        """Factor that turns stored values into real ones, where it is a number; else see :attr:`Operands.v_scale`."""
         return self.options.v_scale or 1.0
+
+    @property
+    def writes_pages(self) -> bool:
+        """Whether the call writes new keys and values into the pages."""
+        return self.version == "v3" and self.options.update_pages
 
     @property
     def compute_dtype(self) -> np.dtype:
@@ -134,14 +141,16 @@ class Operands(NamedTuple):
 
     Attributes:
         queries: ``[tokens, q_heads, head_dim]``.
-        keys, values: ``[tokens, kv_heads, head_dim]`` of the new tokens for v3; None for v2.
+        keys, values: ``[tokens, kv_heads, head_dim]`` of the new tokens; None where ``request.writes_pages`` is false.
         pages: the cache, in the form of ``request.cache_format``.
         context_lens: ``[rows]`` tokens of each row, the new ones included.
         block_tables: ``[rows, pages_per_row]`` page ids. Entries past a context may hold any number.
         query_start_loc: ``[rows + 1]`` first token of each row; row r has the tokens ``[qsl[r], qsl[r + 1])``.
         distribution: ``[3]``, see :class:`Distribution`; for v2 all three entries are ``num_seqs``.
         sinks: ``[q_heads]`` logits, float32 at least, that are added to the softmax's sum and have no value; None for
-            none.
+            none. Each is -inf, or a number that float32 holds.
+        k_scale, v_scale: ``[kv_heads]`` float32 factors that turn stored keys and values into real ones; None where
+            the option is no array.
     """
 
     queries: jax.Array
@@ -153,6 +162,8 @@ class Operands(NamedTuple):
     query_start_loc: jax.Array
     distribution: jax.Array
     sinks: jax.Array | None
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 class Attended(NamedTuple):
@@ -160,7 +171,7 @@ class Attended(NamedTuple):
 
     Attributes:
         output: ``[tokens, q_heads, head_dim]`` in the queries' dtype. Tokens of no live row give zeros.
-        pages: the cache after the call; for v2 unchanged.
+        pages: the cache after the call; unchanged where ``request.writes_pages`` is false.
         lse: ``[tokens, q_heads]`` float32: natural logarithm of the sum of ``exp(logit)`` over the keys that a query
             sees and its sinks; -inf for tokens of no live row. None unless ``request.return_lse``.
     """
@@ -190,7 +201,8 @@ class Features:
             return f"takes no {request.cache_format.label} cache"
         missing = [name for name in request.requested_options() if name not in self.options]
         if missing:
-            return f"takes no {', '.join(missing)}"
+            texts = {"scale_arrays": " or ".join(f"{name} as an array" for name in request.options.scale_arrays)}
+            return f"takes no {', '.join(texts.get(name, name) for name in missing)}"
         if request.return_lse and "lse" not in self.results:
             return "gives no logsumexp (return_lse)"
         return None
@@ -263,7 +275,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
-        """Attend, for v3 after writing the new tokens."""
+        """Attend, after writing the new tokens where ``request.writes_pages``."""
 
     def fingerprint(self) -> str:
         """What this kernel's numbers and programs depend on in this process. Must be equal on all workers of a job."""

@@ -12,9 +12,17 @@ from jax import lax
 from .rows import Rows, assign_parts
 from .types import AttentionRequest, Operands
 
-__all__ = ["select_slots", "sources_of_slots", "to_cache_dtype", "write_tokens"]
+__all__ = ["select_slots", "sources_of_slots", "to_cache_dtype", "too_many_slots", "write_tokens"]
 
 State = TypeVar("State")
+
+
+def too_many_slots(request: AttentionRequest) -> str | None:
+    """Why :func:`write_tokens` can't write the pages, or None: it counts their slots in 32 bits."""
+    slots = request.num_pages * request.page_size
+    if not request.writes_pages or slots < 2**31:
+        return None
+    return f"writes to {request.num_pages} pages of {request.page_size} tokens: more than {2**31 - 1} slots"
 
 
 def write_tokens(

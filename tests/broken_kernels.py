@@ -62,12 +62,14 @@ class OracleKernel(Kernel):
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         def on_host(operands: Operands) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            query, key, value, pages, *index, last, sinks = jax.tree.map(np.asarray, operands)
-            if request.version == "v2":
+            query, key, value, pages, *index, last, sinks, k_scale, v_scale = jax.tree.map(np.asarray, operands)
+            if not request.writes_pages:
                 # Operations have them there, too.
                 key = value = np.zeros((len(query), request.num_kv_heads, request.head_dim), query.dtype)
+            if request.version == "v2":
                 last = last[2:]
-            keywords = request.options.keywords()
+            scales = {"k_scale": k_scale, "v_scale": v_scale}
+            keywords = {**request.options.keywords(), **{name: scales[name] for name in request.options.scale_arrays}}
             output, pages, lse = self.compute(query, key, value, pages, (*index, last), sinks, keywords)
             return output.astype(query.dtype), pages, lse.astype(np.float32)
 
@@ -131,12 +133,44 @@ def without(option: str) -> Callable[..., Attended]:
     return forward
 
 
-for scale in ("q_scale", "k_scale", "v_scale"):
+for scale in ("k_scale", "v_scale"):
     mistake(
         f"{scale} ignored",
         caught_by="test_values[float8-scales-{version}]",
         select="test_values and (mixed or scales)",
     )(without(scale))
+
+
+@mistake(
+    "q_scale multiplies the logits",
+    caught_by="test_values[float8-scales-{version}]",
+    select="test_values and (mixed or float8-scales)",
+)
+def q_scale_as_a_factor(
+    right: Forward, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+) -> Attended:
+    scale = request.softmax_scale * (request.options.q_scale or 1.0)
+    return right(with_options(request, softmax_scale=scale), config, operands)
+
+
+for scale in ("k_scale", "v_scale"):
+
+    def of_first_head(
+        right: Forward,
+        request: AttentionRequest,
+        config: RaggedPageConfig,
+        operands: Operands,
+        scale: str = scale,
+    ) -> Attended:
+        array = getattr(operands, scale)
+        first = None if array is None else jnp.broadcast_to(array[:1], array.shape)
+        return right(request, config, operands._replace(**{scale: first}))
+
+    mistake(
+        f"{scale} of the first kv head",
+        caught_by="test_values[scales-per-kv-head-{version}]",
+        select="test_values and (mixed or scales-per-kv-head)",
+    )(of_first_head)
 
 
 @mistake("window for the row, not for the query", caught_by="test_values[window-3-{version}]", select="window-")

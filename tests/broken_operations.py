@@ -78,6 +78,27 @@ def without(option: str) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 mistake("window ignored", caught_by="test_values[all-options]", select="test_values and (decode or all-options)")(
     without("sliding_window")
 )
+mistake("chunks ignored", caught_by="test_values[chunk-1]", select="test_values and (decode or chunk)")(
+    without("attention_chunk_size")
+)
+
+
+@mistake("chunks as a window", caught_by="test_values[chunk-5]", select="test_values and (decode or chunk)")
+def chunks_as_a_window(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+    *arrays, options = args
+    size = options.get("attention_chunk_size")
+    if size is not None:
+        options = {**options, "attention_chunk_size": None, "sliding_window": size}
+    return right(*arrays, options)
+
+
+mistake(
+    "pages written although they are another layer's",
+    caught_by="test_values[pages-as-they-are]",
+    select="test_values and (decode or as-they-are)",
+    says="NaN|largest error",
+    versions=V3_ONLY,
+)(without("update_pages"))
 mistake("soft cap ignored", caught_by="test_values[soft-cap]", select="test_values and (mixed or soft-cap)")(
     without("logits_soft_cap")
 )

@@ -21,13 +21,13 @@ from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 def compiled(version: str, kernel: str, options: Options) -> Callable[..., Any]:
     """One jitted function for all batches with these options, so that batches of equal shapes share a program."""
 
-    def v2(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-        return ragged_page_attention_v2(queries, pages, *index, last, sinks, config=kernel, **options.keywords()), pages
+    keywords = {"config": kernel, **options.keywords()}
 
-    def v3(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
-        return ragged_page_attention_v3(
-            queries, keys, values, pages, *index, last, sinks, config=kernel, **options.keywords()
-        )
+    def v2(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any, scales: Any) -> Any:
+        return ragged_page_attention_v2(queries, pages, *index, last, sinks, **keywords, **scales), pages
+
+    def v3(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any, scales: Any) -> Any:
+        return ragged_page_attention_v3(queries, keys, values, pages, *index, last, sinks, **keywords, **scales)
 
     return jax.jit(v2) if version == "v2" else jax.jit(v3, donate_argnums=0)
 
@@ -44,6 +44,7 @@ def run_batch(batch: Batch, kernel: str) -> tuple[np.ndarray, np.ndarray]:
         tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
         jnp.array(batch.num_seqs if is_v2 else batch.distribution),
         None if batch.sinks is None else jnp.array(batch.sinks),
+        {name: jnp.array(scale) for name, scale in batch.scales.items()},
     )
     return np.asarray(output), np.asarray(pages)
 

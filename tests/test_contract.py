@@ -198,7 +198,7 @@ class TestBuiltInV3(RaggedPageAttentionContract):
         return built_in("v3")
 
 
-SCALED = [case for case in CASES if {"q_scale", "k_scale", "v_scale"} & case.options.given().keys()]
+SCALED = [case for case in CASES if {"k_scale", "v_scale", "scale_arrays"} & case.options.given().keys()]
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
@@ -213,13 +213,14 @@ def test_functions_take_scales(case: Case, version: str) -> None:
     expected, pages = batch.expected()
     index = [jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
     query, key, value = (jnp.array(a) for a in (batch.queries, batch.keys, batch.values))
+    keywords = {**case.options.keywords(), **batch.scales}
     if version == "v2":
         output = easydel_ragged_plugin.ragged_page_attention_v2(
-            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), **case.options.keywords()
+            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), **keywords
         )
     else:
         output, new_pages = easydel_ragged_plugin.ragged_page_attention_v3(
-            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), **case.options.keywords()
+            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), **keywords
         )
         assert np.array_equal(np.asarray(new_pages).view(np.uint8), pages.view(np.uint8))
     assert_close(np.asarray(output), expected, case)

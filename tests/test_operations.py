@@ -18,7 +18,7 @@ import pytest
 
 import easydel_ragged_plugin
 from easydel_ragged_plugin import RaggedPageConfig, Unsupported, host, model_config, override_config, startup
-from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.options import KEYWORDS, Options
 from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named
 from easydel_ragged_plugin.testing.driver import Driver, ForwardingView
 
@@ -343,9 +343,9 @@ def test_every_argument_of_the_attention_layer_is_known() -> None:
             if {"query", "cache_view", "cache_metadata"} <= names:
                 passed |= names
     assert passed, "the attention layer builds its arguments another way now: read it again"
-    from easydel_ragged_plugin.operations import OPTIONS, RaggedPageAttnV3
+    from easydel_ragged_plugin.operations import RaggedPageAttnV3
 
-    ours = OPTIONS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
+    ours = KEYWORDS | set(inspect.signature(RaggedPageAttnV3._forward).parameters)
     assert passed <= ours | host.PASSED_ARGUMENTS
 
 

@@ -30,7 +30,17 @@ from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_b
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver, KernelOutcome
 
-V2_CASES = {"mixed", "all-options", "head-dim-64", "head-dim-80", "mqa", "table-127-pages", "bfloat16", "float8-e5m2"}
+V2_CASES = {
+    "mixed",
+    "all-options",
+    "scales-per-kv-head",
+    "head-dim-64",
+    "head-dim-80",
+    "mqa",
+    "table-127-pages",
+    "bfloat16",
+    "float8-e5m2",
+}
 
 INTERPRETED = PallasGPU(interpret=True)
 CONFIG = RaggedPageConfig(kernel=INTERPRETED.name)
@@ -53,12 +63,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(version: str, options: Options, config: RaggedPageConfig, return_lse: bool) -> Callable[..., Any]:
     keywords = {**options.keywords(), "config": config, "return_lse": return_lse}
 
-    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
+    def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any, scales: Any) -> Any:
         """(output, pages), and the logsumexp where it is requested."""
         if version == "v2":
-            found = v2(queries, pages, *index, last, sinks, **keywords)
+            found = v2(queries, pages, *index, last, sinks, **keywords, **scales)
             return (found[0], pages, found[1]) if return_lse else (found, pages)
-        return v3(queries, keys, values, pages, *index, last, sinks, **keywords)
+        return v3(queries, keys, values, pages, *index, last, sinks, **keywords, **scales)
 
     return jax.jit(call, compiler_options=QUICK_TO_COMPILE)
 
@@ -74,6 +84,7 @@ def run(batch: Batch, config: RaggedPageConfig = CONFIG, return_lse: bool = Fals
         tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
         jnp.array(batch.num_seqs if is_v2 else batch.distribution),
         None if batch.sinks is None else jnp.array(batch.sinks),
+        {name: jnp.array(scale) for name, scale in batch.scales.items()},
     )
     return [np.asarray(each) for each in found]
 

@@ -34,7 +34,7 @@ __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "se
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
 
-INTERFACE = 2
+INTERFACE = 3
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
 TARGET = "easydel_ragged_attention"
@@ -160,9 +160,10 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
     layout = request.layout
     return {
         "softmax_scale": np.float32(request.logits_scale),
-        "logits_soft_cap": np.float32(request.options.logits_soft_cap or 0.0),
+        "logits_soft_cap": np.float32(request.options.soft_cap or 0.0),
         "v_scale": np.float32(request.v_scale),
         "sliding_window": np.int64(request.options.window or 0),
+        "attention_chunk_size": np.int64(request.options.chunk or 0),
         "num_kv_heads": np.int64(request.num_kv_heads),
         "page_size": np.int64(layout.page_size),
         "token_stride": np.int64(layout.token_stride),
@@ -183,12 +184,14 @@ class CpuNativeKernel(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
-                "q_scale",
                 "k_scale",
                 "v_scale",
+                "scale_arrays",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # it uses none
             }
         ),
@@ -252,6 +255,8 @@ class CpuNativeKernel(Kernel):
             operands.query_start_loc,
             operands.distribution,
             nothing if operands.sinks is None else operands.sinks.astype(jnp.float32),
+            nothing if operands.k_scale is None else operands.k_scale,
+            nothing if operands.v_scale is None else operands.v_scale,
         ]
         lse_shape = operands.queries.shape[:2] if request.return_lse else nothing.shape
         results = [

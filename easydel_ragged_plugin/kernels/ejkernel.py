@@ -46,7 +46,6 @@ class EjkernelKernel(Kernel):
                 "softmax_scale",
                 "sliding_window",
                 "logits_soft_cap",
-                "q_scale",  # only v3
                 "k_scale",  # only v3
                 "v_scale",  # only v3
                 "sinks",
@@ -82,7 +81,7 @@ class EjkernelKernel(Kernel):
         if request.cache_dtype.name == "int8":
             return "an int8 cache; takes float dtypes"
         if request.version == "v2":
-            scales = [name for name in ("q_scale", "k_scale", "v_scale") if name in requested]
+            scales = [name for name in ("k_scale", "v_scale") if name in requested]
             if scales:
                 return f"v2 takes no {', '.join(scales)}"
             if "compute_dtype" in requested and host_platform(request, RaggedPageConfig()) == "pallas":
@@ -90,6 +89,8 @@ class EjkernelKernel(Kernel):
             return None
         if "compute_dtype" in requested:
             return "v3 takes no compute_dtype"
+        if request.query_dtype.name == "float16" and request.platform == "tpu":
+            return "float16 queries: v3 does not compile for them on TPU; takes float32 and bfloat16"
         if request.page_size % packing(request.cache_dtype):
             return f"v3 needs a page_size that {packing(request.cache_dtype)} divides, got {request.page_size}"
         if request.head_dim == 64 and request.platform != "tpu":
@@ -106,7 +107,7 @@ class EjkernelKernel(Kernel):
         block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
         options: dict[str, Any] = {
             "softmax_scale": request.softmax_scale,
-            "logits_soft_cap": request.options.logits_soft_cap,
+            "logits_soft_cap": request.options.soft_cap,
             "sliding_window": request.options.window,
             "vmem_limit_bytes": request.options.vmem_limit_bytes,
             "cfg": host_config(request, config),
@@ -156,7 +157,7 @@ def turboquant_forward(request: AttentionRequest, config: RaggedPageConfig, oper
     block_tables = jnp.clip(operands.block_tables, 0, request.num_pages - 1)
     options: dict[str, Any] = {
         "softmax_scale": request.softmax_scale,
-        "logits_soft_cap": request.options.logits_soft_cap,
+        "logits_soft_cap": request.options.soft_cap,
         "sliding_window": request.options.window,
         "bits": (constants.value_codebook.shape[0] - 1).bit_length(),
         "qjl_dim": constants.projection.shape[0],

@@ -22,7 +22,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, live_rows
 from easydel_ragged_plugin.turboquant import ARRAYS, FORMAT, INDEX_LEVELS, TurboQuantConstants, TurboQuantPages
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
-from easydel_ragged_plugin.writes import select_slots, write_tokens
+from easydel_ragged_plugin.writes import select_slots, too_many_slots, write_tokens
 
 __all__ = ["KERNEL", "TurboQuantKernel"]
 
@@ -196,9 +196,11 @@ class TurboQuantKernel(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # uses no VMEM
             }
         ),
@@ -209,8 +211,8 @@ class TurboQuantKernel(Kernel):
     color = "#4f5d95"
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """None: this kernel takes every valid request over a TurboQuant cache."""
-        return None
+        """Only pages that :func:`~easydel_ragged_plugin.writes.too_many_slots` can't write."""
+        return too_many_slots(request)
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""

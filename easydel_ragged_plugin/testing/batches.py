@@ -64,7 +64,8 @@ class Case:
         num_pages: pages in the cache, the null page 0 included. None: what the rows need and five more.
         dtype: of queries, new keys and new values.
         cache_dtype: of the pages. None: ``dtype``.
-        options: options of the call.
+        options: options of the call. With ``update_pages=False`` the pages hold the new tokens before the call, and
+            the call's keys and values are NaN.
         sinks: None, "heads" for ``[q_heads]``, "groups" for ``[kv_heads, 2]``.
         query_gain, value_mean: size of queries, mean of values.
         stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
@@ -134,7 +135,8 @@ class Batch:
 
     ``pages`` is the cache before the new tokens, ``updated_pages`` after them. ``live_tokens`` marks tokens that
     belong to a live row, ``written_slots`` (``[pages, page_size]``) the slots that the new tokens fill.
-    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes.
+    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes. ``k_scale`` and
+    ``v_scale`` are float32 ``[kv_heads]`` where the case has them as arrays.
     """
 
     case: Case
@@ -154,6 +156,13 @@ class Batch:
     written_slots: np.ndarray
     slot_mapping: np.ndarray
     num_kv_update_slices: np.ndarray
+    k_scale: np.ndarray | None = None
+    v_scale: np.ndarray | None = None
+
+    @property
+    def scales(self) -> dict[str, np.ndarray]:
+        """The scales that are arrays, by the names of their keywords."""
+        return {name: getattr(self, name) for name in self.case.options.scale_arrays}
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """(output in float64, pages after the call) of the oracle."""
@@ -163,7 +172,7 @@ class Batch:
     def expected_with_lse(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(output, pages, logsumexp ``[tokens, q_heads]`` in float64) of the oracle."""
         index = (self.context_lens, self.block_tables, self.query_start_loc)
-        how: Any = {"options": self.case.options, "return_lse": True}
+        how: Any = {"options": self.case.options, "return_lse": True, **self.scales}
         if self.version == "v2":
             output, lse = reference.ragged_page_attention_v2(
                 self.queries, self.updated_pages, *index, self.num_seqs, self.sinks, **how
@@ -322,6 +331,9 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
     sinks = None
     if case.sinks is not None:
         sinks = normal(*((case.q_heads,) if case.sinks == "heads" else (case.kv_heads, 2)), mean=1.5).astype(dtype)
+    if not case.options.update_pages:
+        pages, written = updated.copy(), np.zeros_like(written)
+        keys, values = np.full_like(keys, np.nan), np.full_like(values, np.nan)
     mapping = np.zeros((3, case.num_tokens + case.num_rows), np.int32)
     mapping[:, : len(slices)] = np.array(slices, np.int32).reshape(-1, 3).T
     return Batch(
@@ -342,6 +354,7 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         written_slots=written,
         slot_mapping=mapping,
         num_kv_update_slices=np.array([len(slices)], np.int32),
+        **{name: random.uniform(0.25, 2.0, case.kv_heads).astype(np.float32) for name in case.options.scale_arrays},
     )
 
 

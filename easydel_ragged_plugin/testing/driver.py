@@ -245,7 +245,9 @@ class Driver:
         if key not in self._programs:
             facts: dict[str, Any] = {}
 
-            def program(view: Any, metadata: Any, query: Any, key: Any, value: Any, sinks: Any) -> tuple[Any, Any]:
+            def program(
+                view: Any, metadata: Any, query: Any, key: Any, value: Any, sinks: Any, scales: dict[str, Any]
+            ) -> tuple[Any, Any]:
                 # Cases of other shapes trace this again, so shapes come from the arguments.
                 arguments = self.arguments(case, query.shape[1], compute_dtype)
                 if host_writes:
@@ -261,6 +263,7 @@ class Driver:
                     cache_metadata=metadata,
                     softmax_aux=sinks,
                     **arguments,
+                    **scales,
                     **(extra or {}),
                 )
                 returned = output.cache_view
@@ -276,6 +279,7 @@ class Driver:
                 self.metadata(batch),
                 *(jnp.array(a[None]) for a in (batch.queries, batch.keys, batch.values)),
                 None if batch.sinks is None else jnp.array(batch.sinks),
+                {name: jnp.array(scale) for name, scale in batch.scales.items()},
             )
         result = np.asarray(output)
         return Outcome(

@@ -153,5 +153,6 @@ class KernelDriver:
             jnp.asarray(batch.distribution if is_v3 else batch.num_seqs),
             None if batch.sinks is None else jnp.asarray(batch.sinks),
             batch.case.options,
+            **{name: jnp.asarray(scale) for name, scale in batch.scales.items()},
             return_lse=return_lse,
         )

@@ -5,7 +5,6 @@ It checks the contract kit: the contract must pass on it, and fail on subclasses
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 
 from easydel_ragged_plugin import host as host_versions
 from easydel_ragged_plugin import reference
-from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.options import KEYWORDS, split_scales
 
 __all__ = ["oracle_operation"]
 
 _INDEX_FIELDS = ("context_lens", "pages_tables", "query_start_loc")
-_OPTIONS = tuple(each.name for each in dataclasses.fields(Options) if each.name != "sinks")  # those are an array
 
 
 @functools.cache
@@ -87,24 +85,34 @@ def oracle_operation(version: str) -> type:
             softmax_aux: Any = None,
             **arguments: Any,
         ) -> Any:
-            unknown = set(arguments) - {*_OPTIONS, *host_versions.PASSED_ARGUMENTS}
+            unknown = set(arguments) - {*KEYWORDS, *host_versions.PASSED_ARGUMENTS}
             if unknown:
                 raise TypeError(f"{name}: unknown arguments {sorted(unknown)}")
-            options = {option: arguments[option] for option in _OPTIONS if arguments.get(option) is not None}
+            options, scales = split_scales(
+                {option: arguments[option] for option in KEYWORDS if arguments.get(option) is not None}
+            )
             last = cache_metadata.num_seqs if version == "v2" else cache_metadata.request_distribution
             index = (*(getattr(cache_metadata, field) for field in _INDEX_FIELDS), last)
             pages = cache_view.kv_pages
 
-            def on_host(query: Any, key: Any, value: Any, pages: Any, sinks: Any, *index: Any) -> Any:
+            def on_host(query: Any, key: Any, value: Any, pages: Any, sinks: Any, scales: Any, *index: Any) -> Any:
                 query, key, value, pages = (np.asarray(array) for array in (query, key, value, pages))
                 sinks = None if sinks is None else np.asarray(sinks)
                 output, new = self.compute(
-                    query, key, value, pages, tuple(np.asarray(array) for array in index), sinks, options
+                    query,
+                    key,
+                    value,
+                    pages,
+                    tuple(np.asarray(array) for array in index),
+                    sinks,
+                    {**options, **{name: np.asarray(scale) for name, scale in scales.items()}},
                 )
                 return output.astype(query.dtype), new
 
             shapes = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct(pages.shape, pages.dtype))
-            output, new_pages = jax.pure_callback(on_host, shapes, query, key, value, pages, softmax_aux, *index)
+            output, new_pages = jax.pure_callback(
+                on_host, shapes, query, key, value, pages, softmax_aux, scales, *index
+            )
             returned = self.store(cache_view, new_pages)
             return host.AttentionOutput(attention_weights=None, attention_outputs=output, cache_view=returned)
 

@@ -67,12 +67,14 @@ int usable_processors() {
   return 1 << 20;
 }
 
-// v2 has no keys, values and updated pages; v3 has all three. Sinks and lse of shape [0] are not there.
+// A call that writes has keys, values and updated pages; others have none of them. Sinks, scales and lse of shape [0]
+// are not there.
 ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries, ffi::AnyBuffer pages,
                   ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-                  ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, std::optional<ffi::AnyBuffer> keys,
-                  std::optional<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> output,
-                  ffi::Result<ffi::AnyBuffer> lse, std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
+                  ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
+                  std::optional<ffi::AnyBuffer> keys, std::optional<ffi::AnyBuffer> values,
+                  ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
+                  std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
   Problem p;
   static_cast<Attributes&>(p) = attributes;
   const auto q = queries.dimensions(), tables = block_tables.dimensions(), cache = pages.dimensions();
@@ -98,6 +100,10 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
     return bad("metadata of the wrong shape");
   const bool has_sinks = !has_shape(sinks, {0});
   if (sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(sinks, {p.num_q_heads}))) return bad("wrong sinks");
+  const bool has_k_scale = !has_shape(k_scale, {0}), has_v_scale = !has_shape(v_scale, {0});
+  if (k_scale.element_type() != ffi::F32 || (has_k_scale && !has_shape(k_scale, {p.num_kv_heads})) ||
+      v_scale.element_type() != ffi::F32 || (has_v_scale && !has_shape(v_scale, {p.num_kv_heads})))
+    return bad("wrong scales");
   const bool has_lse = !has_shape(*lse, {0});
   if (lse->element_type() != ffi::F32 || (has_lse && !has_shape(*lse, {p.num_tokens, p.num_q_heads})))
     return bad("a wrong lse");
@@ -122,6 +128,8 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
   p.block_tables = block_tables.typed_data<int32_t>();
   p.query_start_loc = query_start_loc.typed_data<int32_t>();
   p.sinks = has_sinks ? sinks.typed_data<float>() : nullptr;
+  p.k_scales = has_k_scale ? k_scale.typed_data<float>() : nullptr;
+  p.v_scales = has_v_scale ? v_scale.typed_data<float>() : nullptr;
   if (const char* reason = check(p)) return bad(reason);
   if (p.num_tokens == 0) return ffi::Error::Success();
   p.live_rows = distribution.typed_data<int32_t>()[2];
@@ -155,6 +163,8 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) 
                              .Arg<ffi::AnyBuffer>()          // query_start_loc
                              .Arg<ffi::AnyBuffer>()          // distribution
                              .Arg<ffi::AnyBuffer>()          // sinks
+                             .Arg<ffi::AnyBuffer>()          // k_scale
+                             .Arg<ffi::AnyBuffer>()          // v_scale
                              .OptionalArg<ffi::AnyBuffer>()  // keys
                              .OptionalArg<ffi::AnyBuffer>()  // values
                              .Ret<ffi::AnyBuffer>()          // output
@@ -169,7 +179,7 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) 
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 // Version of what this library and cpu_native.py agree on: functions, arguments, results, attributes.
-RAGGED_EXPORT int easydel_ragged_interface() { return 2; }
+RAGGED_EXPORT int easydel_ragged_interface() { return 3; }
 
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }

@@ -28,7 +28,7 @@ const char* check(const Problem& p) {
       p.head_stride < p.value_offset + p.padded_head_dim || p.token_stride < p.num_kv_heads * p.head_stride)
     return "strides of the cache overlap";
   if (!(p.logits_soft_cap >= 0)) return "a negative soft cap";
-  if (p.sliding_window < 0) return "a negative sliding window";
+  if (p.sliding_window < 0 || p.attention_chunk_size < 0) return "a negative sliding window or chunk";
   if ((p.keys == nullptr) != (p.values == nullptr)) return "keys without values, or values without keys";
   return nullptr;
 }

@@ -20,15 +20,16 @@ enum class DType : int32_t { kF32, kBF16, kF16, kF8E4M3FN, kF8E5M2 };
 // elements (layout.py).
 // clang-format off
 #define RAGGED_ATTRIBUTES(_)                                     \
-  _(float, softmax_scale)     /* q_scale and k_scale included */ \
-  _(float, logits_soft_cap)   /* 0: none */                      \
-  _(float, v_scale)                                              \
-  _(int64_t, sliding_window)  /* 0: none */                      \
-  _(int64_t, num_kv_heads)                                       \
-  _(int64_t, page_size)       /* in slots */                     \
-  _(int64_t, token_stride)                                       \
-  _(int64_t, head_stride)                                        \
-  _(int64_t, value_offset)                                       \
+  _(float, softmax_scale)           /* a k_scale that is a number included */ \
+  _(float, logits_soft_cap)         /* 0: none */                             \
+  _(float, v_scale)                 /* 1 where it is an array */              \
+  _(int64_t, sliding_window)        /* 0: none */                             \
+  _(int64_t, attention_chunk_size)  /* 0: none */                             \
+  _(int64_t, num_kv_heads)                                                    \
+  _(int64_t, page_size)             /* in slots */                            \
+  _(int64_t, token_stride)                                                    \
+  _(int64_t, head_stride)                                                     \
+  _(int64_t, value_offset)                                                    \
   _(int64_t, padded_head_dim)
 // clang-format on
 
@@ -52,7 +53,9 @@ struct Problem : Attributes {
   const int32_t* context_lens = nullptr;     // [rows]
   const int32_t* block_tables = nullptr;     // [rows, pages_per_row]
   const int32_t* query_start_loc = nullptr;  // [rows + 1]
-  const float* sinks = nullptr;              // [q_heads] or null
+  const float* sinks = nullptr;              // [q_heads] or null; -inf is no sink
+  const float* k_scales = nullptr;           // [kv_heads] or null: further factors of keys
+  const float* v_scales = nullptr;           // and of values
 
   int64_t live_rows = 0;  // run-time value: rows from here on are dead
   int64_t num_tokens = 0;

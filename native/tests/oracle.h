@@ -44,7 +44,8 @@ inline double element(const void* array, int64_t i, DType dtype) {
 
 // The first key position that a query at `position` sees. The last is its own.
 inline int64_t oldest_key(const Problem& p, int64_t position) {
-  return p.sliding_window == 0 ? 0 : std::max<int64_t>(0, position + 1 - p.sliding_window);
+  const int64_t begin = p.attention_chunk_size == 0 ? 0 : position / p.attention_chunk_size * p.attention_chunk_size;
+  return p.sliding_window == 0 ? begin : std::max<int64_t>(begin, position + 1 - p.sliding_window);
 }
 
 inline bool is_served(const Problem& p, int64_t row) {
@@ -94,7 +95,8 @@ inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head)
     double product = 0;
     for (int64_t d = 0; d < p.head_dim; ++d)
       product += query[size_t(d)] * element(p.pages, place(key) + d, p.cache_dtype);
-    const double logit = product * p.softmax_scale, cap = p.logits_soft_cap;
+    const double k_scale = p.k_scales ? p.k_scales[kv_head] : 1.0;
+    const double logit = product * k_scale * p.softmax_scale, cap = p.logits_soft_cap;
     logits.push_back(cap > 0 ? cap * std::tanh(logit / cap) : logit);
     most = std::max(most, logits.back());
   }
@@ -106,7 +108,7 @@ inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head)
     for (int64_t d = 0; d < p.head_dim; ++d)
       answer.output[size_t(d)] += weight * element(p.pages, place(key) + p.value_offset + d, p.cache_dtype);
   }
-  for (double& value : answer.output) value *= p.v_scale / total;
+  for (double& value : answer.output) value *= p.v_scale * (p.v_scales ? p.v_scales[kv_head] : 1.0) / total;
   answer.lse = most + std::log(total);
   return answer;
 }

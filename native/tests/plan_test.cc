@@ -28,6 +28,7 @@ struct Request {
     problem.num_q_heads = problem.num_kv_heads * between(1, 8);
     problem.head_dim = between(1, 256);
     problem.sliding_window = between(0, 2) ? 0 : between(1, 5000);
+    problem.attention_chunk_size = between(0, 2) ? 0 : between(1, 5000);
     chunk = between(1, 300);
     const int64_t longest = between(0, 1) ? 100 : 50000;
     for (int64_t r = 0, count = between(1, 12); r < count; ++r) {

@@ -32,7 +32,7 @@ class Bytes {
 struct Arrays {
   std::vector<uint8_t> queries, keys, values, pages, output;
   std::vector<int32_t> context_lens, block_tables, query_start_loc;
-  std::vector<float> sinks, lse;
+  std::vector<float> sinks, k_scales, v_scales, lse;
 };
 
 inline std::vector<uint8_t> random_elements(Bytes& bytes, int64_t count, DType dtype) {
@@ -73,8 +73,10 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   p.num_rows = bytes.between(0, 6);
   p.pages_per_row = bytes.between(1, 12);
   p.num_pages = orderly ? p.num_rows * p.pages_per_row + 1 : bytes.between(0, 30);
-  if (bytes.one_in(3)) p.logits_soft_cap = 5.0f;
-  if (bytes.one_in(3)) p.sliding_window = bytes.between(1, 90);
+  const float caps[] = {5.0f, 5.0f, 0x1p-126f, 0x1p59f};
+  if (bytes.one_in(3)) p.logits_soft_cap = caps[bytes.between(0, 3)];
+  if (bytes.one_in(3)) p.sliding_window = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
+  if (bytes.one_in(3)) p.attention_chunk_size = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
   p.softmax_scale = 0.2f;
   p.v_scale = 1.0f;
   p.padded_head_dim = p.head_dim;
@@ -127,9 +129,16 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     p.values = a.values.empty() ? &none : a.values.data();
   }
   if (bytes.one_in(3)) {
-    for (int64_t h = 0; h < p.num_q_heads; ++h) a.sinks.push_back(float(bytes.between(-8, 24)) / 4);
+    const float extremes[] = {-__builtin_inff(), -3.4e38f, 3.4e38f};
+    for (int64_t h = 0; h < p.num_q_heads; ++h)
+      a.sinks.push_back(bytes.one_in(12) ? extremes[bytes.between(0, 2)] : float(bytes.between(-8, 24)) / 4);
     p.sinks = a.sinks.data();
   }
+  for (std::vector<float>* scales : {&a.k_scales, &a.v_scales})
+    if (bytes.one_in(4))
+      for (int64_t h = 0; h < p.num_kv_heads; ++h) scales->push_back(float(bytes.between(1, 12)) / 8);
+  p.k_scales = a.k_scales.empty() ? nullptr : a.k_scales.data();
+  p.v_scales = a.v_scales.empty() ? nullptr : a.v_scales.data();
   if (bytes.one_in(2)) {
     a.lse.assign(size_t(p.num_tokens * p.num_q_heads), 7.0f);
     static float no_lse;

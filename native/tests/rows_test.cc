@@ -64,6 +64,31 @@ TEST(a_query_sees_the_keys_up_to_its_own_and_a_window_leaves_the_last) {
       }
 }
 
+TEST(chunks_begin_at_multiples_of_their_size) {
+  Problem p;
+  for (p.attention_chunk_size = 0; p.attention_chunk_size < 6; ++p.attention_chunk_size)
+    for (p.sliding_window = 0; p.sliding_window < 5; ++p.sliding_window)
+      for (int64_t position = 0; position < 14; ++position)
+        for (int64_t count = 1; count < 7; ++count) {
+          const KeyRange keys = visible_keys(p, position, count);
+          for (int64_t key = -3; key < 24; ++key) {
+            bool seen = false;
+            for (int64_t query = position; query < position + count; ++query) {
+              const bool in_window = p.sliding_window == 0 || key > query - p.sliding_window;
+              const int64_t size = p.attention_chunk_size;
+              seen |= key >= 0 && key <= query && in_window && (size == 0 || key / size == query / size);
+            }
+            CHECK(seen == (keys.begin <= key && key < keys.end));
+          }
+        }
+}
+
+TEST(windows_and_chunks_past_all_positions_hide_nothing) {
+  Problem p;
+  p.sliding_window = p.attention_chunk_size = INT64_MAX;
+  for (int64_t position : {int64_t(0), int64_t(7), int64_t(INT32_MAX)}) CHECK(first_visible(p, position) == 0);
+}
+
 TEST(sound_rows_are_all_served) {
   Batch batch;
   const Rows rows = batch.rows();

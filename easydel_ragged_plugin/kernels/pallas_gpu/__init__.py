@@ -60,12 +60,14 @@ class PallasGPU(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
-                "q_scale",
                 "k_scale",
                 "v_scale",
+                "scale_arrays",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # a TPU's; it uses none
             }
         ),
@@ -167,22 +169,23 @@ class PallasGPU(Kernel):
 
     def attend(self, request: AttentionRequest, sizes: Tiles, rows: Rows, operands: Operands) -> Results:
         """Attention over pages that are up to date."""
-        from .attend import Results, attend_decode, attend_prefill
+        from .attend import Extras, Results, attend_decode, attend_prefill
         from .merge import merge_parts
         from .work import decode_work, query_work
 
         arrays = (operands.queries, _slots(request, operands.pages), operands.block_tables)
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
+        extras = Extras(sinks, operands.k_scale, operands.v_scale)
         # Rows whose tokens fill one decode tile at most are decoded.
         most_tokens = sizes.decode.queries // request.group_size
         parts = decode_work(request, sizes, rows, most_tokens)
         results = Results.of_no_rows(request)
-        results, partials = attend_decode(request, sizes.decode, parts, arrays, sinks, results, self.interpret)
+        results, partials = attend_decode(request, sizes.decode, parts, arrays, extras, results, self.interpret)
         if parts.merges is not None:
-            results = merge_parts(request, parts.merges, partials, sinks, results, self.interpret)
+            results = merge_parts(request, parts.merges, partials, extras, results, self.interpret)
         if request.num_tokens > most_tokens:
             work = query_work(request, rows, sizes.prefill.queries // request.group_size, most_tokens)
-            results = attend_prefill(request, sizes.prefill, work, arrays, sinks, results, self.interpret)
+            results = attend_prefill(request, sizes.prefill, work, arrays, extras, results, self.interpret)
         return results
 
 

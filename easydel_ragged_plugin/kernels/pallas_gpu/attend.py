@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
@@ -35,6 +36,7 @@ from .tiles import Tile, power_of_two
 from .work import Column, DecodeWork
 
 __all__ = [
+    "Extras",
     "Results",
     "Softmax",
     "attend_decode",
@@ -49,6 +51,8 @@ __all__ = [
 
 LOG2_E = math.log2(math.e)
 """Logits are held in base 2: a GPU has an instruction for ``exp2``."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
@@ -86,6 +90,39 @@ class Results(NamedTuple):
     def arrays(self) -> tuple[jax.Array, ...]:
         """Those that are not None."""
         return (self.output,) if self.lse is None else (self.output, self.lse)
+
+
+class Extras(NamedTuple):
+    """Arrays that only some calls have, float32; their references inside of a kernel.
+
+    Attributes:
+        sinks: ``[q_heads]``.
+        k_scale, v_scale: ``[kv_heads]``.
+    """
+
+    sinks: Any
+    k_scale: Any
+    v_scale: Any
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Those that are not None."""
+        return tuple(array for array in self if array is not None)
+
+    @classmethod
+    def of_refs(cls, request: AttentionRequest, refs: Sequence[Any]) -> Extras:
+        """The references at the beginning of ``refs``, which follow :meth:`arrays`."""
+        following, options = iter(refs), request.options
+        wanted = (options.sinks, *(name in options.scale_arrays for name in ("k_scale", "v_scale")))
+        return cls(*(next(following) if each else None for each in wanted))
+
+    def sink_of(self, heads: jax.Array) -> jax.Array | None:
+        """Sinks of query heads."""
+        return None if self.sinks is None else pltriton.load(self.sinks.at[heads])
+
+    def scales_of(self, kv_head: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """Factors of the keys and values of a kv head."""
+        k_scale, v_scale = (None if ref is None else ref[kv_head] for ref in (self.k_scale, self.v_scale))
+        return k_scale, v_scale
 
 
 def iota(size: int) -> jax.Array:
@@ -219,6 +256,23 @@ def product(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
     )
 
 
+def base2_logits(request: AttentionRequest, products: jax.Array, k_scale: jax.Array | None) -> jax.Array:
+    """Logits in base 2, from products of queries and keys."""
+
+    def times_scale(number: float) -> float | jax.Array:
+        return number if k_scale is None else k_scale * number
+
+    scale, cap = request.logits_scale, request.options.soft_cap
+    if cap is None:
+        return products * times_scale(scale * LOG2_E)
+    if scale == 0 or 2.0**-126 <= abs(scale) / cap <= 2.0**127:
+        # In one step, so that a soft cap costs no further multiplication.
+        scaled = products * times_scale(scale / cap)
+    else:  # the quotient is no float32, and 0 times infinity would be NaN
+        scaled = products * times_scale(scale) * (1 / cap)
+    return jnp.tanh(scaled) * (cap * LOG2_E)
+
+
 def walk(
     request: AttentionRequest,
     tile: Tile,
@@ -226,6 +280,7 @@ def walk(
     pages: Any,
     row: jax.Array,
     kv_head: jax.Array,
+    k_scale: jax.Array | None,
     queries: Queries,
     begin: jax.Array,
     end: jax.Array,
@@ -233,16 +288,12 @@ def walk(
     """The softmax of a tile of queries over the blocks of keys ``[begin, end)``."""
     lanes, size = power_of_two(request.head_dim), tile.keys
     seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
-    scale = request.logits_scale
-    cap = request.options.logits_soft_cap
 
     def step(masked: bool, block: jax.Array, state: Softmax) -> Softmax:
         position = block * size + iota(size)
         inside = (position >= seen_begin) & (position < seen_end) if masked else None
         keys, values = load_block(request, size, tables, pages, row, kv_head, position, inside)
-        logits = product(queries.operand, keys, 1)
-        # In this order, so that a soft cap costs no further multiplication.
-        logits = logits * (scale * LOG2_E) if cap is None else jnp.tanh(logits * (scale / cap)) * (cap * LOG2_E)
+        logits = base2_logits(request, product(queries.operand, keys, 1), k_scale)
         if masked:
             shape = logits.shape
             key, query = broadcast_along(position, 1, shape), broadcast_along(queries.position, 0, shape)
@@ -266,7 +317,7 @@ def walk(
         jnp.zeros((tile.queries,), jnp.float32),
         jnp.zeros((tile.queries, lanes), jnp.float32),
     )
-    if request.options.window is not None:
+    if request.options.is_local:
         first_whole, _ = visible_keys(request, queries.last, queries.last)
         whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), begin, end)
         diagonal = jnp.maximum(diagonal, whole)
@@ -275,24 +326,30 @@ def walk(
     return lax.fori_loop(diagonal, end, functools.partial(step, True), state)
 
 
-def finish(request: AttentionRequest, state: Softmax, sink: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def finish(
+    request: AttentionRequest, state: Softmax, sink: jax.Array | None, v_scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     """Output and logsumexp of a finished softmax; no logsumexp where it is not requested.
 
     A sink is one more key, without a value. Where nothing was seen the output is zero and the logsumexp -inf.
+    ``v_scale`` is a further factor of the output.
     """
     maximum, total, kept = state.maximum, state.total, jnp.ones_like(state.total)
+    highest = maximum / LOG2_E
     if sink is not None:
-        sink = sink * LOG2_E
-        maximum = jnp.maximum(state.maximum, sink)
+        logit = jnp.minimum(sink * LOG2_E, LARGEST)  # infinity minus itself would be NaN
+        maximum = jnp.maximum(state.maximum, logit)
+        highest = jnp.where(maximum == logit, sink, highest)
         reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         kept = jnp.exp2(state.maximum - reference)
-        total = total * kept + jnp.exp2(sink - reference)
+        total = total * kept + jnp.exp2(logit - reference)
     factor = kept * request.v_scale / jnp.where(total == 0, 1.0, total)
+    factor = factor if v_scale is None else factor * v_scale
     output = (state.weighted * factor[:, None]).astype(request.query_dtype)
     if not request.return_lse:
         return output, None
     # A row that lacks a page saw nothing, and its sinks are no result.
-    lse = jnp.where(state.total == 0, -jnp.inf, (maximum + jnp.log2(total)) / LOG2_E)
+    lse = jnp.where(state.total == 0, -jnp.inf, highest + jnp.log2(total) / LOG2_E)
     return output, lse
 
 
@@ -331,9 +388,11 @@ def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     seen_begin, seen_end = visible_keys(request, queries.first, queries.last)
     begin = lax.div(seen_begin, jnp.int32(tile.keys))
     end = jnp.where(tokens > 0, lax.div(seen_end - 1, jnp.int32(tile.keys)) + 1, begin)
-    state = walk(request, tile, tables, pages, row, kv_head, queries, begin, end)
-    sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
-    store_results(request, out, finish(request, state, sink), queries.token, queries.head, queries.filled)
+    extras = Extras.of_refs(request, rest)
+    k_scale, v_scale = extras.scales_of(kv_head)
+    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, end)
+    finished = finish(request, state, extras.sink_of(queries.head), v_scale)
+    store_results(request, out, finished, queries.token, queries.head, queries.filled)
 
 
 def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
@@ -346,10 +405,12 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     # A row that lacks a page has no blocks in any part, so its parts sum up to zeros.
     has_pages = row_has_pages(request, tables, row, context, count)
     queries = load_queries(request, tile, queries_ref, kv_head, start, count, context - count)
-    state = walk(request, tile, tables, pages, row, kv_head, queries, begin, jnp.where(has_pages, end, begin))
-    sink = pltriton.load(rest[0].at[queries.head]) if request.options.sinks else None
+    extras = Extras.of_refs(request, rest)
+    k_scale, v_scale = extras.scales_of(kv_head)
+    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, jnp.where(has_pages, end, begin))
     whole = queries.filled & (parts == 1)
-    store_results(request, out, finish(request, state, sink), queries.token, queries.head, whole)
+    finished = finish(request, state, extras.sink_of(queries.head), v_scale)
+    store_results(request, out, finished, queries.token, queries.head, whole)
 
     several = queries.filled & (parts > 1)
     partials = jnp.broadcast_to(partial, several.shape)
@@ -393,7 +454,7 @@ def attend_prefill(
     tile: Tile,
     work: jax.Array,
     arrays: tuple[jax.Array, ...],
-    sinks: jax.Array | None,
+    extras: Extras,
     results: Results,
     interpret: bool,
 ) -> Results:
@@ -404,7 +465,7 @@ def attend_prefill(
         tile.warps,
         tile.num_stages,
         interpret,
-        (work, *arrays, *(() if sinks is None else (sinks,))),
+        (work, *arrays, *extras.arrays()),
         results,
     )
     return results
@@ -415,7 +476,7 @@ def attend_decode(
     tile: Tile,
     work: DecodeWork,
     arrays: tuple[jax.Array, ...],
-    sinks: jax.Array | None,
+    extras: Extras,
     results: Results,
     interpret: bool,
 ) -> tuple[Results, tuple[jax.Array, ...]]:
@@ -432,7 +493,7 @@ def attend_decode(
         tile.warps,
         tile.num_stages,
         interpret,
-        (work.parts, *arrays, *(() if sinks is None else (sinks,))),
+        (work.parts, *arrays, *extras.arrays()),
         results,
         statistics,
         statistics,

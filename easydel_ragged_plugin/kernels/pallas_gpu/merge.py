@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.types import AttentionRequest
 
-from .attend import Results, Softmax, broadcast_along, finish, iota, launch, store_results
+from .attend import Extras, Results, Softmax, broadcast_along, finish, iota, launch, store_results
 from .tiles import power_of_two
 from .work import Column
 
@@ -33,6 +33,8 @@ def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
     start, count, partial, parts = (
         work[index, int(column)] for column in (Column.START, Column.TOKENS, Column.PARTIAL, Column.PARTS)
     )
+    extras = Extras.of_refs(request, rest)
+    _, v_scale = extras.scales_of(lax.div(head, jnp.int32(request.group_size)))
     lanes = power_of_two(request.head_dim)
     shape = (MERGED_PARTS, lanes)
     lane = iota(lanes)
@@ -60,10 +62,10 @@ def ragged_merge(request: AttentionRequest, *refs: Any) -> None:
         nothing = Softmax(jnp.float32(-jnp.inf), jnp.float32(0.0), jnp.zeros((lanes,), jnp.float32))
         steps = lax.div(parts + (MERGED_PARTS - 1), jnp.int32(MERGED_PARTS))
         state = lax.fori_loop(0, steps, step, nothing)
-        sink = rest[0][head].reshape(1) if request.options.sinks else None
+        sink = None if extras.sinks is None else extras.sinks[head].reshape(1)
         state = Softmax(state.maximum.reshape(1), state.total.reshape(1), state.weighted.reshape(1, lanes))
         at = ((start + offset).reshape(1), head.reshape(1))
-        store_results(request, out, finish(request, state, sink), *at, jnp.ones((1,), bool))
+        store_results(request, out, finish(request, state, sink, v_scale), *at, jnp.ones((1,), bool))
         return carry
 
     lax.fori_loop(0, count, token, jnp.int32(0))
@@ -73,7 +75,7 @@ def merge_parts(
     request: AttentionRequest,
     work: jax.Array,
     partials: tuple[jax.Array, ...],
-    sinks: jax.Array | None,
+    extras: Extras,
     results: Results,
     interpret: bool,
 ) -> Results:
@@ -84,7 +86,7 @@ def merge_parts(
         WARPS,
         1,
         interpret,
-        (work, *partials, *(() if sinks is None else (sinks,))),
+        (work, *partials, *extras.arrays()),
         results,
     )
     return results

@@ -40,7 +40,7 @@ from easydel_ragged_plugin.blockwise import (
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, first_visible, live_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
-from easydel_ragged_plugin.writes import select_slots, sources_of_slots, to_cache_dtype, write_tokens
+from easydel_ragged_plugin.writes import select_slots, sources_of_slots, to_cache_dtype, too_many_slots, write_tokens
 
 __all__ = ["KERNEL", "XlaKernel"]
 
@@ -136,11 +136,13 @@ def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> t
     return keys, values
 
 
-def normalize(request: AttentionRequest, state: Softmax) -> jax.Array:
-    """Attention output of a finished softmax; zeros where nothing was seen."""
+def normalize(request: AttentionRequest, v_scale: jax.Array | None, state: Softmax) -> jax.Array:
+    """Attention output of a finished softmax; zeros where nothing was seen. ``v_scale`` is a further factor that
+    broadcasts against the output."""
     total = state.total[..., None]
-    output = jnp.where(total > 0, state.weighted / jnp.where(total > 0, total, 1.0), 0.0)
-    return (output * request.v_scale).astype(request.query_dtype)
+    output = jnp.where(total > 0, state.weighted / jnp.where(total > 0, total, 1.0), 0.0) * request.v_scale
+    output = output if v_scale is None else output * v_scale.astype(output.dtype)
+    return output.astype(request.query_dtype)
 
 
 def attend_decode(
@@ -185,7 +187,8 @@ def attend_decode(
             "whgd,whtd->whgt", queries[rank].astype(dtype), keys, preferred_element_type=state.total.dtype
         )
         visible = visible[:, None, None, :]
-        logits = jnp.where(visible, logits_of(request, products), -jnp.inf)
+        k_scale = None if operands.k_scale is None else operands.k_scale[:, None, None]
+        logits = jnp.where(visible, logits_of(request, products, k_scale), -jnp.inf)
         maximum = jnp.max(logits, axis=-1)
         weights = weights_of(logits, visible, maximum)
         part = Softmax(
@@ -201,7 +204,8 @@ def attend_decode(
     state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
     token = jnp.where(is_decode, token, results.output.shape[0])  # one past the end: dropped
     lse = None if results.lse is None else results.lse.at[token].set(lse_of(state), mode="drop")
-    return Results(results.output.at[token].set(normalize(request, state), mode="drop"), lse)
+    v_scale = None if operands.v_scale is None else operands.v_scale[:, None, None]
+    return Results(results.output.at[token].set(normalize(request, v_scale, state), mode="drop"), lse)
 
 
 def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
@@ -232,6 +236,7 @@ def attend_prefill(
     several = rows._replace(num_queries=jnp.where(rows.num_queries > 1, rows.num_queries, 0))
     tiling = Tiling(blocks.tile, blocks.prefill_pages, operand_dtype(request), statistics_dtype(request))
     queries = operands.queries.reshape(-1, request.num_kv_heads, request.group_size, request.head_dim)
+    v_scale = None if operands.v_scale is None else operands.v_scale[:, None, None, None]
     return attend_tiles(
         request,
         tiling,
@@ -240,7 +245,7 @@ def attend_prefill(
         pages,
         queries,
         functools.partial(read_pages, request),
-        functools.partial(normalize, request),
+        functools.partial(normalize, request, v_scale),
         results,
     )
 
@@ -256,12 +261,14 @@ class XlaKernel(Kernel):
             {
                 "softmax_scale",
                 "sliding_window",
+                "attention_chunk_size",
                 "logits_soft_cap",
-                "q_scale",
                 "k_scale",
                 "v_scale",
+                "scale_arrays",
                 "sinks",
                 "compute_dtype",
+                "update_pages",
                 "vmem_limit_bytes",  # uses no VMEM
             }
         ),
@@ -271,8 +278,8 @@ class XlaKernel(Kernel):
     color = "#7cc5bd"
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """None: this kernel takes every valid request over plain pages."""
-        return None
+        """Only pages that :func:`~easydel_ragged_plugin.writes.too_many_slots` can't write."""
+        return too_many_slots(request)
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""

@@ -29,6 +29,7 @@ struct TileConfig {
 #endif
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = __FLT_MAX__;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr int kCacheLine = 64;
@@ -100,19 +101,37 @@ struct Cache {
   }
 };
 
-// Turns a product into a base-2 logit.
+// Turns a product with a key of a kv head into a base-2 logit. Where there is a soft cap, the scale is not divided by
+// it first: the quotient may be too large or too small for a float, and 0 times infinity is no number.
 struct Logits {
-  float scale, cap;
-  explicit Logits(const Problem& p)
-      : scale(p.logits_soft_cap > 0 ? p.softmax_scale / p.logits_soft_cap : p.softmax_scale * kLog2E),
-        cap(p.logits_soft_cap > 0 ? p.logits_soft_cap * kLog2E : 0.0f) {}
+  float scale, inverse_cap, cap;
+  Logits(const Problem& p, int64_t kv_head)
+      : scale(p.softmax_scale * (p.k_scales ? p.k_scales[kv_head] : 1.0f)), inverse_cap(0.0f), cap(0.0f) {
+    if (p.logits_soft_cap > 0) {
+      inverse_cap = 1.0f / p.logits_soft_cap;
+      cap = p.logits_soft_cap * kLog2E;
+    } else {
+      scale *= kLog2E;
+    }
+  }
   template <bool kCapped>
   inline __attribute__((always_inline)) VecF of(VecF product) const {
     const VecF x = product * splat(scale);
-    if constexpr (kCapped) return hyperbolic_tangent(x) * splat(cap);
+    if constexpr (kCapped) return hyperbolic_tangent(x * splat(inverse_cap)) * splat(cap);
     return x;
   }
 };
+
+// What the weighted values of a kv head are multiplied by.
+RAGGED_INLINE float value_scale(const Problem& p, int64_t kv_head) {
+  return p.v_scales ? p.v_scale * p.v_scales[kv_head] : p.v_scale;
+}
+
+// A sink as a base-2 logit. It is never infinity, which minus itself is no number.
+RAGGED_INLINE float base2_sink(float sink) {
+  const float logit = sink * kLog2E;
+  return logit > kLargest ? kLargest : logit;
+}
 
 // Natural logarithm of x, which is 0, positive and normal, or not finite. The error is below 2e-7 absolute where the
 // result is below 1, and relative above. (logf would make the library need libm.)
@@ -127,5 +146,8 @@ RAGGED_INLINE float natural_log(float x) {
   return float(exponent) * kLn2 + (2.0f * s + s * rest);
 }
 
-// Logsumexp from a softmax's maximum, a base-2 logit, and its sum: the sum of all 2^(logit - maximum).
-RAGGED_INLINE float logsumexp(float maximum, float total) { return maximum * kLn2 + natural_log(total); }
+// Logsumexp from a softmax's maximum, a base-2 logit, and its sum: the sum of all 2^(logit - maximum). `sink`: a
+// natural logit that is the maximum, or null. The largest floats are no base-2 logits.
+RAGGED_INLINE float logsumexp(float maximum, float total, const float* sink) {
+  return (sink ? *sink : maximum * kLn2) + natural_log(total);
+}

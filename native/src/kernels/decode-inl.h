@@ -203,27 +203,27 @@ struct VectorHeads {
   const Problem& p;
   const DecodeScratch<T, Dot>& s;
   const Partial& partial;
-  const Logits logits;
   const int64_t stride;
 
   VectorHeads(const Problem& problem, const DecodeScratch<T, Dot>& scratch, const Partial& sums)
-      : p(problem), s(scratch), partial(sums), logits(problem), stride(partial_stride(problem)) {}
+      : p(problem), s(scratch), partial(sums), stride(partial_stride(problem)) {}
   void start(int64_t) {}
   void finish() {}
 
   void attend(int64_t kv_head, int64_t count) {
+    const Logits logits(p, kv_head);
     const int64_t end = (kv_head + 1) * p.group();
     for (int64_t head = end - p.group(); head < end; head += 4) {
-      if (end - head >= 4) attend(Count<4>{}, kv_head, head, count);
-      if (end - head == 3) attend(Count<3>{}, kv_head, head, count);
-      if (end - head == 2) attend(Count<2>{}, kv_head, head, count);
-      if (end - head == 1) attend(Count<1>{}, kv_head, head, count);
+      if (end - head >= 4) attend(Count<4>{}, logits, kv_head, head, count);
+      if (end - head == 3) attend(Count<3>{}, logits, kv_head, head, count);
+      if (end - head == 2) attend(Count<2>{}, logits, kv_head, head, count);
+      if (end - head == 1) attend(Count<1>{}, logits, kv_head, head, count);
     }
   }
 
  private:
   template <int kQueries>
-  void attend(Count<kQueries>, int64_t kv_head, int64_t head, int64_t count) {
+  void attend(Count<kQueries>, const Logits& logits, int64_t kv_head, int64_t head, int64_t count) {
     const int64_t offset = kv_head * p.head_stride;
     decode_products<Dot, kQueries>(s.queries + head * s.query_stride, s.query_stride, s.slot, s.next, count, offset,
                                    p.head_dim, s.weights);
@@ -317,15 +317,17 @@ size_t decode_scratch(const Problem& p) {
 void finish(const Problem& p, const Partial* partials, int64_t count, int64_t token) {
   const int64_t stride = partial_stride(p);
   for (int64_t h = 0; h < p.num_q_heads; ++h) {
-    const float sink = p.sinks ? p.sinks[h] * kLog2E : -kInfinity;
+    const float sink = p.sinks ? base2_sink(p.sinks[h]) : -kInfinity;
     float most = sink;
     for (int64_t i = 0; i < count; ++i) most = partials[i].maximum[h] > most ? partials[i].maximum[h] : most;
     const float reference = most == -kInfinity ? 0.0f : most;
     float total = p.sinks ? exp2_nonpositive(sink - reference) : 0.0f;
     for (int64_t i = 0; i < count; ++i)
       total += partials[i].total[h] * exp2_nonpositive(partials[i].maximum[h] - reference);
-    if (p.lse) p.lse[token * p.num_q_heads + h] = logsumexp(reference, total);
-    const float inverse = total > 0 ? p.v_scale / total : (total == total ? 0.0f : total);
+    if (p.lse)
+      p.lse[token * p.num_q_heads + h] =
+          logsumexp(reference, total, p.sinks && reference == sink ? p.sinks + h : nullptr);
+    const float inverse = total > 0 ? value_scale(p, h / p.group()) / total : (total == total ? 0.0f : total);
     for (int64_t i = 0; i < count; ++i)
       partials[i].total[h] = exp2_nonpositive(partials[i].maximum[h] - reference) * inverse;
     with_query_type(p.query_dtype, [&](auto tag) {

@@ -80,7 +80,6 @@ struct TileHeads {
   const DecodeScratch<BF16, PairDot>& s;
   const Partial& partial;
   const TileScratch tiles;
-  const Logits logits;
   const int64_t steps, chunks;
   bool regular[kDecodeBlock / 16];  // whether 16 tokens of the block lie at equal distances
 
@@ -89,7 +88,6 @@ struct TileHeads {
         s(scratch),
         partial(sums),
         tiles(problem, scratch.rest),
-        logits(problem),
         steps(problem.head_dim / 32),
         chunks((problem.group() + kQueries - 1) / kQueries) {
     for (int64_t h = 0; h < p.num_kv_heads; ++h)
@@ -121,9 +119,10 @@ struct TileHeads {
   }
 
   void attend(int64_t kv_head, int64_t count) {
+    const Logits logits(p, kv_head);
     for (int64_t chunk = kv_head * chunks; chunk < (kv_head + 1) * chunks; ++chunk) {
       multiply_keys(chunk, kv_head * p.head_stride, count);
-      softmax(chunk, count);
+      softmax(logits, chunk, count);
       add_values(chunk, kv_head * p.head_stride + p.value_offset, count);
     }
   }
@@ -185,7 +184,7 @@ struct TileHeads {
   }
 
   // From the products in s.weights to tiles.weights.
-  void softmax(int64_t chunk, int64_t count) {
+  void softmax(const Logits& logits, int64_t chunk, int64_t count) {
     float* products = s.weights;
     const int64_t size = count * kQueries, whole = round_up(count, 32) * kQueries;
     VecF most = splat(-kInfinity);

@@ -128,7 +128,7 @@ template <class T, class Step, bool kCapped>
 void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, int64_t count,
                   void* scratch) {
   PrefillScratch<T, Step> s(p, count, scratch);
-  const Logits logits(p);
+  const Logits logits(p, kv_head);
   const Cache<T> cache(p, row);
   const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
 
@@ -195,15 +195,17 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
     for (int64_t r = 0; r < live; ++r) {
       const int64_t head = kv_head * group + r % group;
       float total = s.total[r], reference = s.maximum[r] == -kInfinity ? 0.0f : s.maximum[r], rescale = 1.0f;
+      const float* highest = nullptr;  // the sink, where it is the largest logit
       if (p.sinks) {
-        const float sink = p.sinks[head] * kLog2E;
+        const float sink = base2_sink(p.sinks[head]);
         const float most = sink > s.maximum[r] ? sink : s.maximum[r];
         reference = most == -kInfinity ? 0.0f : most;
         rescale = exp2_nonpositive(s.maximum[r] - reference);
         total = total * rescale + exp2_nonpositive(sink - reference);
+        if (reference == sink) highest = p.sinks + head;
       }
-      if (p.lse) p.lse[(token + r / group) * p.num_q_heads + head] = logsumexp(reference, total);
-      const float inverse = total > 0 ? p.v_scale * rescale / total : (total == total ? 0.0f : total);
+      if (p.lse) p.lse[(token + r / group) * p.num_q_heads + head] = logsumexp(reference, total, highest);
+      const float inverse = total > 0 ? value_scale(p, kv_head) * rescale / total : (total == total ? 0.0f : total);
       To* to = output + (r / group * p.num_q_heads + r % group) * p.head_dim;
       for (int64_t d = 0; d < p.head_dim; d += kLanes) {
         const VecF v = load(s.sums + r * s.width + d) * splat(inverse);
