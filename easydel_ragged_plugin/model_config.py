@@ -73,10 +73,10 @@ def refuse_mask(operation: str, causal: Any, mask_info: Any, sliding_window: Any
 
 
 def chunk_size(operation: str, mask_info: Any, config: Any, cache_view: Any) -> int | None:
-    """The size of the chunks that ``mask_info`` holds, for the layer that ``cache_view`` belongs to; None for no chunks.
+    """The size of the chunks that ``mask_info`` holds, for the layer of ``cache_view``; None where there are none.
 
-    The size is in the model's configuration, and so is the kind of each layer: Llama 4 hands one mask to all its layers,
-    and those without rotary embeddings are not chunked.
+    The size is in the model's configuration, and so is the kind of each layer: Llama 4 has one mask for all layers, and
+    those without rotary embeddings are not chunked.
 
     Raises:
         Unsupported: the mask holds chunks, and the size or the layer's kind can't be told.

@@ -6,6 +6,7 @@ They turn the host's call (a cache view, metadata, a partition manager and a lon
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -176,7 +177,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         return options if size is None else dataclasses.replace(options, attention_chunk_size=size)
 
     def _with_soft_cap(self, config: RaggedPageConfig | None, options: Options) -> RaggedPageConfig | None:
-        """``config`` with the model's soft cap, where neither it nor the call has one: hooks and overrides still win."""
+        """``config`` with the model's soft cap where neither it nor the call has one. Hooks and overrides win."""
         if options.logits_soft_cap is not None or (config is not None and config.logits_soft_cap is not None):
             return config
         cap = model_config.soft_cap(self.metadata.base_config)
@@ -192,8 +193,8 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             )
         if arguments.get("bias") is not None:
             raise Unsupported(
-                f"{self.get_impl_name()}: bias, such as ALiBi's of MPT. Paged attention has none, so eSurge can't serve "
-                "this model; use attn_mechanism='vanilla' and model.generate()."
+                f"{self.get_impl_name()}: bias, such as ALiBi's of MPT. Paged attention has none, so eSurge can't "
+                "serve this model; use attn_mechanism='vanilla' and model.generate()."
             )
         model_config.refuse_mask(
             self.get_impl_name(), arguments.get("causal"), arguments.get("mask_info"), options.sliding_window
@@ -234,7 +235,7 @@ class RaggedPageAttnV3(_RaggedPageAttention):
     update_metadata = _host.MetadataField.REQUEST_DISTRIBUTION
 
 
-# EasyDeL's Gemma 4 looks for "ragged", "page", "decode" and "unified" in the name of the operation's class, and passes a
-# window that is one token short where it finds one; to any other name it passes the pair (left, right), which is right.
+# EasyDeL's Gemma 4 looks for "ragged", "page", "decode" and "unified" in the name of the operation's class. Where it
+# finds one it passes a window that is one token short; to any other name it passes the pair (left, right): all of it.
 # __qualname__ stays: pickle, repr and entry points use that.
 RaggedPageAttnV2.__name__, RaggedPageAttnV3.__name__ = "EasyDelPluginV2", "EasyDelPluginV3"

@@ -219,7 +219,7 @@ def run(
     engine: engine_case.Plan,
     soak: soak_case.Plan,
 ) -> int:
-    """See ``easydel-ragged bench --help``. Returns the exit code: 1 where nothing ran, and notes tell why; 1 for drift."""
+    """See ``easydel-ragged bench --help``. The exit code is 1 where nothing ran (notes tell why), or for drift."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no width; the table does

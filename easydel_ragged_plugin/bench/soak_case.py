@@ -31,7 +31,7 @@ from easydel_ragged_plugin.demo import model as models
 from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.demo import tiny
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
-from easydel_ragged_plugin.terminal import CommandError, hushed, stage
+from easydel_ragged_plugin.terminal import CommandError, Update, hushed, stage
 
 __all__ = ["ABOUT", "TINY", "Interval", "Plan", "Request", "requests_of", "run", "show", "verdict"]
 
@@ -199,15 +199,18 @@ class _Client:
                 self.wrong.append(f"reference {request.reference}: got {answer.token_ids}, wanted {first}")
 
 
-def _interval(engine: Engine, plan: Plan, part: Sequence[Request], references: Any, done: Any) -> Interval:
+def _interval(
+    engine: Engine, plan: Plan, part: Sequence[Request], references: Mapping[int, tuple[int, ...]], update: Update
+) -> Interval:
     import jax
 
     client = _Client(engine, plan, references)
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(plan.clients) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(client.send, request) for request in part]):
+        sent = [pool.submit(client.send, request) for request in part]
+        for count, future in enumerate(concurrent.futures.as_completed(sent), 1):
             future.result()
-            done()
+            update(count, len(part))
     seconds = time.perf_counter() - started
     gc.collect()
     arrays = jax.live_arrays()
@@ -280,9 +283,7 @@ def run(plan: Plan) -> dict[str, Any]:
         tokenizer = models.load_tokenizer(source)
         workers = stack.enter_context(Workers(source))
         label = plan.mechanism
-        engine = stack.enter_context(
-            demo.start_engine(console, label, source, plan.settings(), tokenizer, workers)
-        )
+        engine = stack.enter_context(demo.start_engine(console, label, source, plan.settings(), tokenizer, workers))
         with stage(console, f"answering the {plan.references} reference prompts, one at a time"):
             alone = {
                 place: engine.answer(_text(each.words), each.max_tokens).token_ids
@@ -290,15 +291,9 @@ def run(plan: Plan) -> dict[str, Any]:
             }
         served = 0
         for part in parts:
-            first = served + 1
-            with stage(console, f"requests {first} to {served + len(part)}") as update:
-
-                def done() -> None:
-                    nonlocal served
-                    served += 1
-                    update(served - first + 1, len(part))
-
-                intervals.append(_interval(engine, plan, part, alone, done))
+            with stage(console, f"requests {served + 1} to {served + len(part)}") as update:
+                intervals.append(_interval(engine, plan, part, alone, update))
+            served += len(part)
             last = intervals[-1]
             console.print(
                 f"  {last.resident_bytes / 2**20:.0f} MiB resident, {last.arrays} arrays of "
