@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import numbers
 from typing import Any
 
 from .errors import Unsupported
@@ -30,8 +29,7 @@ def _say_once(text: str) -> None:
 def _number(config: Any, name: str) -> Any:
     """The field ``name`` of a model's configuration where it is a number above 0; None where it says nothing clear."""
     value = getattr(config, name, None)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return value if is_number and value > 0 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
 def soft_cap(config: Any) -> float | None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from easydel_ragged_plugin import select
+from easydel_ragged_plugin.demo.model import MODEL_NAME
 from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.formats import PLAIN
@@ -243,7 +244,7 @@ def run(
         return 0
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if SERVING.keys() & set(names):
-        check_environment()
+        check_environment(converts=ENGINE_CASE in names or soak.model == MODEL_NAME)
     # Left alone, EasyDeL's kernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
