@@ -351,7 +351,8 @@ class FakeEngine(engine.Engine):
     """Answers with as many tokens as are wanted; one request is answered wrongly."""
 
     def __init__(self, wrong: soak_case.Request) -> None:
-        self.wrong = soak_case._text(wrong.words)
+        self.tokenizer = lambda text: {"input_ids": text.split()}
+        self.wrong = soak_case._text(wrong.words, self.tokenizer)
 
     def answer(self, text: str, max_tokens: int, *, cancel_after: int | None = None) -> engine.Answer:
         count = max_tokens if cancel_after is None else cancel_after
@@ -367,6 +368,14 @@ def test_a_soak_compares_the_answers_of_its_references() -> None:
     assert interval.resident_bytes > 1 << 20
     count = references[3].max_tokens
     assert interval.wrong == (f"reference 3: got {(1,) * count}, wanted {(0,) * count}",)
+
+
+def test_a_prompt_of_the_soak_has_no_more_tokens_than_words() -> None:
+    words = tuple(range(10, 30))
+    for tokens_per_word in (1, 3):
+        text = soak_case._text(words, lambda text: {"input_ids": text.split() * tokens_per_word})  # noqa: B023
+        assert 20 // tokens_per_word * 3 // 4 <= len(text.split()) <= 20 // tokens_per_word
+    assert soak_case._text((7,), lambda text: {"input_ids": [1, 2, 3]}) == "w7"
 
 
 def test_bench_fails_for_drift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

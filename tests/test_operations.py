@@ -171,6 +171,22 @@ def test_bad_call_leaves_the_view_alone() -> None:
     assert view.kv_pages is before
 
 
+def test_layers_that_share_a_cache() -> None:
+    """A later layer of Gemma 4 has another's view, keys and values: it stores them again, or nothing where told so."""
+    driver = Driver(operation_class("v3"))
+    batch = build_batch(case_named("mixed"), "v3")
+    view = driver.view(batch, batch.pages)
+    first = call(driver, view=view).attention_outputs
+    pages = np.asarray(view.kv_pages)
+    again = call(driver, view=view).attention_outputs
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(np.asarray(view.kv_pages), pages)
+    other = jnp.full((1, *batch.keys.shape), 7.0)
+    reading = call(driver, view=view, update_pages=False, key=other, value=other).attention_outputs
+    np.testing.assert_array_equal(reading, first)
+    np.testing.assert_array_equal(np.asarray(view.kv_pages), pages)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_config_of_the_host_is_read(version: str) -> None:
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config

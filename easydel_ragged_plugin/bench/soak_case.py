@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import gc
 import random
-import statistics
 import sys
 import tempfile
 import threading
@@ -42,6 +41,9 @@ TINY = "tiny"
 
 ALLOWED_GROWTH_BYTES = 32 << 20
 """Growth of the process that is no drift: a tenth of that comes and goes with the C library's free lists."""
+
+SETTLE_S = 0.2
+"""After the last answer of an interval the engine ends its step, and lets go of that step's arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +173,14 @@ def _page_bytes() -> int:
     return resource.getpagesize()
 
 
-def _text(words: Sequence[int]) -> str:
-    return " ".join(f"w{word}" for word in words)
+def _text(words: Sequence[int], tokenizer: Any) -> str:
+    """Text of the first words, as many as give no more tokens than there are words: one each in the tiny model."""
+    count = len(words)
+    while True:
+        text = " ".join(f"w{word}" for word in words[:count])
+        if count == 1 or len(tokenizer(text)["input_ids"]) <= len(words):
+            return text
+        count = max(1, 3 * count // 4)
 
 
 class _Client:
@@ -186,7 +194,7 @@ class _Client:
 
     def send(self, request: Request) -> None:
         """Send one request and check what comes back."""
-        text = _text(request.words)
+        text = _text(request.words, self.engine.tokenizer)
         answer = self.engine.answer(text, request.max_tokens, cancel_after=request.cancel_after)
         with self._lock:
             self.tokens += len(answer.token_ids)
@@ -212,6 +220,7 @@ def _interval(
             future.result()
             update(count, len(part))
     seconds = time.perf_counter() - started
+    time.sleep(SETTLE_S)
     gc.collect()
     arrays = jax.live_arrays()
     return Interval(
@@ -230,15 +239,14 @@ def _interval(
 def verdict(plan: Plan, intervals: Sequence[Interval]) -> dict[str, Any]:
     """Whether memory or answers drifted, and the figures that it follows from.
 
-    Growth is the median of the last third of the intervals minus that of the first third, without those of the warm-up.
+    Growth is the least of the last third of the intervals minus the least of the first third, without those of the
+    warm-up: what the engine still holds of its last step only adds.
     """
     counted = intervals[plan.warm_up :] or intervals[-1:]
     third = max(1, len(counted) // 3)
 
     def growth(field: str) -> int:
-        first, last = (
-            statistics.median(getattr(each, field) for each in part) for part in (counted[:third], counted[-third:])
-        )
+        first, last = (min(getattr(each, field) for each in part) for part in (counted[:third], counted[-third:]))
         return int(last - first)
 
     grown = {field: growth(field) for field in ("resident_bytes", "array_bytes", "arrays", "threads")}
@@ -286,7 +294,7 @@ def run(plan: Plan) -> dict[str, Any]:
         engine = stack.enter_context(demo.start_engine(console, label, source, plan.settings(), tokenizer, workers))
         with stage(console, f"answering the {plan.references} reference prompts, one at a time"):
             alone = {
-                place: engine.answer(_text(each.words), each.max_tokens).token_ids
+                place: engine.answer(_text(each.words, tokenizer), each.max_tokens).token_ids
                 for place, each in enumerate(references)
             }
         served = 0

@@ -399,12 +399,14 @@ class Engine:
         timer = threading.Timer(CANCEL_S, self._engine.abort_request, (request,))
         if cancel_after == 0:
             timer.start()
-        cancelled = False
+        output, cancelled = None, False
         for output in self._engine.stream(text, sampling, request_id=request):
             if not cancelled and cancel_after and cancel_after <= int(output.num_generated_tokens) < max_tokens:
                 self._engine.abort_request(request)
                 cancelled = True
         timer.cancel()
+        if output is None:  # cancelled before the engine had anything to tell
+            return Answer("", (), cancelled=True)
         given = output.outputs[0]
         return Answer(output.accumulated_text, tuple(map(int, given.token_ids)), given.finish_reason == "abort")
 
