@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .rows import Rows, is_visible, visible_keys
-from .types import AttentionRequest, Operands
+from .types import SATURATED, AttentionRequest, Operands
 
 __all__ = [
     "Results",
@@ -59,7 +59,11 @@ def logits_of(request: AttentionRequest, products: jax.Array, k_scale: jax.Array
     scale = jnp.asarray(request.logits_scale, products.dtype)
     logits = products * (scale if k_scale is None else scale * k_scale.astype(products.dtype))
     cap = request.options.soft_cap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
+    if cap is None:
+        return logits
+    if request.scale_over_cap is None:
+        logits = jnp.clip(logits, -SATURATED * cap, SATURATED * cap)
+    return cap * jnp.tanh(logits / cap)
 
 
 def weights_of(logits: jax.Array, visible: jax.Array, maximum: jax.Array) -> jax.Array:

@@ -17,12 +17,16 @@ import numpy as np
 
 from .formats import PLAIN, CacheFormat
 from .layout import PageLayout, Version
-from .options import NO_OPTIONS, Options
+from .options import LARGEST_NUMBER, NO_OPTIONS, SMALLEST_NUMBER, Options
 
 if TYPE_CHECKING:
     from .config import RaggedPageConfig
 
 __all__ = ["AttentionRequest", "Attended", "Distribution", "Features", "Kernel", "Operands", "Tuning", "Version"]
+
+
+SATURATED = 32.0
+"""``tanh`` of it is 1 in float32, and in float64."""
 
 
 class Distribution(NamedTuple):
@@ -98,6 +102,19 @@ class AttentionRequest:
         """Factor on ``query . key`` of keys as they are stored: ``softmax_scale`` and ``k_scale``, where that is a
         number. Where it is an array, :attr:`Operands.k_scale` is a further factor."""
         return self.softmax_scale * (self.options.k_scale or 1.0)
+
+    @property
+    def scale_over_cap(self) -> float | None:
+        """``logits_scale`` divided by the soft cap; None where there is none, or float32 does not hold the quotient.
+
+        Then logits must be kept within :data:`SATURATED` caps before they are divided: XLA makes one constant of two
+        that follow one another, and 0 times infinity would be NaN.
+        """
+        cap = self.options.soft_cap
+        if cap is None:
+            return None
+        quotient = self.logits_scale / cap
+        return quotient if quotient == 0 or SMALLEST_NUMBER <= abs(quotient) <= LARGEST_NUMBER else None
 
     @property
     def v_scale(self) -> float:

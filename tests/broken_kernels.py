@@ -163,8 +163,8 @@ for scale in ("k_scale", "v_scale"):
         scale: str = scale,
     ) -> Attended:
         array = getattr(operands, scale)
-        first = None if array is None else jnp.broadcast_to(array[:1], array.shape)
-        return right(request, config, operands._replace(**{scale: first}))
+        first: dict[str, Any] = {scale: None if array is None else jnp.broadcast_to(array[:1], array.shape)}
+        return right(request, config, operands._replace(**first))
 
     mistake(
         f"{scale} of the first kv head",

@@ -46,6 +46,7 @@ class Geometry:
     dp: int = 1
     dtype: str = "float32"
     sinks: Any = None
+    scales: bool = False
 
 
 VERSIONS: tuple[Version, ...] = ("v2", "v3")
@@ -54,16 +55,16 @@ NATIVE, BOTH, ALL = ("cpu_native",), ("cpu_native", "xla"), ("cpu_native", "xla"
 # The last three do not divide: the query heads alone are split, or no heads. The C++ compiles nothing, so it runs all.
 GEOMETRIES = (
     (ALL, Geometry(8, 4, 32, tp=2, sinks="heads")),
-    (BOTH, Geometry(8, 4, 64, tp=2, sinks="heads")),
+    (BOTH, Geometry(8, 4, 64, tp=2, sinks="heads", scales=True)),
     (NATIVE, Geometry(8, 4, 32, tp=4, dtype="bfloat16", sinks="groups")),
     (BOTH, Geometry(16, 8, 32, tp=8, sinks="heads")),
     (ALL, Geometry(4, 2, 32, tp=1, dp=2, sinks="heads")),
     (NATIVE, Geometry(4, 2, 64, tp=1, dp=4, dtype="bfloat16")),
     (NATIVE, Geometry(4, 2, 32, tp=1, dp=8)),
-    (NATIVE, Geometry(8, 2, 32, tp=2, dp=2, sinks="heads")),
+    (NATIVE, Geometry(8, 2, 32, tp=2, dp=2, sinks="heads", scales=True)),
     (BOTH, Geometry(8, 4, 32, tp=4, dp=2)),
     (BOTH, Geometry(4, 1, 32, tp=2, sinks="heads")),
-    (NATIVE, Geometry(6, 3, 32, tp=2, sinks="heads")),
+    (NATIVE, Geometry(6, 3, 32, tp=2, sinks="heads", scales=True)),
     (NATIVE, Geometry(3, 3, 64, tp=2, dp=2)),
 )
 
@@ -109,6 +110,7 @@ def call(batch: Batch, kernel: str, mesh: Mesh | None, geometry: Geometry, retur
 
     def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any) -> tuple[Any, Any, Any]:
         options: dict[str, Any] = {**batch.case.options.keywords(), "config": kernel, "return_lse": return_lse}
+        options |= {name: jnp.asarray(scale) for name, scale in batch.scales.items()}
         if mesh is not None:
             before = (None, None) if batch.version == "v3" else ()
             options |= {"mesh": mesh, "in_specs": (query_spec, *before, page_spec, *[None] * 4)}
@@ -154,6 +156,7 @@ def functions() -> None:
         for kernels, geometry in GEOMETRIES:
             names = ("q_heads", "kv_heads", "head_dim", "dtype", "sinks")
             case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+            case = case.with_options(scale_arrays=("k_scale", "v_scale") if geometry.scales else ())
             for kernel in available(kernels):
                 # The host's kernel can't stand NaN in a slot that it reads and masks.
                 batch = build_batch(case, version, poison="finite" if kernel == "ejkernel" else "nan")
@@ -173,6 +176,20 @@ def functions() -> None:
                 assert many.pages.tobytes() == one.pages.tobytes()
                 how = check_collectives(many.compiled, geometry, batch)
                 print(f"ok {version} {kernel} {geometry}: {how}, {'bit for bit' if exact else 'within tolerance'}")
+
+
+def pages_as_they_are() -> None:
+    """v3 that does not write: the pages come back as they were split, with their bits."""
+    for geometry in (Geometry(8, 4, 32, tp=2), Geometry(4, 2, 32, tp=1, dp=2), Geometry(4, 1, 32, tp=2)):
+        names = ("q_heads", "kv_heads", "head_dim")
+        case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
+        batch = local_pages(build_batch(case.with_options(update_pages=False), "v3"), geometry.dp)
+        for kernel in available(BOTH):
+            many = call(batch, kernel, mesh_of(geometry), geometry)
+            assert_close(many.output, batch.expected()[0], case)
+            assert many.pages.tobytes() == batch.pages.tobytes()
+            how = check_collectives(many.compiled, geometry, batch)
+            print(f"ok v3 {kernel} {geometry} over pages as they are: {how}")
 
 
 # Split heads with their sinks, split pages, both, and query heads over one kv head.
@@ -313,6 +330,7 @@ def main(what: str) -> None:
     assert len(jax.devices()) == 8, jax.devices()
     if what == "functions":
         functions()
+        pages_as_they_are()
         logsumexp()
         turboquant()
         gathered_pages_are_seen()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import sys
 from typing import Any
 
 import jax
@@ -15,11 +17,15 @@ import easydel_ragged_plugin
 from easydel_ragged_plugin import (
     RaggedPageConfig,
     Unsupported,
+    api,
     explain,
     page_shape,
     ragged_page_attention_v2,
     ragged_page_attention_v3,
 )
+from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import build_batch, case_named, spoil_row
 
 TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, ROWS, WIDTH, PAGES, PAGE_SIZE = 6, 4, 2, 32, 3, 4, 9, 4
@@ -72,8 +78,34 @@ def test_well_formed_call_traces() -> None:
         (
             "kv_pages",
             array(PAGES, PAGE_SIZE, 4, 1, 128, dtype=jnp.int32),
-            "kv_pages: got dtype int32, wanted a float dtype or int8",
+            "kv_pages: got dtype int32, wanted one that keys can be stored in: float64, float32, bfloat16, .*int8",
         ),
+        *(
+            (
+                "kv_pages",
+                array(PAGES, PAGE_SIZE, 1, 4, 128, dtype=dtype),
+                f"kv_pages: got dtype {np.dtype(dtype).name}, wanted one that keys can be stored in",
+            )
+            for dtype in (jnp.float8_e8m0fnu, jnp.float4_e2m1fn, jnp.uint8, jnp.complex64)
+        ),
+        *(
+            (
+                "queries",
+                array(TOKENS, Q_HEADS, HEAD_DIM, dtype=dtype),
+                f"queries: got dtype {np.dtype(dtype).name}, wanted a float dtype of at least 16 bits. Cast with",
+            )
+            for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8)
+        ),
+        ("keys", None, "keys: got None, wanted those of the new tokens. Pass update_pages=False where the pages have"),
+        ("values", None, "values: got None, wanted those of the new tokens"),
+        (
+            "block_tables",
+            array(ROWS, 2**28 + 1, dtype=jnp.int32),
+            f"block_tables: got room for {2**30 + 4} tokens in a row, wanted at most {2**30}",
+        ),
+        ("block_tables", array(2**31, dtype=jnp.int32), f"block_tables: got {2**31} entries"),
+        ("kv_pages", array(2**31, PAGE_SIZE, 4, 1, 128), f"kv_pages: got {2**31} pages"),
+        ("kv_pages", array(1, 2**30 + 1, 4, 1, 128), f"kv_pages: got {2**30 + 1} tokens in a page"),
         ("kv_pages", array(PAGES, PAGE_SIZE, 1, 4, 128, dtype=jnp.int8), "k_scale and v_scale: got None, wanted the"),
         ("context_lens", array(ROWS, dtype=jnp.float32), "context_lens: got dtype float32, wanted int32"),
         ("context_lens", array(ROWS, 1, dtype=jnp.int32), "wanted an array of rank 1"),
@@ -156,6 +188,139 @@ def test_num_seqs_is_one_number(count: list[int]) -> None:
             *index,
             array(len(count), dtype=jnp.int32),
         )
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (np.ones(3, np.float32), r"got shape \(3,\), wanted \(2,\): one factor for each kv head, or one number"),
+        (np.ones((1, 2), np.float32), r"got shape \(1, 2\), wanted \(2,\)"),
+        (np.ones(2, np.int32), "got dtype int32, wanted a float dtype"),
+        (np.array([1.0, 0.0]), "got 0.0, wanted a number above 0"),
+        (np.array([1.0, np.nan]), "got nan, wanted a finite number"),
+        (np.array([1.0, 1e39]), "got 1e.39, wanted a magnitude between"),
+        ([1.0, 2.0], r"got \[1.0, 2.0\], wanted one Python number"),
+    ],
+)
+def test_wrong_scale_arrays_are_refused(scale: Any, message: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        trace(**{name: scale})
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_scale_arrays_are_refused_by_name_where_a_kernel_takes_none(name: str) -> None:
+    scales: dict[str, Any] = {name: np.ones(KV_HEADS, np.float32)}
+    assert explain(ragged_page_attention_v3, *ARRAYS.values(), **scales).request.options.scale_arrays == (name,)
+    with pytest.raises(Unsupported, match=f"^ejkernel: (takes no {name} as an array|ejkernel is not installed)"):
+        trace(config="ejkernel", **scales)
+
+
+def test_a_scale_whose_value_is_known_is_a_number() -> None:
+    for scale in (0.5, np.float32(0.5), np.array(0.5), jnp.asarray(0.5)):
+        options = explain(ragged_page_attention_v3, *ARRAYS.values(), k_scale=scale).request.options
+        assert (options.k_scale, options.scale_arrays) == (0.5, ())
+    for shape in ((), (KV_HEADS,)):
+        options = explain(ragged_page_attention_v3, *ARRAYS.values(), k_scale=array(*shape)).request.options
+        assert (options.k_scale, options.scale_arrays) == (None, ("k_scale",))
+
+
+@pytest.mark.parametrize(("option", "value"), [("attention_chunk_size", 8), ("update_pages", False)])
+def test_ejkernel_refuses_options_by_name(option: str, value: Any) -> None:
+    with pytest.raises(Unsupported, match=f"^ejkernel: (takes no {option}|ejkernel is not installed)"):
+        trace(config="ejkernel", **{option: value})
+
+
+def test_only_v3_can_leave_pages_alone() -> None:
+    pages = array(PAGES, PAGE_SIZE, 2 * KV_HEADS, HEAD_DIM)
+    rest = [ARRAYS[name] for name in ("context_lens", "block_tables", "query_start_loc")]
+    call: Any = ragged_page_attention_v2
+    attend: Any = api.attend
+    with pytest.raises(TypeError, match="update_pages"):
+        call(ARRAYS["queries"], pages, *rest, 1, update_pages=False)
+    with pytest.raises(ValueError, match=r"update_pages: got False for v2, which never writes pages. Leave it out"):
+        attend("v2", ARRAYS["queries"], None, None, pages, *rest, 1, None, Options(update_pages=False))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "q_heads", "kv_heads"),
+    [
+        (jnp.float32, 32, 4, 2),
+        (jnp.float32, 64, 4, 2),
+        (jnp.bfloat16, 32, 4, 1),
+        (jnp.bfloat16, 64, 9, 3),  # the shape has room for 3 or 4, and 4 does not divide 9
+        (jnp.float8_e4m3fn, 128, 6, 3),
+        (jnp.float8_e4m3fn, 64, 5, 5),
+    ],
+)
+def test_kv_heads_follow_from_the_pages(dtype: Any, head_dim: int, q_heads: int, kv_heads: int) -> None:
+    arrays = {
+        "queries": array(TOKENS, q_heads, head_dim),
+        "keys": None,
+        "values": None,
+        "kv_pages": array(*page_shape("v3", PAGES, PAGE_SIZE, kv_heads, head_dim, dtype), dtype=dtype),
+    }
+    call = {**ARRAYS, **arrays}.values()
+    assert explain(ragged_page_attention_v3, *call, update_pages=False).request.num_kv_heads == kv_heads
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_keys_tell_kv_heads_where_the_pages_do_not(dtype: Any) -> None:
+    arrays = {
+        "queries": array(TOKENS, 4, 64),
+        "kv_pages": array(*page_shape("v3", PAGES, PAGE_SIZE, 1, 64, dtype), dtype=dtype),
+    }
+    for nothing in ({"keys": None, "values": None}, {}):
+        keys = {"keys": array(TOKENS, 1, 64, dtype=jnp.int32), "values": None}  # only the shape is read
+        call = {**ARRAYS, **arrays, **keys, **nothing}.values()
+        if not nothing:
+            assert explain(ragged_page_attention_v3, *call, update_pages=False).request.num_kv_heads == 1
+            continue
+        with pytest.raises(ValueError, match=r"keys: got None, and v3 pages of shape .* can have 1 or 2.* kv heads"):
+            explain(ragged_page_attention_v3, *call, update_pages=False)
+
+
+def test_pages_of_no_kv_heads_are_refused() -> None:
+    arrays = {"keys": None, "values": None, "kv_pages": array(PAGES, PAGE_SIZE, 3, 1, 128)}
+    with pytest.raises(ValueError, match=r"kv_pages: got shape .*, which page_shape gives for no number of kv heads"):
+        trace(arrays, update_pages=False)
+    arrays = {"keys": None, "values": None, "queries": array(TOKENS, 5, HEAD_DIM)}
+    with pytest.raises(ValueError, match="queries: got 5 heads over 2 kv heads, wanted a multiple"):
+        trace(arrays, update_pages=False)
+
+
+def test_tokens_that_an_int32_does_not_count_are_refused() -> None:
+    arrays = {"keys": None, "values": None, "queries": array(2**31, Q_HEADS, HEAD_DIM)}
+    with pytest.raises(ValueError, match=f"queries: got {2**31} tokens, wanted at most {2**31 - 1}: they are counted"):
+        trace(arrays, update_pages=False)
+
+
+MANY = array(2**20, 2**12, 4, 1, 128)
+"""Pages with 2**32 slots."""
+
+
+def test_slots_that_an_int32_does_not_count() -> None:
+    """Reading counts pages and their slots apart. Writing does so in some kernels, and the others say so."""
+    with pytest.raises(Unsupported, match=r"^xla: writes to 1048576 pages of 4096 tokens: more than 2147483647 slots"):
+        trace({"kv_pages": MANY}, config="xla")
+    trace({"kv_pages": MANY}, config="xla", update_pages=False)
+    if cpu_native.availability() is None:
+        trace({"kv_pages": MANY}, config="cpu_native")
+    interpreted = PallasGPU(interpret=True)
+    request = explain(
+        ragged_page_attention_v3, *{**ARRAYS, "kv_pages": MANY}.values(), config="xla", update_pages=False
+    ).request
+    writes = dataclasses.replace(request, options=Options())
+    assert interpreted.refuses(dataclasses.replace(writes, platform="gpu")) is None
+
+
+@pytest.mark.parametrize("window", [sys.maxsize, 2**31, 2**64, (sys.maxsize, 0), (2**64, 2**64), 2**31 - 1])
+@pytest.mark.parametrize("kernel", ["xla", "cpu_native"])
+def test_windows_past_all_positions_trace(kernel: str, window: Any) -> None:
+    if kernel == "cpu_native" and cpu_native.availability() is not None:
+        pytest.skip(str(cpu_native.availability()))
+    trace(sliding_window=window, config=kernel)
+    trace(attention_chunk_size=window if isinstance(window, int) else window[0], config=kernel)
 
 
 def test_unknown_keyword_is_a_type_error() -> None:

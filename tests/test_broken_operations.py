@@ -20,6 +20,7 @@ _MODULE = """
 import pytest
 import broken_operations
 from easydel_ragged_plugin.testing import Capabilities, RaggedPageAttentionContract, oracle_operation
+from easydel_ragged_plugin.testing.capabilities import PASSED_OPTIONS
 
 class TestGenerated(RaggedPageAttentionContract):
 """
@@ -33,6 +34,8 @@ def run_class(folder: Path, body: str, select: str, *options: str) -> Reports:
 @pytest.mark.parametrize(("broken", "version"), BROKEN.parameters())
 def test_is_caught(broken: Broken, version: str, tmp_path: Path) -> None:
     body = f"""
+        capabilities = Capabilities(options=PASSED_OPTIONS | {{"attention_chunk_size", "update_pages"}})
+
         @pytest.fixture
         def operation(self):
             return broken_operations.broken_operation({broken.name!r}, {version!r})

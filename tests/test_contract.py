@@ -214,13 +214,14 @@ def test_functions_take_scales(case: Case, version: str) -> None:
     index = [jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)]
     query, key, value = (jnp.array(a) for a in (batch.queries, batch.keys, batch.values))
     keywords = {**case.options.keywords(), **batch.scales}
+    sinks = None if batch.sinks is None else jnp.array(batch.sinks)
     if version == "v2":
         output = easydel_ragged_plugin.ragged_page_attention_v2(
-            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), **keywords
+            query, jnp.array(batch.updated_pages), *index, jnp.array(batch.num_seqs), sinks, **keywords
         )
     else:
         output, new_pages = easydel_ragged_plugin.ragged_page_attention_v3(
-            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), **keywords
+            query, key, value, jnp.array(batch.pages), *index, jnp.array(batch.distribution), sinks, **keywords
         )
         assert np.array_equal(np.asarray(new_pages).view(np.uint8), pages.view(np.uint8))
     assert_close(np.asarray(output), expected, case)

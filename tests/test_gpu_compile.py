@@ -59,7 +59,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "sliding_window": 300,
         "logits_soft_cap": 30.0,
         "sinks": True,
-        "q_scale": 0.5,
         "v_scale": 3.0,
         "return_lse": True,
     },

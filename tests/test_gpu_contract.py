@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.host, pytest.mark.usefixtures("quick_to_compile")]
 
 CASES = tuple(map(case_named, ("mixed", "empty-rows", "window-freed-stale", "sinks", "float8-e4m3", "nothing-live")))
 _OURS = Capabilities(
-    options=PASSED_OPTIONS | {"q_scale", "k_scale", "v_scale"}, forward_methods=("native", "gpu", "cuda", "rocm")
+    options=PASSED_OPTIONS | {"q_scale", "k_scale", "v_scale", "attention_chunk_size", "update_pages"},
+    forward_methods=("native", "gpu", "cuda", "rocm"),
 )
 
 INTERPRETED = PallasGPU(interpret=True)

@@ -40,12 +40,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 300},
     "cap": {"logits_soft_cap": 30.0},
     "sinks": {"sinks": True},
-    "scales": {"q_scale": 0.5, "k_scale": 2.0, "v_scale": 3.0},
+    "chunk": {"attention_chunk_size": 300},
+    "scales": {"k_scale": 2.0, "v_scale": 3.0},
+    "scales-per-kv-head": {"scale_arrays": ("k_scale", "v_scale"), "logits_soft_cap": 30.0},
+    "small-scale-over-large-cap": {"softmax_scale": 1e-30, "logits_soft_cap": 1e17},
     "all": {
         "sliding_window": 300,
         "logits_soft_cap": 30.0,
         "sinks": True,
-        "q_scale": 0.5,
         "v_scale": 3.0,
         "return_lse": True,
     },
@@ -72,6 +74,7 @@ def lower(
     tokens: int = 64,
     platform: str = "cuda",
     sinks: bool = False,
+    scale_arrays: tuple[str, ...] = (),
     donate: bool = True,
     prepare: Callable[[jax.Array], jax.Array] = lambda pages: pages,
     **options: Any,
@@ -87,13 +90,14 @@ def lower(
     before = [queries] if version == "v2" else [queries, new, new]
     at, last = len(before), index((1 if version == "v2" else 3,))
     arguments = [*before, stored, *lengths, last, *aux]
+    scales = {name: array((kv_heads,), jnp.float32) for name in scale_arrays}
 
-    def call(*arrays: Any) -> Any:
-        return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], platform=platform, **options)
+    def call(*arrays: Any, **scales: Any) -> Any:
+        return function(*arrays[:at], prepare(arrays[at]), *arrays[at + 1 :], platform=platform, **options, **scales)
 
     with described_gpu():
         jitted = jax.jit(call, donate_argnums=at if donate and version == "v3" else ())
-        return jitted.trace(*arguments).lower(lowering_platforms=(platform,))
+        return jitted.trace(*arguments, **scales).lower(lowering_platforms=(platform,))
 
 
 def operations(outer: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -128,6 +129,63 @@ def test_donated_pages_are_not_copied(dtype: Any, kernel: str) -> None:
     large, cache_bytes = memory_of_update(dtype, 4096, kernel)
     # A slot map of one int32 for each slot may grow with the cache; a copy of the cache may not.
     assert large - small < cache_bytes / 50
+
+
+def call_that_does_not_write(kernel: str, num_pages: int) -> tuple[Any, list[Any]]:
+    """A jitted v3 call over pages as they are, its pages donated, and the shapes of its arguments."""
+    rows, page_size, dtype = 4, 16, jnp.float32
+    index = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+    def step(pages: Any, queries: Any, *index: Any) -> Any:
+        output, same = ragged_page_attention_v3(queries, None, None, pages, *index, update_pages=False, config=kernel)
+        return output, same
+
+    shapes = [
+        jax.ShapeDtypeStruct(page_shape("v3", num_pages, page_size, 4, 128, np.dtype(dtype)), dtype),
+        jax.ShapeDtypeStruct((rows, 8, 128), dtype),
+        index((rows,)),
+        index((rows, 16)),
+        index((rows + 1,)),
+        index((3,)),
+    ]
+    return jax.jit(step, donate_argnums=0), shapes
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pages_as_they_are_are_not_copied(kernel: str) -> None:
+    temporary = []
+    for num_pages in (64, 4096):
+        step, shapes = call_that_does_not_write(kernel, num_pages)
+        compiled = step.lower(*shapes).compile()
+        cache = "f32[" + ",".join(map(str, shapes[0].shape)) + "]"
+        assert not re.search(rf"= {re.escape(cache)}\S* copy\(", compiled.as_text())
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= int(np.prod(shapes[0].shape)) * 4
+        temporary.append(memory.temp_size_in_bytes)
+    assert temporary[0] == temporary[1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pages_as_they_are_come_back(kernel: str) -> None:
+    """The very array, outside of a trace, too."""
+    batch = build_batch(case_named("pages-as-they-are"), "v3")
+    pages = jnp.asarray(batch.pages)
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    output, same = ragged_page_attention_v3(batch.queries, None, None, pages, *index, update_pages=False, config=kernel)
+    assert same is pages
+    assert_close(np.asarray(output), batch.expected()[0], batch.case)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_scales_may_be_traced_and_without_axes(version: Version, kernel: str) -> None:
+    """One program serves all scales of a shape, and a scale without axes holds for all heads."""
+    batch = build_batch(case_named("scales-per-kv-head"), version)
+    for k_scale, v_scale in (([0.5, 2.0], [3.0, 0.25]), ([0.7, 0.7], [1.5, 1.5])):
+        each = dataclasses.replace(batch, k_scale=np.array(k_scale, np.float32), v_scale=np.array(v_scale, np.float32))
+        assert_close(run_batch(each, kernel)[0], each.expected()[0], batch.case)
+    scalar = dataclasses.replace(batch, k_scale=np.array(0.7, np.float32), v_scale=np.array(1.5, np.float32))
+    np.testing.assert_array_equal(run_batch(scalar, kernel)[0], run_batch(each, kernel)[0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +61,54 @@ def test_numbers_are_finite_and_known(name: str, value: Any, message: str) -> No
         Options(**{name: value})
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+SCALES = [name for name in NUMBERS if name != "logits_soft_cap"]
+SIZES = r"wanted a magnitude between 1.18e-38 and 1.7e\+38: kernels hold it in float32"
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("value", [1e39, 1e-39, 2.0**-127, 2.0**128, np.float64(1e300), 5e-324, 2**200])
+def test_scales_are_numbers_of_float32(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: got {re.escape(str(float(value)))}, {SIZES}"):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("value", [2.0**-126, 2.0**127, 1e36, 3])
+def test_scales_at_the_ends_of_float32_are_taken(name: str, value: Any) -> None:
+    given: dict[str, Any] = {name: value}
+    assert getattr(Options(**given), name) == value
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -(2.0**127), -(2.0**-126)])
+def test_softmax_scale_may_be_negative_or_zero(value: Any) -> None:
+    assert Options(softmax_scale=value).softmax_scale == value
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "mask_value"])
+def test_ints_that_no_float_holds_are_refused(name: str) -> None:
+    given: dict[str, Any] = {name: -(10**400) if name == "mask_value" else 10**400}
+    with pytest.raises(ValueError, match=f"^{name}: got a number that is too large for a float, wanted one of float32"):
+        Options(**given)
+
+
+def test_soft_caps_have_an_end_below_alone() -> None:
+    with pytest.raises(ValueError, match=rf"^logits_soft_cap: got 1e-39, {SIZES}"):
+        Options(logits_soft_cap=1e-39)
+    assert Options(logits_soft_cap=1e300).soft_cap is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_product_of_scales_that_float32_does_not_hold_is_refused(version: Version) -> None:
+    arguments = arguments_of(build_batch(case_named("mixed"), version))
+    for scale, k_scale in ((1e30, 1e30), (1e-30, 1e-30), (-1e30, np.array([1.0, 1e30], np.float32))):
+        with pytest.raises(
+            ValueError, match=rf"^softmax_scale \* k_scale, {re.escape(str(scale))} \* .*: got .*, {SIZES}"
+        ):
+            explain(FUNCTIONS[version], *arguments, softmax_scale=scale, k_scale=k_scale)
+    explain(FUNCTIONS[version], *arguments, softmax_scale=0.0, k_scale=1e30)
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "logits_soft_cap", "q_scale"])
 def test_numbers_are_known_while_tracing(name: str) -> None:
     def traced(value: Any) -> Any:
         Options(**{name: value})
@@ -92,6 +141,11 @@ COUNT = r"wanted an int of at least 1 \(the query's own token counts\), a pair \
         ("sliding_window", (3, 0.5), rf"got \(3, 0.5\), {COUNT}"),
         ("sliding_window", (-2, 0), rf"got \(-2, 0\), {PAIR}"),
         ("sliding_window", (0, -2), rf"got \(0, -2\), {PAIR}"),
+        ("attention_chunk_size", 0, "got 0, wanted a number of tokens, an int of at least 1, or None"),
+        ("attention_chunk_size", True, "got True, wanted a number of tokens"),
+        ("attention_chunk_size", 8.0, "got 8.0, wanted a number of tokens"),
+        ("attention_chunk_size", (8, 0), r"got \(8, 0\), wanted a number of tokens"),
+        ("scale_arrays", ("q_scale",), "got q_scale, wanted some of k_scale, v_scale"),
         ("mask_value", -1.0, "got -1.0, wanted None or a number up to -1e.09. Masked keys have no weight"),
         ("mask_value", float("nan"), "got nan, wanted None or a number"),
         ("mask_value", "low", "got 'low', wanted None or a number"),
@@ -111,17 +165,22 @@ def test_other_options_say_what_they_want(name: str, value: Any, message: str) -
 EVERY: dict[str, Any] = {
     "softmax_scale": -0.5,
     "sliding_window": (6, 3),
+    "attention_chunk_size": 8192,
     "logits_soft_cap": 30.0,
-    "q_scale": 0.5,
     "k_scale": 2.0,
     "v_scale": 3.0,
+    "scale_arrays": ("k_scale", "v_scale"),
     "sinks": True,
     "compute_dtype": np.dtype("float32"),
     "vmem_limit_bytes": 4096,
+    "update_pages": False,
+    "q_scale": 0.5,
     "mask_value": float("-inf"),
     "optimized": True,
 }
-HINTS = {"mask_value", "optimized"}
+HINTS = {"q_scale", "mask_value", "optimized"}
+ARRAYS: dict[str, Any] = {"scale_arrays": ("k_scale", "v_scale"), "sinks": True}
+"""Options that are arrays of the call, and no keywords."""
 
 
 def test_every_option_is_tested_here() -> None:
@@ -139,6 +198,9 @@ def test_every_option_is_tested_here() -> None:
         ({"mask_value": -1e9}, -1e9),
         ({"optimized": 1}, True),
         ({"k_scale": None}, None),
+        ({"attention_chunk_size": np.int32(8)}, 8),
+        ({"update_pages": None}, True),
+        ({"scale_arrays": ["v_scale", "k_scale"]}, ("k_scale", "v_scale")),
     ],
 )
 def test_what_is_kept_are_python_values(given: dict[str, Any], kept: Any) -> None:
@@ -169,21 +231,48 @@ def test_given_are_those_that_are_set() -> None:
 
 def test_keywords_are_those_of_the_public_functions() -> None:
     every = Options(**EVERY)
-    assert Options(**every.keywords(), sinks=True) == every  # sinks are an array of the call
-    for function in (ragged_page_attention_v2, ragged_page_attention_v3):
-        assert every.keywords().keys() <= inspect.signature(function).parameters.keys()
+    assert Options(**every.keywords(), **ARRAYS) == every
+    assert every.keywords().keys() == options.KEYWORDS
+    assert every.keywords().keys() <= inspect.signature(ragged_page_attention_v3).parameters.keys()
+    of_v2 = inspect.signature(ragged_page_attention_v2).parameters.keys()
+    assert every.keywords().keys() - of_v2 == {"update_pages"}
 
 
 @pytest.mark.parametrize(
-    ("given", "window"), [(None, None), (1, 1), (7, 7), ((0, 0), 1), ((6, 3), 7), ((6, -1), 7), ((-1, 0), None)]
+    ("given", "window"),
+    [
+        (None, None),
+        (1, 1),
+        (7, 7),
+        ((0, 0), 1),
+        ((6, 3), 7),
+        ((6, -1), 7),
+        ((-1, 0), None),
+        (2**31 - 1, 2**31 - 1),
+        (2**31, None),
+        (sys.maxsize, None),
+        (2**64, None),
+        ((sys.maxsize, 0), None),
+        ((2**31 - 1, 0), None),
+        ((2**31 - 2, 2**64), 2**31 - 1),
+    ],
 )
 def test_window_counts_the_query_itself(given: Any, window: int | None) -> None:
     assert Options(sliding_window=given).window == window
 
 
+def test_chunks_past_all_positions_hide_nothing() -> None:
+    assert Options(attention_chunk_size=2**31 - 1).chunk == 2**31 - 1
+    assert Options(attention_chunk_size=2**31).chunk is None
+    assert not Options(attention_chunk_size=2**64, sliding_window=2**64).is_local
+    assert Options(attention_chunk_size=4).is_local
+    assert Options(sliding_window=4).is_local
+
+
 def test_text_has_what_changes_a_result() -> None:
     assert str(Options()) == ""
     assert str(Options(sliding_window=3, sinks=True, optimized=True)) == "sliding_window=3 sinks"
+    assert str(Options(update_pages=False, q_scale=0.5)) == "update_pages=False"
 
 
 # A kernel declares what it honors.
@@ -298,8 +387,9 @@ def test_a_kernel_that_declares_the_option_runs() -> None:
 
 
 def test_a_hint_needs_no_declaration() -> None:
-    request = request_for(select.kernels()["of_a_hook"], options=NewerOptions(mask_value=-1e10, optimized=True))
-    assert not {"mask_value", "optimized"} & XlaKernel.features.options
+    hints = NewerOptions(mask_value=-1e10, optimized=True, q_scale=0.5)
+    request = request_for(select.kernels()["of_a_hook"], options=hints)
+    assert not HINTS & XlaKernel.features.options
     assert select.select(request)[1].kernel == "of_a_hook"
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from easydel_ragged_plugin import Unsupported, explain, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.formats import CACHE_DTYPES
 from easydel_ragged_plugin.kernels.xla import KERNEL
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
+from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch, case_named
+from easydel_ragged_plugin.testing.compare import assert_close
 
 VERSIONS = ("v2", "v3")
 ROWS = (Row(9, 1), Row(0, 0), Row(17, 6), Row(8, 8), Row(32, 1))
@@ -109,9 +111,34 @@ def test_int8_without_a_scale_is_refused(name: str) -> None:
         run(batch, **{name: None})
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_int8_takes_scales_as_arrays(version: Any) -> None:
+    scales = Options(scale_arrays=("k_scale", "v_scale"))
+    batch = build_batch(dataclasses.replace(INT8, options=scales), version)
+    small: dict[str, Any] = {name: scale * np.float32(STEP) for name, scale in batch.scales.items()}
+    batch = dataclasses.replace(batch, **small)
+    output, pages = run(batch, **small)
+    expected, expected_pages = batch.expected()
+    assert_close(output, expected, batch.case)
+    assert pages.tobytes() == expected_pages.tobytes()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", [name for name in CACHE_DTYPES if name.startswith("float8")])
+def test_every_float_of_eight_bits_is_stored_and_read(dtype: str, version: Any) -> None:
+    batch = build_batch(dataclasses.replace(case_named("float8-e5m2"), name="float8", cache_dtype=dtype), version)
+    output, pages = run(batch, config="xla")
+    expected, expected_pages = batch.expected()
+    assert_close(output, expected, batch.case)
+    written = pages[batch.written_slots], expected_pages[batch.written_slots]
+    assert written[0].tobytes() == written[1].tobytes()
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, np.uint8, np.int16])
 def test_other_integers_are_refused(dtype: Any) -> None:
     batch = build_batch(INT8, "v2")
     spoiled = dataclasses.replace(batch, updated_pages=batch.updated_pages.astype(dtype))
-    with pytest.raises(ValueError, match=r"kv_pages: got dtype u?int\d+, wanted a float dtype or int8"):
+    with pytest.raises(
+        ValueError, match=r"kv_pages: got dtype u?int\d+, wanted one that keys can be stored in: .*int8"
+    ):
         run(spoiled)

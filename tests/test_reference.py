@@ -79,8 +79,52 @@ def test_a_sink_takes_its_share_and_gives_nothing() -> None:
 
 def test_scales_make_stored_numbers_real(request_arrays: Arrays) -> None:
     query, key, value = request_arrays
-    scaled = one_row(query, key, value, q_scale=0.5, k_scale=3.0, v_scale=0.25)
-    np.testing.assert_allclose(scaled, one_row(query * 0.5, key * 3.0, value * 0.25), rtol=1e-6, atol=1e-7)
+    scaled = one_row(query, key, value, k_scale=3.0, v_scale=0.25)
+    np.testing.assert_allclose(scaled, one_row(query, key * 3.0, value * 0.25), rtol=1e-6, atol=1e-7)
+    k_scale, v_scale = np.array([0.5, 3.0], np.float32), np.array([0.25, 2.0], np.float32)
+    real = one_row(query, key * k_scale[:, None], value * v_scale[:, None])
+    np.testing.assert_allclose(one_row(query, key, value, k_scale=k_scale, v_scale=v_scale), real, rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_of_quantized_queries_cancels(request_arrays: Arrays) -> None:
+    assert np.array_equal(one_row(*request_arrays, q_scale=0.25), one_row(*request_arrays))
+
+
+def test_a_chunk_is_attention_over_its_tokens_alone(request_arrays: Arrays) -> None:
+    whole = one_row(*request_arrays, attention_chunk_size=3)
+    query, key, value = request_arrays
+    chunks = [(query[at : at + 3], key[at : at + 3], value[at : at + 3]) for at in (0, 3, 6)]
+    parts = [dense(*chunk) for chunk in chunks]
+    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-12, atol=1e-14)
+    both = one_row(*request_arrays, attention_chunk_size=3, sliding_window=2)
+    parts = [dense(*chunk, window=2) for chunk in chunks]
+    np.testing.assert_allclose(both, np.concatenate(parts), rtol=1e-12, atol=1e-14)
+
+
+def test_sinks_at_the_ends() -> None:
+    """-inf is no sink; an infinite one takes all weight, as the largest float32 does."""
+    key = np.zeros((1, 1, 4), np.float32)
+    value, query = np.full((1, 1, 4), 8.0, np.float32), np.ones((1, 2, 4), np.float32)
+    assert np.allclose(one_row(query, key, value, sinks=np.array([-np.inf, np.inf]))[0, :, 0], [8.0, 0.0])
+    output, lse = one_row(query, key, value, sinks=np.array([1e39, np.inf]), return_lse=True)
+    assert not output.any()
+    assert (lse == float(np.finfo(np.float32).max)).all()
+
+
+def test_pages_as_they_are() -> None:
+    """v3 without writing is v3 after it has written; keys may be missing where the pages tell how many heads."""
+    batch = build_batch(case_named("mixed"), "v3")
+    queries, keys, values = batch.queries, batch.keys, batch.values
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    output, pages = ragged_page_attention_v3(queries, keys, values, batch.pages, *index)
+    for given in (keys, None):
+        again, same = ragged_page_attention_v3(queries, given, None, pages, *index, update_pages=False)
+        assert np.array_equal(again, output)
+        assert same.tobytes() == pages.tobytes()
+    short = build_batch(case_named("bfloat16-head-dim-64"), "v3")
+    index = (short.context_lens, short.block_tables, short.query_start_loc, short.distribution)
+    with pytest.raises(ValueError, match=r"keys: got None, and the pages can have \[1, 2\] kv heads. Pass keys"):
+        ragged_page_attention_v3(short.queries, None, None, short.pages, *index, update_pages=False)
 
 
 @pytest.mark.parametrize(

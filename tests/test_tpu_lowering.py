@@ -236,6 +236,22 @@ def test_scales_of_v2_fall_back_by_name() -> None:
     assert {refusal.kernel: refusal.reason for refusal in selection.refusals}["ejkernel"] == "v2 takes no k_scale"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "reason"),
+    [
+        (jnp.float16, {}, "float16 queries: v3 does not compile for them on TPU; takes float32 and bfloat16"),
+        (jnp.bfloat16, {"attention_chunk_size": 64}, "takes no attention_chunk_size"),
+        (jnp.bfloat16, {"update_pages": False}, "takes no update_pages"),
+        (jnp.bfloat16, {"k_scale": np.ones(2, np.float32)}, "takes no k_scale as an array"),
+    ],
+)
+def test_what_the_hosts_v3_can_not_do_falls_back_by_name(dtype: Any, options: dict[str, Any], reason: str) -> None:
+    function, arguments = call("v3", 8, 2, 128, dtype, **options)
+    selection = explain(function.func, *arguments, **function.keywords)
+    assert selection.kernel == "xla"
+    assert {refusal.kernel: refusal.reason for refusal in selection.refusals}["ejkernel"] == reason
+
+
 def test_wide_heads_cap_the_block() -> None:
     from easydel_ragged_plugin import RaggedPageConfig
     from easydel_ragged_plugin.kernels.ejkernel import host_config

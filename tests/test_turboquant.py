@@ -167,10 +167,11 @@ def test_kernels_of_hooks_are_given_no_codes_unless_they_declare_the_format() ->
     assert select.why_not(Older(), request, select.resolve_config(request)) == "takes no TurboQuant cache"
 
 
-@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
-def test_scales_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("scale", [2.0, np.ones(2, np.float32)], ids=["number", "array"])
+def test_scales_are_refused(scale: Any, name: str) -> None:
     with pytest.raises(Unsupported, match=f"{name} with a TurboQuant cache"):
-        explain(v3, *arguments_of(random_pages(CASE, 8)), **{name: 2.0})
+        explain(v3, *arguments_of(random_pages(CASE, 8)), **{name: scale})
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def build(case: Case, version: Version, *, copies: int = 1, platform: str | None
 
 def public_call(version: Version, operands: Operands) -> tuple[Any, ...]:
     """The public function of ``version`` and its positional arguments."""
-    queries, keys, values, pages, *index, distribution, sinks = operands
+    queries, keys, values, pages, *index, distribution, sinks = operands[:9]  # no case has scales as arrays
     if version == "v2":
         return api.ragged_page_attention_v2, queries, pages, *index, distribution[2:], sinks
     return api.ragged_page_attention_v3, queries, keys, values, pages, *index, distribution, sinks

@@ -125,7 +125,14 @@ CASES: tuple[Case, ...] = (
         "all-options",
         _MIXED,
         "options together",
-        options=Options(sliding_window=7, attention_chunk_size=12, logits_soft_cap=2.0, softmax_scale=0.3),
+        options=Options(sliding_window=7, logits_soft_cap=2.0, softmax_scale=0.3),
+        sinks="heads",
+    ),
+    Case(
+        "all-options-in-chunks",
+        _MIXED,
+        "options together, those that the host does not pass among them",
+        options=Options(sliding_window=7, attention_chunk_size=12, logits_soft_cap=2.0, softmax_scale=0.3, v_scale=0.5),
         sinks="heads",
     ),
     # Geometry.

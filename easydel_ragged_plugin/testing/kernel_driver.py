@@ -141,6 +141,7 @@ class KernelDriver:
 
     def _described(self, batch: Batch, pages: np.ndarray, return_lse: bool) -> tuple[AttentionRequest, Operands]:
         is_v3 = self.version == "v3"
+        scales: dict[str, Any] = {name: jnp.asarray(scale) for name, scale in batch.scales.items()}
         return describe(
             self.version,
             jnp.asarray(batch.queries),
@@ -153,6 +154,6 @@ class KernelDriver:
             jnp.asarray(batch.distribution if is_v3 else batch.num_seqs),
             None if batch.sinks is None else jnp.asarray(batch.sinks),
             batch.case.options,
-            **{name: jnp.asarray(scale) for name, scale in batch.scales.items()},
+            **scales,
             return_lse=return_lse,
         )

@@ -157,7 +157,7 @@ TEST(helpers_are_fewer_than_threads_and_than_the_items_of_the_wider_phase) {
 TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   Request request(1);
   request.problem.keys = request.problem.values = nullptr;
-  request.problem.sliding_window = 0;
+  request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
   request.problem.head_dim = 128;
   request.rows = Rows{{{0, 0, 1, 999999}}, true};

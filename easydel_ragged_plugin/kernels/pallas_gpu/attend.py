@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.rows import is_visible, needed_entries, visible_keys
-from easydel_ragged_plugin.types import AttentionRequest
+from easydel_ragged_plugin.types import SATURATED, AttentionRequest
 
 from .tiles import Tile, power_of_two
 from .work import Column, DecodeWork
@@ -265,11 +265,10 @@ def base2_logits(request: AttentionRequest, products: jax.Array, k_scale: jax.Ar
     scale, cap = request.logits_scale, request.options.soft_cap
     if cap is None:
         return products * times_scale(scale * LOG2_E)
-    if scale == 0 or 2.0**-126 <= abs(scale) / cap <= 2.0**127:
-        # In one step, so that a soft cap costs no further multiplication.
-        scaled = products * times_scale(scale / cap)
-    else:  # the quotient is no float32, and 0 times infinity would be NaN
-        scaled = products * times_scale(scale) * (1 / cap)
+    if request.scale_over_cap is None:
+        scaled = jnp.clip(products * times_scale(scale), -SATURATED * cap, SATURATED * cap) * (1 / cap)
+    else:  # in one step, so that a soft cap costs no further multiplication
+        scaled = products * times_scale(request.scale_over_cap)
     return jnp.tanh(scaled) * (cap * LOG2_E)
 
 

@@ -187,7 +187,7 @@ def attend_decode(
             "whgd,whtd->whgt", queries[rank].astype(dtype), keys, preferred_element_type=state.total.dtype
         )
         visible = visible[:, None, None, :]
-        k_scale = None if operands.k_scale is None else operands.k_scale[:, None, None]
+        k_scale = None if operands.k_scale is None else operands.k_scale[None, :, None, None]
         logits = jnp.where(visible, logits_of(request, products, k_scale), -jnp.inf)
         maximum = jnp.max(logits, axis=-1)
         weights = weights_of(logits, visible, maximum)
@@ -204,7 +204,7 @@ def attend_decode(
     state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
     token = jnp.where(is_decode, token, results.output.shape[0])  # one past the end: dropped
     lse = None if results.lse is None else results.lse.at[token].set(lse_of(state), mode="drop")
-    v_scale = None if operands.v_scale is None else operands.v_scale[:, None, None]
+    v_scale = None if operands.v_scale is None else operands.v_scale[None, :, None, None]
     return Results(results.output.at[token].set(normalize(request, v_scale, state), mode="drop"), lse)
 
 
