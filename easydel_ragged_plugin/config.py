@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .options import Options
+
 __all__ = [
     "CACHE_VARIABLE",
     "KERNEL_VARIABLE",
@@ -58,6 +60,8 @@ class RaggedPageConfig:
             with such a class, even where no field is set: without one it tunes block sizes.
         kernel_config: settings that only one kernel has, an object of its ``config_type`` (``pallas_gpu``: ``Tiles``);
             only that kernel is chosen.
+        logits_soft_cap: the option of this name, for calls that do not pass it: EasyDeL passes none, and a model may
+            need one. A call that passes another one is a ValueError.
     """
 
     kernel: str = "auto"
@@ -70,6 +74,7 @@ class RaggedPageConfig:
     backend: str = "any"
     from_host: bool = False
     kernel_config: Any = None
+    logits_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("kernel", "platform", "backend"):
@@ -86,6 +91,7 @@ class RaggedPageConfig:
             raise ValueError(
                 f"kernel_config: got {self.kernel_config!r}, wanted an object of a kernel's config_type, or None."
             )
+        object.__setattr__(self, "logits_soft_cap", Options(logits_soft_cap=self.logits_soft_cap).logits_soft_cap)
 
 
 def _is_frozen_dataclass(value: Any) -> bool:

@@ -1,18 +1,19 @@
 """The two operations that EasyDeL's registry serves as ``ragged_page_attention_v2`` and ``ragged_page_attention_v3``.
 
 They turn the host's call (a cache view, metadata, a partition manager and a long list of keywords) into one call of
-``api.py``, and its result into what the host expects. The class names matter: the host's Gemma 4 model recognizes
-ragged attention by the name of the class.
+``api.py``, and its result into what the host expects.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from . import api, host, views
+from . import api, host, model_config, views
+from .config import RaggedPageConfig, as_config
 from .errors import Unsupported
 from .options import KEYWORDS, Options, split_scales
 
@@ -133,7 +134,8 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
     ) -> Any:
         given, scales = split_scales({name: arguments.pop(name) for name in KEYWORDS & arguments.keys()})
         options = Options(**given)
-        self._check_host_arguments(arguments)
+        self._check_host_arguments(arguments, options)
+        options = self._with_chunks(options, arguments.get("mask_info"), cache_view)
         view = views.adapter_of(cache_view)
         pages = view.read(cache_view, self.version)
         is_v3 = self.version == "v3"
@@ -144,6 +146,10 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
                 "Build the metadata with version='v3'."
             )
         configs = (self.metadata.get_operation_config(name) for name in view.config_names(self.get_impl_name()))
+        config = as_config(next((each for each in configs if each is not None), None))
+        if portable:
+            cap = None if config is None else config.logits_soft_cap
+            config = RaggedPageConfig(kernel=view.portable_kernel, logits_soft_cap=cap)
         attended = api.attend(
             self.version,
             query,
@@ -157,24 +163,42 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
             softmax_aux,
             options,
             **scales,
-            config=view.portable_kernel if portable else next((each for each in configs if each is not None), None),
+            config=self._with_soft_cap(config, options),
             **self._partitioning(query, pages, cache_view, view),
         )
         returned = view.write(cache_view, attended.pages, self.metadata.runtime_dtype) if is_v3 else None
         return _host.AttentionOutput(attention_weights=None, attention_outputs=attended.output, cache_view=returned)
 
-    def _check_host_arguments(self, arguments: dict[str, Any]) -> None:
+    def _with_chunks(self, options: Options, mask_info: Any, cache_view: Any) -> Options:
+        """``options`` with the chunks of ``mask_info``, where the call does not pass their size."""
+        if options.attention_chunk_size is not None:
+            return options
+        size = model_config.chunk_size(self.get_impl_name(), mask_info, self.metadata.base_config, cache_view)
+        return options if size is None else dataclasses.replace(options, attention_chunk_size=size)
+
+    def _with_soft_cap(self, config: RaggedPageConfig | None, options: Options) -> RaggedPageConfig | None:
+        """``config`` with the model's soft cap where neither it nor the call has one. Hooks and overrides win."""
+        if options.logits_soft_cap is not None or (config is not None and config.logits_soft_cap is not None):
+            return config
+        cap = model_config.soft_cap(self.metadata.base_config)
+        return config if cap is None else dataclasses.replace(config or RaggedPageConfig(), logits_soft_cap=cap)
+
+    def _check_host_arguments(self, arguments: dict[str, Any], options: Options) -> None:
         """Refuse unknown arguments, and values that would change a result and can't be honored."""
         unknown = sorted(arguments.keys() - host.PASSED_ARGUMENTS)
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: got unknown arguments {', '.join(unknown)}. This package supports EasyDeL "
+                f"{type(self).__qualname__}: got unknown arguments {', '.join(unknown)}. This package supports EasyDeL "
                 f"{' and '.join(host.SUPPORTED)}; with a newer host, update it: pip install -U easydel-ragged-plugin"
             )
         if arguments.get("bias") is not None:
-            raise Unsupported(f"{self.get_impl_name()}: bias. Paged attention has none; use another attn_mechanism.")
-        if arguments.get("causal") is False:
-            raise Unsupported(f"{self.get_impl_name()}: causal=False. A decoding cache is causal.")
+            raise Unsupported(
+                f"{self.get_impl_name()}: bias, such as ALiBi's of MPT. Paged attention has none, so eSurge can't "
+                "serve this model; use attn_mechanism='vanilla' and model.generate()."
+            )
+        model_config.refuse_mask(
+            self.get_impl_name(), arguments.get("causal"), arguments.get("mask_info"), options.sliding_window
+        )
         if arguments.get("dropout_prob") and arguments.get("deterministic") is False:
             raise Unsupported(f"{self.get_impl_name()}: dropout. Serving is deterministic; pass deterministic=True.")
 
@@ -209,3 +233,9 @@ class RaggedPageAttnV3(_RaggedPageAttention):
 
     version = "v3"
     update_metadata = _host.MetadataField.REQUEST_DISTRIBUTION
+
+
+# EasyDeL's Gemma 4 looks for "ragged", "page", "decode" and "unified" in the name of the operation's class. Where it
+# finds one it passes a window that is one token short; to any other name it passes the pair (left, right): all of it.
+# __qualname__ stays: pickle, repr and entry points use that.
+RaggedPageAttnV2.__name__, RaggedPageAttnV3.__name__ = "EasyDelPluginV2", "EasyDelPluginV3"

@@ -52,7 +52,7 @@ class Selection:
         kernel: name of the kernel that runs.
         config: its configuration, all sources merged.
         refusals: every other kernel, with the reason.
-        request: the request of one device.
+        request: the request of one device, with the soft cap of the configuration.
     """
 
     kernel: str
@@ -112,10 +112,11 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
     """The kernel for ``request`` and the record of the choice.
 
     Raises:
-        ValueError: the config names a kernel that does not exist.
+        ValueError: the config names a kernel that does not exist, or a soft cap that is not the call's.
         Unsupported: the kernel that was named refuses, or every kernel does.
     """
     config = resolve_config(request, call)
+    request = _with_soft_cap(request, config)
     known = kernels()
     if config.kernel == "auto":
         order = [name for name in known if name not in BUILT_IN]
@@ -141,6 +142,19 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
         warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
     logger.debug("%s", selection)
     return known[chosen], selection
+
+
+def _with_soft_cap(request: AttentionRequest, config: RaggedPageConfig) -> AttentionRequest:
+    """``request`` with the configuration's soft cap. One that the call passes is never replaced."""
+    passed, cap = request.options.logits_soft_cap, config.logits_soft_cap
+    if cap is None or cap == passed:
+        return request
+    if passed is not None:
+        raise ValueError(
+            f"logits_soft_cap: the call passes {passed}, and the config has {cap}. Take it out of the config: it is "
+            "for calls that pass none."
+        )
+    return dataclasses.replace(request, options=dataclasses.replace(request.options, logits_soft_cap=cap))
 
 
 def why_not(kernel: Kernel, request: AttentionRequest, config: RaggedPageConfig) -> str | None:

@@ -11,13 +11,14 @@ import importlib.util
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import invoke
 
 from easydel_ragged_plugin.bench import cases as bench_cases
-from easydel_ragged_plugin.bench import engine_case, figure
+from easydel_ragged_plugin.bench import engine_case, figure, soak_case
 from easydel_ragged_plugin.bench import report as bench_report
 from easydel_ragged_plugin.bench import run as bench
 from easydel_ragged_plugin.bench.machine import Limits
@@ -26,6 +27,7 @@ from easydel_ragged_plugin.bench.timing import Candidate
 from easydel_ragged_plugin.bench.work import work
 from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
+from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
 
 
@@ -298,7 +300,7 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
         }
 
     monkeypatch.setattr(engine_case, "run", measured)
-    monkeypatch.setattr(bench, "check_environment", lambda: None)
+    monkeypatch.setattr(bench, "check_environment", lambda *, converts: None)
     file = tmp_path / "results.json"
     options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
     result = invoke("bench", "--case", "engine", *options)
@@ -306,6 +308,108 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
     assert [(plan.contexts, plan.prompt_tokens) for plan in seen] == [((0, 500), 64)]
     assert "92 %" in result.output
     assert json.loads(file.read_text())["engine"]["workloads"][0]["name"] == "4 requests"
+
+
+PLAN = soak_case.Plan(requests=100, intervals=5)
+QUIET = soak_case.Interval(20, 4, 300, 1.0, 1 << 30, 1 << 20, 40, 30, ())
+
+
+def test_a_soak_sends_its_references_in_each_interval() -> None:
+    references, parts = soak_case.requests_of(PLAN)
+    assert soak_case.requests_of(PLAN) == (references, parts)
+    assert sum(map(len, parts)) == PLAN.requests
+    settings = PLAN.settings()
+    for part in parts:
+        assert {each.reference for each in part} == {None, *range(PLAN.references)}
+        for each in part:
+            assert len(each.words) + each.max_tokens + settings.max_requests <= settings.max_model_len
+            assert each.cancel_after is None or 0 <= each.cancel_after < each.max_tokens
+        assert any(each.cancel_after is not None for each in part)
+
+
+@pytest.mark.parametrize(
+    ("last", "finding"),
+    [
+        ({}, None),
+        ({"resident_bytes": (1 << 30) + soak_case.ALLOWED_GROWTH_BYTES}, None),
+        ({"resident_bytes": (1 << 30) + (40 << 20)}, "the process grew by 40 MiB"),
+        ({"arrays": 41}, "JAX holds 1 arrays more"),
+        ({"wrong": ("reference 2: got (1,), wanted (2,)",)}, "1 wrong answers, the first: reference 2"),
+    ],
+)
+def test_a_soak_finds_drift(last: dict[str, Any], finding: str | None) -> None:
+    # The first interval is the warm-up: what it holds does not count, a wrong answer in it does.
+    first = dataclasses.replace(QUIET, resident_bytes=1 << 28, arrays=10)
+    found = soak_case.verdict(PLAN, [first, QUIET, QUIET, QUIET, dataclasses.replace(QUIET, **last)])
+    assert found["drift"] == (finding is not None)
+    assert [text for text in found["findings"] if finding and text.startswith(finding)] == found["findings"]
+    early = soak_case.verdict(PLAN, [dataclasses.replace(first, wrong=("short",)), QUIET, QUIET, QUIET, QUIET])
+    assert early["findings"] == ["1 wrong answers, the first: short"]
+
+
+class FakeEngine(engine.Engine):
+    """Answers with as many tokens as are wanted; one request is answered wrongly."""
+
+    def __init__(self, wrong: soak_case.Request) -> None:
+        self.tokenizer = lambda text: {"input_ids": text.split()}
+        self.wrong = soak_case._text(wrong.words, self.tokenizer)
+
+    def answer(self, text: str, max_tokens: int, *, cancel_after: int | None = None) -> engine.Answer:
+        count = max_tokens if cancel_after is None else cancel_after
+        return engine.Answer(text, (int(text == self.wrong),) * count, cancelled=cancel_after is not None)
+
+
+def test_a_soak_compares_the_answers_of_its_references() -> None:
+    references, parts = soak_case.requests_of(PLAN)
+    first = {place: (0,) * each.max_tokens for place, each in enumerate(references)}
+    interval = soak_case._interval(FakeEngine(references[3]), PLAN, parts[0], first, lambda done, total: None)
+    assert interval.requests == 20
+    assert interval.cancelled == sum(each.cancel_after is not None for each in parts[0])
+    assert interval.resident_bytes > 1 << 20
+    count = references[3].max_tokens
+    assert interval.wrong == (f"reference 3: got {(1,) * count}, wanted {(0,) * count}",)
+
+
+def test_a_prompt_of_the_soak_has_no_more_tokens_than_words() -> None:
+    words = tuple(range(10, 30))
+    for tokens_per_word in (1, 3):
+        text = soak_case._text(words, lambda text: {"input_ids": text.split() * tokens_per_word})  # noqa: B023
+        assert 20 // tokens_per_word * 3 // 4 <= len(text.split()) <= 20 // tokens_per_word
+    assert soak_case._text((7,), lambda text: {"input_ids": [1, 2, 3]}) == "w7"
+
+
+def test_bench_fails_for_drift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[soak_case.Plan] = []
+
+    def soaked(plan: soak_case.Plan) -> dict[str, Any]:
+        seen.append(plan)
+        intervals = [QUIET] * 4 + [dataclasses.replace(QUIET, wrong=("short",) * (plan.requests == 99))]
+        return {
+            "model": plan.model,
+            "easydel": "0",
+            "plan": dataclasses.asdict(plan),
+            "kernels": ["xla"],
+            "intervals": [dataclasses.asdict(each) for each in intervals],
+            "verdict": soak_case.verdict(plan, intervals),
+        }
+
+    monkeypatch.setattr(soak_case, "run", soaked)
+    monkeypatch.setattr(bench, "check_environment", lambda *, converts: None)
+    file = tmp_path / "soak.json"
+    result = invoke("bench", "--case", "soak", "--soak-requests", "200", "--version", "v2", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    assert "no drift: every answer as at first" in result.output
+    assert (seen[-1].requests, seen[-1].mechanism) == (200, "ragged_page_attention_v2")
+    result = invoke("bench", "--case", "soak", "--soak-requests", "99")
+    assert result.exit_code == 1
+    assert "drift: 1 wrong answers, the first: short" in result.output
+    result = invoke("bench", "--from-json", str(file))
+    assert "no drift" in result.output
+
+
+def test_a_soak_needs_enough_requests() -> None:
+    with pytest.raises(CommandError, match="--soak-requests: got 50, wanted at least 90"):
+        soak_case.run(soak_case.Plan(requests=50))
 
 
 def test_the_engine_case_fits_its_requests() -> None:
@@ -345,7 +449,7 @@ def test_bench_lists_every_case() -> None:
     result = invoke("bench", "--list")
     assert result.exit_code == 0
     assert all(case.name in result.output for case in bench_cases.BENCH_CASES)
-    assert bench.ENGINE_CASE in result.output
+    assert {bench.ENGINE_CASE, bench.SOAK_CASE} <= set(result.output.split())
 
 
 def test_bench_names_the_cases_when_one_is_unknown() -> None:

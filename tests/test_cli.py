@@ -114,14 +114,14 @@ def test_doctor_reports_a_wrong_kernel() -> None:
 
 
 def test_demo_without_the_host_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "missing_packages", lambda: ["easydel", "gguf"])
+    monkeypatch.setattr(model, "missing_packages", lambda *, converts: ["easydel", "gguf"])
     result = invoke("demo")
     assert result.exit_code == 2
     assert "pip install 'easydel-ragged-plugin[demo]'" in result.output
 
 
 def test_demo_refuses_a_folder_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(model, "missing_packages", list)
+    monkeypatch.setattr(model, "missing_packages", lambda *, converts: [])
     result = invoke("demo", "--model", str(tmp_path))
     assert result.exit_code == 2
     assert "no config.json there" in result.output

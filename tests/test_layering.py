@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"layout", "options"},
     "turboquant": {"errors", "formats", "layout", "options"},
     "types": {"config", "formats", "layout", "options"},  # config: for annotations alone, see TYPE_ONLY
-    "config": set(),
+    "config": {"options"},
     "hooks": {"config", "types"},
     "rows": {"types"},
     "varying": set(),
@@ -57,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "startup_status": {"host", "registration"},
     "startup": {"host", "import_hook", "registration", "startup_status"},
     "views": {"errors", "host", "turboquant"},
-    "operations": {"api", "errors", "host", "options", "views"},
+    "model_config": {"errors"},
+    "operations": {"api", "config", "errors", "host", "model_config", "options", "views"},
     "testing": {"config", "errors", "host", "layout", "options", "reference", "request", "select", "types", "varying"},
     "workers": {"api", "config", "errors", "hooks", "host", "layout", "select", "startup"},
     "terminal": set(),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from easydel_ragged_plugin import Unsupported, host, startup
-from easydel_ragged_plugin.options import KEYWORDS
+import easydel_ragged_plugin
+from easydel_ragged_plugin import RaggedPageConfig, Unsupported, host, model_config, override_config, startup
+from easydel_ragged_plugin.options import KEYWORDS, Options
 from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named
-from easydel_ragged_plugin.testing.driver import Driver
+from easydel_ragged_plugin.testing.driver import Driver, ForwardingView
 
 pytestmark = pytest.mark.host
 VERSIONS = ("v2", "v3")
@@ -44,11 +52,27 @@ def call(driver: Driver, *, view: Any = None, metadata: Any = None, **arguments:
     )
 
 
-def test_class_names_tell_ragged_attention(driver: Driver) -> None:
-    # Gemma 4 looks for these words in the class's name before it passes a window as a number.
-    name = driver.operation.__name__.lower()
-    assert "ragged" in name
-    assert "page" in name
+def test_class_names_do_not_tell_gemma4_to_shorten_its_window(driver: Driver) -> None:
+    # EasyDeL's Gemma 4 looks for these words in the class's name, and passes N - 1 for a window of N.
+    assert not any(word in driver.operation.__name__.lower() for word in ("ragged", "page", "decode", "unified"))
+
+
+def test_class_names_lead_to_the_classes(driver: Driver) -> None:
+    cls, version = driver.operation, driver.version.upper()
+    assert pickle.loads(pickle.dumps(cls)) is cls
+    assert getattr(easydel_ragged_plugin, f"RaggedPageAttn{version}") is cls
+    assert repr(cls) == f"<class 'easydel_ragged_plugin.operations.RaggedPageAttn{version}'>"
+
+
+def test_gemma4_passes_its_whole_window(driver: Driver) -> None:
+    name = "easydel.modules.gemma4.modeling_gemma4"
+    Gemma4Attention = pytest.importorskip(name, reason="EasyDeL 0.2.0.2 has no Gemma 4").Gemma4Attention
+    layer = SimpleNamespace(
+        sliding_window=20,
+        attention_performer=SimpleNamespace(impl=driver.instance()),
+        _hf_sliding_window=Gemma4Attention._hf_sliding_window,
+    )
+    assert Options(sliding_window=Gemma4Attention._kernel_sliding_window(layer)).window == 20
 
 
 def test_registry_serves_ours_and_keeps_the_hosts() -> None:
@@ -74,8 +98,10 @@ def test_requirements_equal_the_hosts() -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("bias", jnp.zeros((1, 1, 1, 1)), "bias"),
-        ("causal", False, "causal=False"),
+        ("bias", jnp.zeros((1, 1, 1, 1)), "bias, such as ALiBi's of MPT.*use attn_mechanism='vanilla'"),
+        ("causal", False, "causal=False, and no causal mask in mask_info"),
+        ("mask_info", SimpleNamespace(token_type_ids_baked_in=True), "mask_info with token_type_ids"),
+        ("mask_info", SimpleNamespace(sliding_window_baked_in=True), "mask_info with a sliding window"),
     ],
 )
 def test_what_cannot_be_honored_is_refused_by_name(driver: Driver, argument: str, value: Any, message: str) -> None:
@@ -145,6 +171,22 @@ def test_bad_call_leaves_the_view_alone() -> None:
     assert view.kv_pages is before
 
 
+def test_layers_that_share_a_cache() -> None:
+    """A later layer of Gemma 4 has another's view, keys and values: it stores them again, or nothing where told so."""
+    driver = Driver(operation_class("v3"))
+    batch = build_batch(case_named("mixed"), "v3")
+    view = driver.view(batch, batch.pages)
+    first = call(driver, view=view).attention_outputs
+    pages = np.asarray(view.kv_pages)
+    again = call(driver, view=view).attention_outputs
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(np.asarray(view.kv_pages), pages)
+    other = jnp.full((1, *batch.keys.shape), 7.0)
+    reading = call(driver, view=view, update_pages=False, key=other, value=other).attention_outputs
+    np.testing.assert_array_equal(reading, first)
+    np.testing.assert_array_equal(np.asarray(view.kv_pages), pages)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_config_of_the_host_is_read(version: str) -> None:
     from ejkernel.modules.operations.configs import RaggedPageAttentionv2Config, RaggedPageAttentionv3Config
@@ -162,6 +204,102 @@ def test_config_of_the_host_is_read(version: str) -> None:
         call(driver)
     metadata.operation_configs = None
     call(driver)
+
+
+@contextlib.contextmanager
+def model_of(driver: Driver, **fields: Any) -> Iterator[Any]:
+    """Give the operation a model's configuration. Yields the operation's metadata."""
+    metadata = driver.instance().metadata
+    config = SimpleNamespace(mesh=metadata.mesh, **fields)
+    metadata.base_config = config
+    try:
+        yield metadata
+    finally:
+        metadata.base_config = metadata.operation_configs = None
+
+
+def close(output: Any, options: Options, driver: Driver) -> bool:
+    """Whether an output of :func:`call` is the oracle's under ``options``."""
+    case = dataclasses.replace(case_named("mixed"), options=options)
+    expected, _ = build_batch(case, driver.version).expected()
+    return np.allclose(np.asarray(output.attention_outputs)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_soft_cap_of_the_model_is_taken_where_none_is_passed(
+    driver: Driver, portable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if portable:
+        monkeypatch.setenv("FORCE_NATIVE_RUNTIME", "true")
+    none, model, config, override, passed = (Options(logits_soft_cap=cap) for cap in (None, 0.25, 0.5, 1.0, 2.0))
+    assert not close(call(driver), model, driver)
+    assert close(call(driver), none, driver)
+    with model_of(driver, attn_logit_softcapping=0.25) as metadata:
+        assert close(call(driver), model, driver)
+        assert close(call(driver, logits_soft_cap=2.0), passed, driver)
+        metadata.operation_configs = {driver.name: RaggedPageConfig(logits_soft_cap=0.5)}
+        assert close(call(driver), config, driver)
+        with override_config(logits_soft_cap=1.0):
+            assert close(call(driver), override, driver)
+        with pytest.raises(ValueError, match=r"logits_soft_cap: the call passes 2.0, and the config has 0.5"):
+            call(driver, logits_soft_cap=2.0)
+    with model_of(driver, attn_logit_softcapping=None):
+        assert close(call(driver), none, driver)
+
+
+def test_soft_cap_of_the_model_is_logged_once(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    model_config._say_once.cache_clear()
+    with model_of(driver, attn_logit_softcapping=0.25), caplog.at_level(logging.INFO, "easydel_ragged_plugin"):
+        call(driver)
+        call(driver)
+    (line,) = [each.message for each in caplog.records if "attn_logit_softcapping" in each.message]
+    assert line.startswith("logits_soft_cap=0.25: EasyDeL does not pass it, so it was taken from")
+
+
+LLAMA4 = {"attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"]}
+
+
+def chunked_mask() -> Any:
+    """The mask that Llama 4 hands to all of its layers."""
+    from ejkernel.types import MaskInfo
+
+    return MaskInfo.from_segments(jnp.ones((1, 16), jnp.int32)).apply_chunked(8)
+
+
+@pytest.mark.parametrize(("layer", "size"), [(0, 8), (1, None)])
+def test_chunks_of_the_mask_are_honored_in_the_layers_that_have_them(
+    driver: Driver, layer: int, size: int | None
+) -> None:
+    batch = build_batch(case_named("mixed"), driver.version)
+    view = driver.view(batch, batch.pages if driver.version == "v3" else batch.updated_pages)
+    view.layer_index = layer
+    with model_of(driver, **LLAMA4):
+        output = call(driver, view=view, causal=False, mask_info=chunked_mask())
+    assert close(output, Options(attention_chunk_size=size), driver)
+    assert not close(output, Options(attention_chunk_size=None if size else 8), driver)
+
+
+def test_a_mask_that_says_causal_is_taken(driver: Driver) -> None:
+    from ejkernel.types import MaskInfo
+
+    causal = MaskInfo.from_segments(jnp.ones((1, 16), jnp.int32)).apply_causal()
+    assert close(call(driver, causal=False, mask_info=causal), Options(), driver)
+
+
+def test_chunks_of_unknown_size_or_layers_are_refused(driver: Driver) -> None:
+    arguments = {"causal": False, "mask_info": chunked_mask()}
+    with pytest.raises(Unsupported, match="mask_info with chunks, and the model's config has no attention_chunk_size"):
+        call(driver, **arguments)
+    with model_of(driver, **{**LLAMA4, "layer_types": ["full_attention"] * 0}):
+        assert close(call(driver, **arguments), Options(attention_chunk_size=8), driver)
+    assert close(call(driver, **arguments, attention_chunk_size=4), Options(attention_chunk_size=4), driver)
+    batch = build_batch(case_named("mixed"), driver.version)
+    hybrid = ForwardingView(driver.view(batch, batch.pages))
+    with (
+        model_of(driver, **LLAMA4),
+        pytest.raises(Unsupported, match="chunks for some of the 2 layers, and cache_view has layer_index None"),
+    ):
+        call(driver, view=hybrid, **arguments)
 
 
 def test_forced_native_runtime_takes_the_portable_kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

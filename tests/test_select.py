@@ -16,6 +16,7 @@ from easydel_ragged_plugin import RaggedPageConfig, Unsupported, hookimpl, hooks
 from easydel_ragged_plugin.config import KERNEL_VARIABLE, as_config
 from easydel_ragged_plugin.kernels.xla import XlaKernel
 from easydel_ragged_plugin.layout import PageLayout, Version, page_shape
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.types import AttentionRequest
 
 F4 = np.dtype("float32")
@@ -147,6 +148,18 @@ def test_override_refuses_what_does_not_exist() -> None:
         pass
     with pytest.raises(ValueError, match="num_warps: got 0"), override_config(num_warps=0):
         pass
+
+
+def test_soft_cap_of_the_config_becomes_the_requests(plugin: Plugin) -> None:
+    plugin.config = RaggedPageConfig(logits_soft_cap=30)
+    selection = select.select(REQUEST)[1]
+    assert selection.request.options.logits_soft_cap == 30.0
+    assert "logits_soft_cap=30.0" in str(selection)
+    same = dataclasses.replace(REQUEST, options=Options(logits_soft_cap=30.0))
+    assert select.select(same)[1].request == same
+    other = dataclasses.replace(REQUEST, options=Options(logits_soft_cap=50.0))
+    with pytest.raises(ValueError, match=r"logits_soft_cap: the call passes 50.0, and the config has 30.0"):
+        select.select(other)
 
 
 def test_hook_config_of_a_wrong_type_is_refused(plugin: Plugin) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from easydel_ragged_plugin import select
+from easydel_ragged_plugin.demo.model import MODEL_NAME
 from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.formats import PLAIN
@@ -27,7 +28,7 @@ from easydel_ragged_plugin.terminal import CommandError
 from easydel_ragged_plugin.testing.batches import Case, Version
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
-from . import engine_case, figure
+from . import engine_case, figure, soak_case
 from . import report as reports
 from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, with_dtype
 from .machine import Limits, Machine, facts
@@ -36,10 +37,12 @@ from .report import Result, Timing
 from .timing import Candidate
 from .work import work
 
-__all__ = ["ENGINE_CASE", "run"]
+__all__ = ["ENGINE_CASE", "SOAK_CASE", "run"]
 
-ENGINE_CASE = "engine"
-"""The case that is no single call; see ``engine_case.py``."""
+ENGINE_CASE, SOAK_CASE = "engine", "soak"
+"""The cases that serve a model; see ``engine_case.py`` and ``soak_case.py``."""
+
+SERVING = {ENGINE_CASE: engine_case.ABOUT, SOAK_CASE: soak_case.ABOUT}
 
 SLOW_US = 20e6
 """What a candidate may take in all, about; one that needs longer for a single call is not called again."""
@@ -166,14 +169,14 @@ def _run_case(
 
 def _chosen_cases(names: Sequence[str]) -> list[Case]:
     known = by_name()
-    unknown = [name for name in names if name not in known and name != ENGINE_CASE]
+    unknown = [name for name in names if name not in known and name not in SERVING]
     if unknown:
         raise CommandError(
-            f"--case: got {', '.join(unknown)}, wanted some of {', '.join([*known, ENGINE_CASE])}. "
+            f"--case: got {', '.join(unknown)}, wanted some of {', '.join([*known, *SERVING])}. "
             "'easydel-ragged bench --list' describes them."
         )
     if names:
-        return [known[name] for name in names if name != ENGINE_CASE]
+        return [known[name] for name in names if name not in SERVING]
     return [case for case in BENCH_CASES if case.name != "smoke"]
 
 
@@ -215,15 +218,17 @@ def run(
     with_host: bool,
     list_only: bool,
     engine: engine_case.Plan,
+    soak: soak_case.Plan,
 ) -> int:
-    """See ``easydel-ragged bench --help``. Returns the exit code: 1 where nothing ran, and notes tell why."""
+    """See ``easydel-ragged bench --help``. The exit code is 1 where nothing ran (notes tell why), or for drift."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a file or a pipe has no width; the table does
     if list_only:
         for case in BENCH_CASES:
             console.print(f"[bold]{case.name:28}[/bold] {case.about}", highlight=False)
-        console.print(f"[bold]{ENGINE_CASE:28}[/bold] {engine_case.ABOUT}; not part of 'all'", highlight=False)
+        for name, about in SERVING.items():
+            console.print(f"[bold]{name:28}[/bold] {about}; not part of 'all'", highlight=False)
         return 0
     if figure_file is not None:
         figure.require()
@@ -232,12 +237,14 @@ def run(
         reports.show(console, report)
         if "engine" in report:
             engine_case.show(console, report["engine"])
+        if "soak" in report:
+            soak_case.show(console, report["soak"])
         if figure_file is not None:
             _write_figure(console, report, figure_file)
         return 0
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
-    if ENGINE_CASE in names:
-        check_environment()
+    if SERVING.keys() & set(names):
+        check_environment(converts=ENGINE_CASE in names or soak.model == MODEL_NAME)
     # Left alone, EasyDeL's kernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
@@ -266,9 +273,13 @@ def run(
     if ENGINE_CASE in names:
         report["engine"] = engine_case.run(engine, repeats=repeats, with_host=with_host)
         engine_case.show(console, report["engine"])
+    if SOAK_CASE in names:
+        report["soak"] = soak_case.run(dataclasses.replace(soak, mechanism=f"ragged_page_attention_{version}"))
+        soak_case.show(console, report["soak"])
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"written to {json_file}", highlight=False)
     if figure_file is not None:
         _write_figure(console, report, figure_file)
-    return 1 if cases and not any(result.timings for result in results) else 0
+    nothing_ran = cases and not any(result.timings for result in results)
+    return 1 if nothing_ran or report.get("soak", {}).get("verdict", {}).get("drift") else 0

@@ -219,6 +219,13 @@ def bench_command(
     engine_prompt: Annotated[
         int, typer.Option(min=0, max=4096, help="Case 'engine': tokens of the prompt whose time is taken; 0: none.")
     ] = 1000,
+    soak_requests: Annotated[int, typer.Option(min=1, help="Case 'soak': requests in all.")] = 1000,
+    soak_model: Annotated[
+        str,
+        typer.Option(
+            help="Case 'soak': 'tiny' for a random model of two layers, 'SmolLM2-135M-Instruct', a folder or a hub id."
+        ),
+    ] = "tiny",
     list_cases: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
 ) -> None:
     """Check the answer, then time it.
@@ -231,6 +238,9 @@ def bench_command(
     The case [bold]engine[/bold] serves SmolLM2-135M through EasyDeL's engine, beside the same engine with an
     operation that only returns its queries: the ceiling.
 
+    The case [bold]soak[/bold] serves many requests of mixed lengths, some of them cancelled, and watches memory and
+    answers. Exit code 1: one of them drifted.
+
     [bold]Examples[/bold]
 
     easydel-ragged bench --list
@@ -242,7 +252,10 @@ def bench_command(
     easydel-ragged bench --from-json results.json --figure results.png
 
     easydel-ragged bench --case engine --engine-context 0 --engine-prompt 0
+
+    easydel-ragged bench --case soak --soak-requests 1000 --version v2
     """
+    from easydel_ragged_plugin.bench import soak_case
     from easydel_ragged_plugin.bench.engine_case import Plan
     from easydel_ragged_plugin.bench.run import run
 
@@ -261,6 +274,7 @@ def bench_command(
             with_host=host,
             list_only=list_cases,
             engine=dataclasses.replace(plan, prompt_tokens=engine_prompt),
+            soak=soak_case.Plan(requests=soak_requests, model=soak_model),
         )
     raise typer.Exit(code)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -22,6 +23,12 @@ from easydel_ragged_plugin import host, startup
 from easydel_ragged_plugin.hooks import hookimpl, register, unregister
 
 __all__ = ["Answer", "Engine", "Measurement", "Settings", "Workers", "import_host", "interleaved", "median"]
+
+
+CANCEL_S = 0.02
+"""When a request that is cancelled before its first token is cancelled: it has been tokenized, and may wait."""
+
+_request_numbers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +72,12 @@ class Answer:
     Attributes:
         text: the answer, special tokens left out.
         token_ids: its tokens, without the end-of-text token (hosts differ in whether they report it).
+        cancelled: whether it was cancelled before its end.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    cancelled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,6 +384,31 @@ class Engine:
             tokens_per_s=sum(len(answer.token_ids) for answer in finished) / elapsed,
             decode_tokens_per_s=_decode_rate(progress) if spoke else None,
         )
+
+    def answer(self, text: str, max_tokens: int, *, cancel_after: int | None = None) -> Answer:
+        """Continue one text greedily. Several threads may call this at once.
+
+        Args:
+            text: taken as it is.
+            max_tokens: tokens of the answer; it goes on after an end-of-text token.
+            cancel_after: cancel the request after so many tokens; 0 cancels it while it waits or its prompt is read.
+        """
+        params = importlib.import_module("easydel.inference.sampling_params").SamplingParams
+        sampling = params(max_tokens=max_tokens, temperature=0.0, skip_special_tokens=True, ignore_eos=True)
+        request = f"request-{next(_request_numbers)}"
+        timer = threading.Timer(CANCEL_S, self._engine.abort_request, (request,))
+        if cancel_after == 0:
+            timer.start()
+        output, cancelled = None, False
+        for output in self._engine.stream(text, sampling, request_id=request):
+            if not cancelled and cancel_after and cancel_after <= int(output.num_generated_tokens) < max_tokens:
+                self._engine.abort_request(request)
+                cancelled = True
+        timer.cancel()
+        if output is None:  # cancelled before the engine had anything to tell
+            return Answer("", (), cancelled=True)
+        given = output.outputs[0]
+        return Answer(output.accumulated_text, tuple(map(int, given.token_ids)), given.finish_reason == "abort")
 
     @staticmethod
     def as_chat(tokenizer: Any, prompt: str) -> str:

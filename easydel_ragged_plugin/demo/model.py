@@ -322,9 +322,15 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def missing_packages() -> list[str]:
-    """Packages that the demo needs and this environment lacks, by their names for pip."""
-    needed = {"easydel": "easydel", "torch": "torch", "gguf": "gguf", "accelerate": "accelerate", "PIL": "pillow"}
+def missing_packages(*, converts: bool = True) -> list[str]:
+    """Packages that the demo needs and this environment lacks, by their names for pip.
+
+    Args:
+        converts: whether SmolLM2 is to be converted.
+    """
+    needed = {"easydel": "easydel", "torch": "torch", "PIL": "pillow"}
+    if converts:
+        needed |= {"gguf": "gguf", "accelerate": "accelerate"}
     return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 
 

@@ -50,9 +50,9 @@ def _settings(prompt_tokens: Sequence[int], max_tokens: int, page_size: int, dty
     )
 
 
-def check_environment() -> None:
-    """Raise CommandError, with what to install, where the engine can't run."""
-    missing = models.missing_packages()
+def check_environment(*, converts: bool = True) -> None:
+    """Raise CommandError, with what to install, where the engine can't run, or a model not be converted for it."""
+    missing = models.missing_packages(converts=converts)
     if missing:
         raise CommandError(
             f"the demo needs {', '.join(missing)}, which this environment lacks. "
