@@ -10,7 +10,7 @@ import pytest
 
 from easydel_ragged_plugin import host
 from easydel_ragged_plugin.options import Options
-from easydel_ragged_plugin.testing import CASES, Capabilities, Case, build_batch
+from easydel_ragged_plugin.testing import CASES, Capabilities, Case, build_batch, case_named
 from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract, assert_close
 from easydel_ragged_plugin.testing.oracle import oracle_operation
 
@@ -225,3 +225,28 @@ def test_functions_take_scales(case: Case, version: str) -> None:
         )
         assert np.array_equal(np.asarray(new_pages).view(np.uint8), pages.view(np.uint8))
     assert_close(np.asarray(output), expected, case)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "cpu_native"])
+def test_q_scale_means_what_it_means_in_ejkernel(kernel: str) -> None:
+    """A step of quantization, which cancels; this package does without, and must not multiply by it."""
+    import jax.numpy as jnp
+
+    import easydel_ragged_plugin
+    from easydel_ragged_plugin.kernels import cpu_native
+
+    if kernel == "cpu_native" and cpu_native.availability() is not None:
+        pytest.skip(str(cpu_native.availability()))
+    batch = build_batch(case_named("decode"), "v3", poison="finite")
+    arrays = (batch.queries, batch.keys, batch.values, batch.pages)
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)
+    theirs, ours, without = (
+        np.asarray(
+            easydel_ragged_plugin.ragged_page_attention_v3(
+                *map(jnp.asarray, (*arrays, *index)), config=name, q_scale=q
+            )[0]
+        )[batch.live_tokens]
+        for name, q in (("ejkernel", 0.5), (kernel, 0.5), (kernel, None))
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert np.array_equal(ours, without)

@@ -174,6 +174,17 @@ def test_scales_are_refused(scale: Any, name: str) -> None:
         explain(v3, *arguments_of(random_pages(CASE, 8)), **{name: scale})
 
 
+def test_more_slots_than_an_int32_counts_are_refused_where_they_are_written() -> None:
+    pages = random_pages(CASE, 1)
+    many = pages.with_arrays(
+        jax.ShapeDtypeStruct((2**20, 2**12, *array.shape[2:]), array.dtype) for array in pages.arrays
+    )
+    queries, keys, values, _, *index = arguments_of(pages)
+    with pytest.raises(Unsupported, match=r"turboquant: writes to 1048576 pages of 4096 tokens: more than 2147483647"):
+        explain(v3, queries, keys, values, many, *index)
+    assert explain(v3, queries, keys, values, many, *index, update_pages=False).kernel == "turboquant"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
