@@ -194,7 +194,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         if arguments.get("bias") is not None:
             raise Unsupported(
                 f"{self.get_impl_name()}: bias, such as ALiBi's of MPT. Paged attention has none, so eSurge can't "
-                "serve this model; use attn_mechanism='vanilla' and model.generate()."
+                "serve this model; use attn_mechanism='sdpa' and model.generate()."
             )
         model_config.refuse_mask(
             self.get_impl_name(), arguments.get("causal"), arguments.get("mask_info"), options.sliding_window

@@ -98,7 +98,7 @@ def test_requirements_equal_the_hosts() -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("bias", jnp.zeros((1, 1, 1, 1)), "bias, such as ALiBi's of MPT.*use attn_mechanism='vanilla'"),
+        ("bias", jnp.zeros((1, 1, 1, 1)), "bias, such as ALiBi's of MPT.*use attn_mechanism='sdpa'"),
         ("causal", False, "causal=False, and no causal mask in mask_info"),
         ("mask_info", SimpleNamespace(token_type_ids_baked_in=True), "mask_info with token_type_ids"),
         ("mask_info", SimpleNamespace(sliding_window_baked_in=True), "mask_info with a sliding window"),

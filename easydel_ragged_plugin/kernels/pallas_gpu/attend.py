@@ -223,7 +223,7 @@ def load_key(
 ) -> tuple[jax.Array, jax.Array]:
     """The key and the value ``[lanes]`` at one position, in float32 after a cast to the compute dtype."""
     keys, values = load_block(request, 1, tables, pages, row, kv_head, jnp.broadcast_to(position, (1,)), None)
-    return tuple(each.astype(jnp.float32).reshape(-1) for each in (keys, values))
+    return keys.astype(jnp.float32).reshape(-1), values.astype(jnp.float32).reshape(-1)
 
 
 def load_block(
