@@ -13,8 +13,7 @@ PROMPTS = ["w11 w12 w13 w14 w15", "w9 w8 w7", "w20 w21 w22 w23 w24 w25 w26 w27 w
 def save(folder: Path, *, kv_heads: int = 2) -> str:
     """Write the model and its tokenizer to ``folder``; the same weights each time."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -37,6 +36,15 @@ def save(folder: Path, *, kv_heads: int = 2) -> str:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.3)  # large enough that the answers depend on what attention reads
     network.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of :data:`WORDS` words to ``folder``: each word is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {word: index for index, word in enumerate(SPECIAL)} | {f"w{n}": n for n in range(len(SPECIAL), WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -45,7 +53,6 @@ def save(folder: Path, *, kv_heads: int = 2) -> str:
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, unk_token=unknown
     )
     fast.save_pretrained(folder)
-    return str(folder)
 
 
 def expected(folder: str, prompts: list[str], max_tokens: int) -> list[tuple[int, ...]]:
