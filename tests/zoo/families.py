@@ -39,6 +39,7 @@ class Family:
         zeroed: parts of names; parameters that have one in their name are zero.
         remark: what a reader of the matrix must know about the row.
         fault: what EasyDeL does wrong, so that no kernel gives transformers' tokens. Without one, ours must.
+        faulty: versions of the operation that the fault is about.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     zeroed: tuple[str, ...] = ()
     remark: str = ""
     fault: str = ""
+    faulty: tuple[str, ...] = ("v2", "v3")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the config."""
@@ -85,7 +87,13 @@ FAMILIES = (
         {**EXPERTS, "shared_expert_intermediate_size": 48, "use_sliding_window": False},
     ),
     Family("Qwen3", "Qwen3Config", {"head_dim": 64}),
-    Family("Qwen3-MoE", "Qwen3MoeConfig", {**EXPERTS, "head_dim": 32}),
+    Family(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        {**EXPERTS, "head_dim": 32},
+        {"num_experts": 4},
+        remark="`num_experts` written into `config.json`, where transformers 5 calls it `num_local_experts`",
+    ),
     Family(
         "Qwen3-Next",
         "Qwen3NextConfig",
@@ -99,6 +107,7 @@ FAMILIES = (
             "linear_num_value_heads": 4,
             "layer_types": ["linear_attention", "full_attention"],
         },
+        fault="the state of the linear layers is wrong in EasyDeL where requests share a batch",
     ),
     Family("Gemma", "GemmaConfig", {"head_dim": 64}),
     Family(
@@ -106,6 +115,8 @@ FAMILIES = (
         "Gemma2Config",
         {**ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 1.5},
         remark="`attn_logit_softcapping` of 1.5, so that the cap matters",
+        fault="with v2, EasyDeL drops the cache view between layers",
+        faulty=("v2",),
     ),
     Family("Gemma 3", "Gemma3TextConfig", {**ALTERNATING, "head_dim": 32, "query_pre_attn_scalar": 32}),
     Family(

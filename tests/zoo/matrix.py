@@ -151,7 +151,9 @@ def remarks(family: Family, engines: dict[str, dict[str, Any]]) -> str:
     said: dict[str, list[str]] = {}
     for label, entry in engines.items():
         if entry["outcome"] != serve.EQUAL:
-            said.setdefault(entry["detail"], []).append(COLUMNS[label])
+            one = entry.get("one_at_a_time")
+            detail = entry["detail"] + (f"; one request at a time: {one}" if one else "")
+            said.setdefault(detail, []).append(COLUMNS[label])
     parts += [f"{' and '.join(who)}: {detail}." for detail, who in said.items()]
     return " ".join(parts)
 
@@ -181,7 +183,7 @@ def faults(results: dict[str, Any]) -> list[str]:
             if not label.startswith("ours") or entry["outcome"] == serve.EQUAL:
                 continue
             where = f"{family.name}, {label}: {cell(entry)}: {entry['detail']}"
-            if not family.fault:
+            if not family.fault or label.partition("-")[2] not in family.faulty:
                 found.append(f"{where}. Wanted: equal, or a fault of EasyDeL stated in families.py")
             elif "WRONG" in entry["operation"]:
                 found.append(f"{where}. Wanted: answers of the operation as the reference's; {entry['operation']}")

@@ -39,7 +39,9 @@ def save(family: Family, folder: Path) -> Any:
 
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(**family.arguments())
-    network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # The default attention of transformers leaves soft caps out.
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    network = transformers.AutoModelForCausalLM.from_config(config, **how).eval()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             last = name.rpartition(".")[2]

@@ -138,7 +138,10 @@ def serve(family: Family, folder: str, labels: Sequence[str], workers: Workers) 
         try:
             with running(Engine(folder, settings_of(label), tokenizer, workers)) as engine:
                 answers = answers_of(engine, texts, tokenizer.eos_token_id)
-            entry = compared(network, tokenizer, folder, texts, answers) | {"kernels": engine.kernels}
+                entry = compared(network, tokenizer, folder, texts, answers) | {"kernels": engine.kernels}
+                if entry["outcome"] == DIFFERS:
+                    alone = [answers_of(engine, [text], tokenizer.eos_token_id)[0] for text in texts]
+                    entry["one_at_a_time"] = str(reference.judge(network, tokenizer, texts, alone))
         except Exception as error:
             traceback.print_exc()
             entry = {"outcome": FAILS, "detail": message_of(error)}
