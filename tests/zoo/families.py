@@ -149,9 +149,16 @@ FAMILIES = (
     Family(
         "gpt-oss",
         "GptOssConfig",
-        {**ALTERNATING, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
+        {
+            **ALTERNATING,
+            "head_dim": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+        },
         zeroed=("experts.",),
-        remark="experts of weight 0: EasyDeL's mixture differs from transformers'",
+        remark="experts of weight 0, because EasyDeL's mixture differs from transformers'; without YaRN, whose range "
+        "EasyDeL rounds and transformers does not (`truncate`)",
     ),
     Family(
         "GPT-2", "GPT2Config", {**OLD, **NO_DROPOUT, "n_inner": 96}, KV_HEADS, remark=f"{KV_HEADS_REMARK}; {DROPOUT}"
