@@ -1,8 +1,8 @@
 """The matrix of docs/models.md: every family of the zoo, served by EasyDeL and compared with transformers.
 
 In ``tests/``, ``python -m zoo.matrix`` serves our operations, and fails where their answers differ for another reason
-than a fault of EasyDeL: one that its own forward pass without a cache has, too, or that ``families.py`` states. With ``--write`` it measures EasyDeL's own classes, too, and writes
-the matrix into that page, between its markers.
+than a fault of EasyDeL: one that its own forward pass without a cache has, too, or that ``families.py`` states. With
+``--write`` it measures EasyDeL's own classes, too, and writes the matrix into that page, between its markers.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ def faults(results: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="families, by the beginnings of their names")
-    parser.add_argument("--engines", nargs="*", choices=serve.LABELS, help="columns; ours, and all with --write")
+    parser.add_argument(
+        "--engines", nargs="*", choices=serve.LABELS, help="columns: ours, and with --write all; none without a value"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--results", type=Path, help="file to keep results in; those that it has are kept")
     parser.add_argument("--logs", type=Path, help="folder for what the processes print")
@@ -211,7 +213,9 @@ def main() -> int:
     given = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    labels = given.engines or (serve.LABELS if given.write else serve.LABELS[:2])
+    labels = given.engines
+    if labels is None:
+        labels = serve.LABELS if given.write else serve.LABELS[:2]
     results: dict[str, Any] = {"families": {}, "scenarios": {}, "controls": {}}
     if given.results and given.results.exists():
         results |= json.loads(given.results.read_text())
@@ -246,7 +250,8 @@ def measured(
     import_host()  # and with it torch and transformers: the copies have them
     with tokenizer_processes(scratch) as workers:
         for family in families:
-            tasks[family.name] = "families", functools.partial(serve.serve, family, labels=labels, workers=workers)
+            if labels:
+                tasks[family.name] = "families", functools.partial(serve.serve, family, labels=labels, workers=workers)
             if family.name in scenarios.FAMILIES and not given.no_scenarios:
                 for version in ("v2", "v3"):
                     play = functools.partial(scenarios.play, family, version=version, workers=workers)
