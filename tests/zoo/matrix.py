@@ -224,7 +224,9 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         for kind, task, result in measured(given, labels, Path(name), logs):
             if isinstance(result, str):  # the process ended
-                result = {each: {"outcome": serve.FAILS, "detail": result} for each in labels}
+                failed = result if kind == "scenarios" else {"outcome": serve.FAILS, "detail": result}
+                parts = {"families": labels, "scenarios": scenarios.SCENARIOS, "controls": ("no answer",)}[kind]
+                result = dict.fromkeys(parts, failed)
             results[kind].setdefault(task, {}).update(result)
             for label, entry in result.items():
                 said = entry if isinstance(entry, str) else f"{cell(entry)}: {entry['detail']}"
