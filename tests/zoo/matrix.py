@@ -203,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="families, by the beginnings of their names")
     parser.add_argument(
-        "--engines", nargs="*", choices=serve.LABELS, help="columns: ours, and with --write all; none without a value"
+        "--engines", nargs="*", choices=serve.LABELS, help="columns: ours, and with --write all; none if none is named"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--results", type=Path, help="file to keep results in; those that it has are kept")
@@ -249,6 +249,8 @@ def measured(
     wanted = tuple(given.only)
     families = [each for each in FAMILIES if not wanted or each.name.startswith(wanted)]
     tasks: dict[str, tuple[str, Task]] = {}
+    if not labels and given.no_scenarios:
+        return
     import_host()  # and with it torch and transformers: the copies have them
     with tokenizer_processes(scratch) as workers:
         for family in families:
