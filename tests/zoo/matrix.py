@@ -147,14 +147,14 @@ def cell(entry: dict[str, Any] | None) -> str:
 
 def remarks(family: Family, engines: dict[str, dict[str, Any]]) -> str:
     """What a reader must know about the family, and what the engines said that are not equal."""
-    parts = [f"{each}." for each in (family.remark, family.fault) if each]
+    parts = [f"{each}." for each in ("; ".join(filter(None, (family.remark, family.fault))),) if each]
     said: dict[str, list[str]] = {}
     for label, entry in engines.items():
         if entry["outcome"] != serve.EQUAL:
             one = entry.get("one_at_a_time")
             detail = entry["detail"] + (f"; one request at a time: {one}" if one else "")
             said.setdefault(detail, []).append(COLUMNS[label])
-    parts += [f"{' and '.join(who)}: {detail}." for detail, who in said.items()]
+    parts += [f"{' and '.join(who)}: {detail.rstrip('.')}." for detail, who in said.items()]
     return " ".join(parts)
 
 
@@ -201,7 +201,7 @@ def faults(results: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="families, by the beginnings of their names")
+    parser.add_argument("--only", nargs="*", default=[], help="families: their names, or how some begin")
     parser.add_argument(
         "--engines", nargs="*", choices=serve.LABELS, help="columns: ours, and with --write all; none if none is named"
     )
@@ -246,8 +246,11 @@ def measured(
     given: argparse.Namespace, labels: Sequence[str], scratch: Path, logs: Path
 ) -> Iterator[tuple[str, str, Any]]:
     """(kind, name, result) of each family and scenario that the command line asks for."""
-    wanted = tuple(given.only)
-    families = [each for each in FAMILIES if not wanted or each.name.startswith(wanted)]
+    names = {each.name for each in FAMILIES}
+    beginnings = tuple(set(given.only) - names)
+    families = [
+        each for each in FAMILIES if not given.only or each.name in given.only or each.name.startswith(beginnings)
+    ]
     tasks: dict[str, tuple[str, Task]] = {}
     if not labels and given.no_scenarios:
         return

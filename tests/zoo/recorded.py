@@ -35,9 +35,9 @@ class Calls:
 
     def __str__(self) -> str:
         if not self.traced:
-            return "the operation is not reached"
+            return "is not reached"
         if not self.compared:
-            return "the operation is reached and never run"
+            return "never runs"
         right = "right" if self.worst < TOLERANCE else "WRONG"
         return f"{right}: {self.compared} calls, largest error {self.worst:.1e}"
 
