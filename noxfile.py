@@ -112,25 +112,28 @@ def install(session: nox.Session, extras: str, *others: str) -> None:
     )
 
 
-def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
-    """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line."""
-    session.chdir(TESTS)
+def environment(session: nox.Session) -> dict[str, str]:
+    """Variables for the programs that test: the CPU, the installed package, and a folder for compiled programs."""
     # Processes share what they compile, and nothing that an earlier run or the machine's user has compiled. The host
     # sets a folder of its own, under the home folder, unless COMPILE_FUNC_DIR names one.
     compiled = Path(session.virtualenv.location, "compiled")
     shutil.rmtree(compiled, ignore_errors=True)
-    environment = {
+    return {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": "",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "COMPILE_FUNC_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        **variables,
     }
+
+
+def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
+    """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line."""
+    session.chdir(TESTS)
     # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
     # conftest.py says what comes first: pytest-xdist would begin with what has most tests and end with what is longest.
     workers = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
-    session.run("pytest", *workers, *arguments, *session.posargs, env=environment)
+    session.run("pytest", *workers, *arguments, *session.posargs, env={**environment(session), **variables})
 
 
 @contextlib.contextmanager
@@ -294,6 +297,20 @@ def lowering(session: nox.Session, version: str) -> None:
     install(session, "", *group("test"), f"jax=={version}")
     session.log("Lowering the GPU kernels for CUDA and ROCm: about 2 minutes")
     pytest(session, "test_gpu_lowering.py")
+
+
+@nox.session(default=False, tags=REST)
+def zoo(session: nox.Session) -> None:
+    """Tiny models of all families that the newest EasyDeL serves, against transformers token for token.
+
+    ``-- --write`` measures EasyDeL's own operations, too, and writes docs/models.md; ``-- --help`` lists the options.
+    """
+    install(session, "[demo]", f"easydel=={HOSTS[0]}", TORCH)
+    session.log("Our operations in every family, then second turns, late requests and too few pages: about 10 minutes")
+    session.chdir(TESTS)
+    # Many small programs, the same ones for most families.
+    variables = {**environment(session), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    session.run("python", "-m", "zoo.matrix", "--jobs", "2", *session.posargs, env=variables)
 
 
 @nox.session(default=False, tags=REST)

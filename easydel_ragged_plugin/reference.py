@@ -162,7 +162,7 @@ def _kv_heads_of_pages(num_q_heads: int, head_dim: int, groups: int, pack: int) 
 def _options(options: Options | None, keywords: dict[str, Any]) -> tuple[Options, dict[str, np.ndarray | float | None]]:
     """The options, and the scales: those that are arrays are no part of the options."""
     scales = {name: keywords.get(name) for name in ("k_scale", "v_scale")}
-    arrays = [name for name, scale in scales.items() if np.ndim(scale) > 0]
+    arrays = [name for name, scale in scales.items() if scale is not None and np.ndim(scale) > 0]
     numbers = {name: value for name, value in keywords.items() if name not in arrays}
     options = Options(**numbers) if options is None else options
     return options, {name: scales[name] if name in arrays else getattr(options, name) for name in scales}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from easydel_ragged_plugin.demo.tiny import SPECIAL, WORDS, load_tokenizer, save
+from easydel_ragged_plugin.demo.tiny import SPECIAL, WORDS, load_tokenizer, save, save_tokenizer
 
-__all__ = ["PROMPTS", "SPECIAL", "WORDS", "expected", "load_tokenizer", "save"]
+__all__ = ["PROMPTS", "SPECIAL", "WORDS", "expected", "load_tokenizer", "save", "save_tokenizer"]
 
 PROMPTS = ["w11 w12 w13 w14 w15", "w9 w8 w7", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w50"]
 

@@ -47,6 +47,10 @@ class Settings:
         page_size: tokens in a page.
         dtype: dtype of weights, activations and cache.
         data_parallel: devices over which requests and pages are split; the heads are split over all others.
+        pages: pages of the cache, the reserved one included; None for as many as the requests need.
+        prefix_caching: requests share the pages of equal prefixes. Off: answers must not depend on earlier prompts.
+        async_scheduling: schedule a step before the one before it has ended, as EasyDeL does by default. With too few
+            ``pages`` its answers are wrong in EasyDeL 0.3.0, whatever the kernel.
     """
 
     mechanism: str
@@ -59,6 +63,9 @@ class Settings:
     page_size: int = 16
     dtype: str = "float32"
     data_parallel: int = 1
+    pages: int | None = None
+    prefix_caching: bool = False
+    async_scheduling: bool = True
 
     def replace(self, **changes: Any) -> Settings:
         """A copy with some fields changed."""
@@ -230,7 +237,7 @@ def _page_budget(settings: Settings, slot_bytes: int) -> Iterator[None]:
         return
     module: Any = sys.modules[host.load().RaggedPagesCacheConfig.__module__]
     # Page 0 is reserved, and a request that finishes holds its pages until the next step.
-    pages = 2 * settings.max_requests * -(-settings.max_model_len // settings.page_size) + 8
+    pages = settings.pages or 2 * settings.max_requests * -(-settings.max_model_len // settings.page_size) + 8
     budget = pages * settings.page_size * slot_bytes
     replaced = module.per_device_hbm_budget_bytes
     module.per_device_hbm_budget_bytes = lambda *args, **kwargs: budget
@@ -287,7 +294,9 @@ class Engine:
             config = network.config.get_text_config()
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             width = jnp.dtype(dtype).itemsize
-            slot_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * width
+            # The host makes a cache of one kv head where the config does not say how many there are.
+            kv_heads = getattr(config, "num_key_value_heads", None) or 1
+            slot_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * width
             register(watcher)
             try:
                 with _page_budget(settings, slot_bytes):
@@ -302,8 +311,9 @@ class Engine:
                         min_token_pad=settings.decode_bucket,
                         max_num_batched_tokens=settings.tokens_per_step,
                         page_size=settings.page_size,
-                        # Answers must not depend on earlier prompts.
-                        enable_prefix_caching=False,
+                        enable_prefix_caching=settings.prefix_caching,
+                        # 0.2.0.2 has no such argument.
+                        **({} if settings.async_scheduling else {"async_scheduling": False}),
                         overlap_execution=False,
                         **workers.endpoints,
                     )

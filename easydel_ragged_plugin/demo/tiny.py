@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SPECIAL", "WORDS", "load_tokenizer", "save"]
+__all__ = ["SPECIAL", "WORDS", "load_tokenizer", "save", "save_tokenizer"]
 
 WORDS = 96
 """Size of the vocabulary: three special tokens, and the words ``w3`` to ``w95``."""
@@ -25,8 +25,7 @@ def save(folder: Path, *, kv_heads: int = 2, positions: int = 128) -> str:
         positions: tokens of the longest context.
     """
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -49,6 +48,15 @@ def save(folder: Path, *, kv_heads: int = 2, positions: int = 128) -> str:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.3)  # large enough that the answers depend on what attention reads
     network.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of :data:`WORDS` words to ``folder``: each word is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {word: index for index, word in enumerate(SPECIAL)} | {f"w{n}": n for n in range(len(SPECIAL), WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -57,7 +65,6 @@ def save(folder: Path, *, kv_heads: int = 2, positions: int = 128) -> str:
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos, unk_token=unknown
     )
     fast.save_pretrained(folder)
-    return str(folder)
 
 
 def load_tokenizer(folder: str) -> Any:
