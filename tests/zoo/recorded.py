@@ -47,7 +47,7 @@ def recording() -> Iterator[Calls]:
     """Compare each call of our operations that is traced inside of this block, when it runs."""
     import jax
 
-    from easydel_ragged_plugin import operations
+    from easydel_ragged_plugin import api, operations
 
     calls = Calls()
     base = operations._RaggedPageAttention
@@ -56,10 +56,15 @@ def recording() -> Iterator[Calls]:
     def recorded(self: Any, **arguments: Any) -> Any:
         view, metadata = arguments["cache_view"], arguments["cache_metadata"]
         before = view.kv_pages
-        output = forward(self, **arguments)
-        options = {each: arguments[each] for each in operations.OPTIONS if arguments.get(each) is not None}
+        with mock.patch.object(api, "attend", side_effect=api.attend) as attend:
+            output = forward(self, **arguments)
+        # What the operation makes of the arguments and of the model's config.
+        (call,) = attend.call_args_list
+        options, config = call.args[10], call.kwargs["config"]
+        if config is not None and config.logits_soft_cap is not None:
+            options = dataclasses.replace(options, logits_soft_cap=config.logits_soft_cap)
         calls.traced += 1
-        calls.options.append(options)
+        calls.options.append(options.given())
 
         def compare(
             queries: Any, key: Any, value: Any, pages: Any, index: Any, sinks: Any, got: Any, after: Any
@@ -69,11 +74,11 @@ def recording() -> Iterator[Calls]:
             sinks = None if sinks is None else np.asarray(sinks)
             if self.version == "v2":
                 wanted = reference.ragged_page_attention_v2(
-                    queries, pages, lens, tables, starts, last, sinks, **options
+                    queries, pages, lens, tables, starts, last, sinks, options=options
                 )
             else:
                 wanted, stored = reference.ragged_page_attention_v3(
-                    queries, key, value, pages, lens, tables, starts, last, sinks, **options
+                    queries, key, value, pages, lens, tables, starts, last, sinks, options=options
                 )
                 if not np.array_equal(stored, np.asarray(after)):
                     calls.worst = float("inf")
