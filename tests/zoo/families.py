@@ -38,7 +38,8 @@ class Family:
         for_easydel: fields of ``config.json`` that only EasyDeL reads.
         zeroed: parts of names; parameters that have one in their name are zero.
         remark: what a reader of the matrix must know about the row.
-        fault: what EasyDeL does wrong, so that no kernel gives transformers' tokens. Without one, ours must.
+        fault: why the operations can't give transformers' tokens: what EasyDeL does wrong, or what they refuse. Without
+            one, they must.
         faulty: versions of the operation that the fault is about.
     """
 
@@ -244,7 +245,7 @@ FAMILIES = (
             "expansion_ratio": 2,
         },
         KV_HEADS,
-        remark="positions are an ALiBi bias, which paged attention does not take",
+        fault="its positions are an ALiBi bias, which the operations refuse by name",
     ),
     Family(
         "Llama 4, text",
