@@ -38,7 +38,8 @@ class Family:
         for_easydel: fields of ``config.json`` that only EasyDeL reads.
         zeroed: parts of names; parameters that have one in their name are zero.
         remark: what a reader of the matrix must know about the row.
-        fault: what EasyDeL does wrong, so that no kernel gives transformers' tokens. Without one, ours must.
+        fault: why the operations can't give transformers' tokens: what EasyDeL does wrong, or what they refuse. Without
+            one, they must.
         faulty: versions of the operation that the fault is about.
     """
 
@@ -71,10 +72,7 @@ ALTERNATING = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]
 KV_HEADS = {"num_key_value_heads": 4}
 KV_HEADS_REMARK = "`num_key_value_heads` written into `config.json`: without it EasyDeL makes a cache of one kv head"
 PARTIAL = "`partial_rotary_factor` of 1: EasyDeL multiplies with a smaller one twice"
-WHOLE_HEADS = {
-    "head_dim": 32,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-}
+NEIGHBORS = "EasyDeL rotates the halves of a head, transformers its neighbors"
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DROPOUT = "dropout of 0 in its config: EasyDeL leaves it on"
 OLD = {"num_key_value_heads": ..., "intermediate_size": ...}  # configs that have no such fields
@@ -198,7 +196,7 @@ FAMILIES = (
         "Cohere",
         "CohereConfig",
         {"logit_scale": 1.0, "tie_word_embeddings": True},
-        remark="EasyDeL rotates halves of a head, transformers neighbors",
+        remark=NEIGHBORS,
     ),
     Family("Cohere 2", "Cohere2Config", {**ALTERNATING, "logit_scale": 1.0, "tie_word_embeddings": True}),
     Family("OLMo", "OlmoConfig"),
@@ -209,8 +207,8 @@ FAMILIES = (
     Family("PhiMoE", "PhimoeConfig", {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("StableLM", "StableLmConfig", {"partial_rotary_factor": 1.0}, remark=PARTIAL),
     Family("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
-    Family("GLM", "GlmConfig", WHOLE_HEADS, {"partial_rotary_factor": 1.0}, remark=PARTIAL),
-    Family("GLM-4", "Glm4Config", WHOLE_HEADS, {"partial_rotary_factor": 1.0}, remark=PARTIAL),
+    Family("GLM", "GlmConfig", {"head_dim": 32}, remark=NEIGHBORS),
+    Family("GLM-4", "Glm4Config", {"head_dim": 32}, remark=NEIGHBORS),
     Family(
         "GLM-4-MoE",
         "Glm4MoeConfig",
@@ -247,7 +245,7 @@ FAMILIES = (
             "expansion_ratio": 2,
         },
         KV_HEADS,
-        remark="positions are an ALiBi bias, which paged attention does not take",
+        fault="its positions are an ALiBi bias, which the operations refuse by name",
     ),
     Family(
         "Llama 4, text",
