@@ -299,7 +299,7 @@ def lowering(session: nox.Session, version: str) -> None:
     pytest(session, "test_gpu_lowering.py")
 
 
-@nox.session(default=False, tags=REST)
+@nox.session(default=False, tags=["all"])  # not for each change: it serves about 80 engines
 def zoo(session: nox.Session) -> None:
     """Tiny models of all families that the newest EasyDeL serves, against transformers token for token.
 

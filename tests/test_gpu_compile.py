@@ -91,6 +91,9 @@ FEW_BYTES = 64
 """16 registers. ptxas gives up some where one more program fits on a multiprocessor for that, and 128 queries
 of a head_dim above 128 take all of them."""
 
+FEW_BYTES_OF_WIDE_HEADS = 160
+"""The same for a head_dim above 128, where the loop over single keys needs more registers than the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -207,7 +210,9 @@ def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return found
 
 
-def check(program: Program, spilled: int = FEW_BYTES) -> None:
+def check(program: Program, spilled: int | None = None) -> None:
+    if spilled is None:
+        spilled = FEW_BYTES_OF_WIDE_HEADS if program.request.head_dim > 128 else FEW_BYTES
     updates = {"ragged_update"} if program.request.version == "v3" else set()
     assert set(program.kernels) == KERNELS | updates
     for name, kernel in program.kernels.items():
@@ -294,13 +299,13 @@ def test_compiles_for_float32(dtypes: str, head_dim: int, options: str, card: st
 
 
 @pytest.mark.parametrize(
-    ("card", "head_dim", "spilled"), [("H100", 256, FEW_BYTES), ("A100", 128, FEW_BYTES), ("A100", 256, 352)]
+    ("card", "head_dim", "spilled"), [("H100", 256, None), ("A100", 128, None), ("A100", 256, 352)]
 )
-def test_the_largest_groups_compile(card: str, head_dim: int, spilled: int, described: Any) -> None:
+def test_the_largest_groups_compile(card: str, head_dim: int, spilled: int | None, described: Any) -> None:
     """With 128 query heads for a kv head, the widest heads are more than a thread of an A100 has the registers for."""
     program = build(described, card, q_heads=128, kv_heads=1, head_dim=head_dim)
     check(program, spilled)
-    if spilled > FEW_BYTES:
+    if spilled is not None:
         with pytest.raises(AssertionError, match="bytes spilled"):
             check(program)
 
