@@ -16,6 +16,9 @@ from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attentio
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
 
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+"""For tests that compile many programs and run each once."""
+
 
 @functools.cache
 def compiled(version: str, kernel: str, options: Options) -> Callable[..., Any]:

@@ -10,12 +10,14 @@ import dataclasses
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from command_line import invoke
+from conftest import RunPython
 
 from easydel_ragged_plugin.bench import cases as bench_cases
 from easydel_ragged_plugin.bench import engine_case, figure, soak_case
@@ -463,3 +465,18 @@ def test_bench_names_the_kernels_when_one_is_unknown() -> None:
     assert result.exit_code == 2
     assert "got 'warp', wanted one of" in result.output
     assert "xla" in result.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch for the tiny model")
+@pytest.mark.host
+@pytest.mark.slow
+def test_a_short_soak_finds_no_drift(run: RunPython, tmp_path: Path) -> None:
+    file = tmp_path / "soak.json"
+    command = ("-m", "easydel_ragged_plugin.cli", "bench", "--case", "soak", "--soak-requests", "120")
+    variables = {"JAX_PLATFORMS": "cpu", "EASYDEL_RAGGED_CACHE": str(tmp_path)}
+    run(sys.executable, *command, "--json", file, environment=variables, timeout_s=500)
+    report = json.loads(file.read_text())["soak"]
+    assert report["verdict"]["findings"] == []
+    assert report["kernels"]
+    assert sum(each["requests"] for each in report["intervals"]) == 120
+    assert sum(each["cancelled"] for each in report["intervals"]) > 0

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import RunPython
 
 from easydel_ragged_plugin.demo import model
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
@@ -181,18 +179,3 @@ def test_greedy_float32_equals_transformers(
     assert engine.kernels
     assert [answer.token_ids for answer in answers] == expected
     assert answers[0].text == "The capital of France is Paris."
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch for the tiny model")
-@pytest.mark.host
-@pytest.mark.slow
-def test_a_short_soak_finds_no_drift(run: RunPython, tmp_path: Path) -> None:
-    file = tmp_path / "soak.json"
-    command = ("-m", "easydel_ragged_plugin.cli", "bench", "--case", "soak", "--soak-requests", "120")
-    variables = {"JAX_PLATFORMS": "cpu", "EASYDEL_RAGGED_CACHE": str(tmp_path)}
-    run(sys.executable, *command, "--json", file, environment=variables, timeout_s=500)
-    report = json.loads(file.read_text())["soak"]
-    assert report["verdict"]["findings"] == []
-    assert report["kernels"]
-    assert sum(each["requests"] for each in report["intervals"]) == 120
-    assert sum(each["cancelled"] for each in report["intervals"]) > 0

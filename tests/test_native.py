@@ -321,13 +321,14 @@ def test_donated_pages_stay_where_they_are() -> None:
     step = compiled("v3", "cpu_native", batch.case.options)
     pages = jnp.array(batch.pages) + 0
     address = pages.unsafe_buffer_pointer()
-    rest = (
+    rest: tuple[Any, ...] = (
         jnp.array(batch.queries),
         jnp.array(batch.keys),
         jnp.array(batch.values),
         tuple(jnp.array(a) for a in (batch.context_lens, batch.block_tables, batch.query_start_loc)),
         jnp.array(batch.distribution),
         None if batch.sinks is None else jnp.array(batch.sinks),
+        {},
     )
     for _ in range(2):
         _, pages = step(pages, *rest)

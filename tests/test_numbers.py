@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from kernel_calls import QUICK_TO_COMPILE
 from native_library import LEVELS
-from test_pallas_gpu import QUICK_TO_COMPILE
 from turboquant_oracle import TurboQuantDriver
 
 from easydel_ragged_plugin.kernels import cpu_native, turboquant, xla

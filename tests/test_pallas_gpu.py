@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_requests import SMALL, decode_parts
-from kernel_calls import WRONG_STARTS, overlapping_rows
+from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
 
 from easydel_ragged_plugin import RaggedPageConfig, page_shape, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
@@ -26,8 +26,18 @@ from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, work
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Tile, Tiles
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, case_named, spoil_row
+from easydel_ragged_plugin.testing.cases import (
+    CASES,
+    Batch,
+    Case,
+    Row,
+    build_batch,
+    case_named,
+    one_of_each,
+    spoil_row,
+)
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
+from easydel_ragged_plugin.testing.kernel_contract import KernelTests
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver, KernelOutcome
 
 V2_CASES = {
@@ -44,8 +54,6 @@ V2_CASES = {
 
 INTERPRETED = PallasGPU(interpret=True)
 CONFIG = RaggedPageConfig(kernel=INTERPRETED.name)
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-"""An interpreted kernel is a large program that runs once."""
 
 
 def config_with(tiles: Tiles) -> RaggedPageConfig:
@@ -123,9 +131,18 @@ class TestPallasGPU(KernelContract):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN
     versions: ClassVar = ("v3",)
+    cases: ClassVar = one_of_each(CASES)
     known_failures: ClassVar = {
         "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes; test_gpu_lowering.py lowers it"
     }
+
+
+class TestPallasGPUInEveryCase(KernelTests):
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
+    driver_class: ClassVar = OneNaN
+    versions: ClassVar = ("v3",)
+    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
 
 
 class TestPallasGPUV2(TestPallasGPU):

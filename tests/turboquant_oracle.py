@@ -200,6 +200,8 @@ class TurboQuantDriver(KernelDriver):
         after = self.cache_of(batch, outcome.pages)
         if self.version == "v2":
             pages = self.cache_of(batch, batch.updated_pages)
+        elif not batch.case.options.update_pages:
+            pages = self.cache_of(batch, batch.pages)
         else:
             pages = expected_pages(batch, self.cache_of(batch, batch.pages), after)
         output, lse = expected_results(batch, after)

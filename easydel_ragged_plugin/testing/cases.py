@@ -5,13 +5,14 @@ Cases of equal geometry have equal shapes, and so share one compiled program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from easydel_ragged_plugin.options import Options
 
 from .batches import FAULTS, Batch, Case, Row, build_batch, spoil_row
 
-__all__ = ["CASES", "FAULTS", "Batch", "Case", "Row", "build_batch", "case_named", "spoil_row"]
+__all__ = ["CASES", "FAULTS", "Batch", "Case", "Row", "build_batch", "case_named", "one_of_each", "spoil_row"]
 
 
 def _rows(*pairs: tuple[int, int]) -> tuple[Row, ...]:
@@ -294,3 +295,11 @@ def case_named(name: str) -> Case:
         if case.name == name:
             return case
     raise ValueError(f"case: got {name!r}, wanted one of {', '.join(case.name for case in CASES)}")
+
+
+def one_of_each(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The first case of each set of options and dtypes, for where each program takes long to compile."""
+    first: dict[Any, Case] = {}
+    for case in cases:
+        first.setdefault((case.options, case.sinks, case.dtype, case.np_cache_dtype.name), case)
+    return tuple(first.values())

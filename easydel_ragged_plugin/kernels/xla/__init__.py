@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ from easydel_ragged_plugin.blockwise import (
     Results,
     Softmax,
     Tiling,
-    again_where_nan,
     attend_tiles,
     empty_results,
     initial_softmax,
@@ -169,7 +167,7 @@ def attend_decode(
     queries = operands.queries[token].reshape(num_rows, num_kv_heads, group, request.head_dim)
     tables = operands.block_tables
 
-    def step(merge: Merge, trip: jax.Array, state: Softmax) -> Softmax:
+    def step(trip: jax.Array, state: Softmax) -> Softmax:
         cache, trip = pin(pages, trip)
         item = trip * lanes + jnp.arange(lanes, dtype=jnp.int32)
         rank = jnp.sum(item[:, None] >= last_block[None, :], axis=1, dtype=jnp.int32)
@@ -200,16 +198,11 @@ def attend_decode(
             jnp.sum(weights, axis=-1),
             jnp.einsum("whgt,whtd->whgd", weights.astype(dtype), values, preferred_element_type=state.total.dtype),
         )
-        return merge_parts(merge, state, part, rank, taken)
+        return merge_parts(state, part, rank, taken)
 
     # The state has `lanes` spare ranks after the last row, so that a slice of it is never clamped.
     nothing = vary(initial_softmax(request, operands.sinks, (num_rows + lanes,), statistics_dtype(request)), operands)
-
-    def walk(merge: Merge) -> Softmax:
-        return lax.fori_loop(0, -(-last_block[-1] // lanes), functools.partial(step, merge), nothing)
-
-    # Lanes have different rows, so a value that is not finite would reach the rows of other lanes (blockwise.py).
-    state = again_where_nan(walk(merge_weighted), lambda: walk(merge_weighted_exactly))
+    state = lax.fori_loop(0, -(-last_block[-1] // lanes), step, nothing)
     state = jax.tree.map(lambda leaf: leaf[:num_rows], state)
     token = jnp.where(is_decode, token, results.output.shape[0])  # one past the end: dropped
     lse = None if results.lse is None else results.lse.at[token].set(lse_of(state), mode="drop")
@@ -217,30 +210,8 @@ def attend_decode(
     return Results(results.output.at[token].set(normalize(request, v_scale, state), mode="drop"), lse)
 
 
-Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def merge_weighted(owner: jax.Array, factor: jax.Array, weighted: jax.Array) -> jax.Array:
-    """The lanes' sums of weighted values, each times its factor, summed for each rank.
-
-    Args:
-        owner: ``[ranks, lanes, 1, 1]`` bool, whether a lane has this rank; not read.
-        factor: ``[ranks, lanes, kv_heads, group]``; 0 where the lane has another rank.
-        weighted: ``[lanes, kv_heads, group, head_dim]``, all finite.
-
-    Returns:
-        ``[ranks, kv_heads, group, head_dim]``.
-    """
-    return jnp.einsum("rwhg,whgd->rhgd", factor, weighted)
-
-
-def merge_weighted_exactly(owner: jax.Array, factor: jax.Array, weighted: jax.Array) -> jax.Array:
-    """As :func:`merge_weighted`, for any sums: what is not finite stays with its own rank."""
-    return jnp.sum(jnp.where(owner[..., None], factor[..., None] * weighted[None], 0), axis=1)
-
-
-def merge_parts(merge: Merge, state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
-    """Merge the partial softmax of each lane into the state of its row; ``merge`` does it for the weighted values.
+def merge_parts(state: Softmax, part: Softmax, rank: jax.Array, taken: jax.Array) -> Softmax:
+    """Merge the partial softmax of each lane into the state of its row.
 
     The lanes have neighboring ranks, so only ``lanes`` entries of the state change, however many rows there are.
     """
@@ -252,10 +223,12 @@ def merge_parts(merge: Merge, state: Softmax, part: Softmax, rank: jax.Array, ta
     maximum = jnp.maximum(before.maximum, jnp.max(jnp.where(owner, part.maximum[None], -jnp.inf), axis=1))
     factor = jnp.where(owner, rescale(part.maximum[None], maximum[:, None]), 0.0)
     kept = rescale(before.maximum, maximum)
+    # Not a product: 0 times what is not finite is NaN, and lanes have different rows.
+    weighted = jnp.where(owner[..., None], factor[..., None] * part.weighted[None], 0.0)
     merged = Softmax(
         maximum,
         kept * before.total + jnp.sum(jnp.where(owner, factor * part.total[None], 0.0), axis=1),
-        kept[..., None] * before.weighted + merge(owner, factor, part.weighted),
+        kept[..., None] * before.weighted + jnp.sum(weighted, axis=1),
     )
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, base, 0), state, merged)
 
