@@ -33,7 +33,12 @@ OTHER_JAX = ("0.10.2", "0.11.2")
 
 # What the quick sessions run. Where `alone` and `host` would run it again, with the same JAX and EasyDeL, they leave it
 # out.
-KERNELS = ("test_native.py", "test_pallas_gpu.py::TestPallasGPU", "test_turboquant.py::TestTurboQuant", "test_xla.py")
+KERNELS = (
+    "test_native.py",
+    "test_pallas_gpu.py::TestPallasGPU",
+    "test_turboquant.py::TestTurboQuant",
+    "test_xla.py::TestXla",
+)
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 
 nox.needs_version = ">=2025.2.9"  # dependency groups

@@ -29,7 +29,6 @@ __all__ = [
     "Results",
     "Softmax",
     "Tiling",
-    "again_where_nan",
     "attend_tiles",
     "empty_results",
     "initial_softmax",
@@ -106,11 +105,6 @@ def initial_softmax(
         maximum = jnp.broadcast_to(sinks.astype(dtype).reshape(heads), (*leading, *heads))
         total = jnp.ones((*leading, *heads), dtype)
     return Softmax(maximum, total, jnp.zeros((*leading, *heads, request.head_dim), dtype))
-
-
-def again_where_nan(state: Softmax, again: Callable[[], Softmax]) -> Softmax:
-    """``state``, or ``again()`` where the sums of ``state`` hold a NaN."""
-    return lax.cond(jnp.any(jnp.isnan(state.weighted)), again, lambda: state)
 
 
 Weigh = Callable[[jax.Array, jax.Array, jax.Array, "Tiling"], jax.Array]
@@ -263,7 +257,8 @@ def attend_tiles(
         def walk(weigh: Weigh) -> Softmax:
             return lax.fori_loop(0, -(-num_pages // tiling.pages), functools.partial(step, weigh), nothing)
 
-        state = again_where_nan(walk(weigh), lambda: walk(weigh_exactly))
+        state = walk(weigh)
+        state = lax.cond(jnp.any(jnp.isnan(state.weighted)), lambda: walk(weigh_exactly), lambda: state)
 
         def put(into: jax.Array, value: jax.Array) -> jax.Array:
             """``into`` with ``value [kv_heads, group, tile, ...]`` at the filled tokens of the tile."""

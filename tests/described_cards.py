@@ -165,8 +165,8 @@ class Kernel:
         return self.softmax_loops[:-1]
 
     @property
-    def single_key_loop(self) -> Code:
-        """The last one, for tiles that are computed once more."""
+    def single_query_loop(self) -> Code:
+        """The last one, over the queries of a tile whose sums hold a NaN."""
         return self.softmax_loops[-1]
 
 

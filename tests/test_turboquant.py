@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
+from kernel_calls import WRONG_STARTS, overlapping_rows
 from turboquant_oracle import TurboQuantDriver, check_written, constants, expected_output, random_pages
 
 from easydel_ragged_plugin import Unsupported, explain, override_config, ragged_page_attention_v2, select
@@ -29,14 +29,12 @@ CASE = Case("turboquant", (Row(9, 1), Row(21, 6), Row(12, 12), Row(1, 1), Row(0,
 class TestTurboQuant(KernelContract):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
-    compiler_options: ClassVar = QUICK_TO_COMPILE
     cases: ClassVar = one_of_each(CASES)
 
 
 class TestTurboQuantInEveryCase(KernelTests):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
-    compiler_options: ClassVar = QUICK_TO_COMPILE
     cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
 
 

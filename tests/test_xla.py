@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kernel_calls import QUICK_TO_COMPILE
-
 from easydel_ragged_plugin.kernels.xla import KERNEL
 from easydel_ragged_plugin.testing import KernelContract
+from easydel_ragged_plugin.testing.cases import CASES, one_of_each
+from easydel_ragged_plugin.testing.kernel_contract import KernelTests
 
 
 class TestXla(KernelContract):
     kernel: ClassVar = KERNEL
-    compiler_options: ClassVar = QUICK_TO_COMPILE  # the operations' contract compiles with XLA's defaults
+    cases: ClassVar = one_of_each(CASES)
+
+
+class TestXlaInEveryCase(KernelTests):
+    kernel: ClassVar = KERNEL
+    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))

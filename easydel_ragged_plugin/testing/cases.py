@@ -297,10 +297,9 @@ def case_named(name: str) -> Case:
     raise ValueError(f"case: got {name!r}, wanted one of {', '.join(case.name for case in CASES)}")
 
 
-def one_of_each(cases: Sequence[Case], *, dtypes: bool = True) -> tuple[Case, ...]:
-    """The first case of each set of options (and of dtypes), for where each program takes long to compile."""
+def one_of_each(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The first case of each set of options and dtypes, for where each program takes long to compile."""
     first: dict[Any, Case] = {}
     for case in cases:
-        kind = (case.dtype, case.np_cache_dtype.name) if dtypes else ()
-        first.setdefault((case.options, case.sinks, *kind), case)
+        first.setdefault((case.options, case.sinks, case.dtype, case.np_cache_dtype.name), case)
     return tuple(first.values())

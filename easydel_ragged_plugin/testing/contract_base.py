@@ -41,12 +41,7 @@ class ContractBase:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrize tests that take a case with the class's own cases."""
         if "case" in metafunc.fixturenames:
-            cases = self._cases_of(metafunc.definition.originalname)
-            metafunc.parametrize("case", cases, ids=[case.name for case in cases])
-
-    def _cases_of(self, test: str) -> tuple[Case, ...]:
-        """The cases that a test runs."""
-        return self.cases
+            metafunc.parametrize("case", self.cases, ids=[case.name for case in self.cases])
 
     @pytest.fixture(autouse=True)
     def _declared(self, request: pytest.FixtureRequest) -> None:

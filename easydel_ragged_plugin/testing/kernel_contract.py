@@ -19,7 +19,6 @@ from easydel_ragged_plugin.request import FORMATS
 from easydel_ragged_plugin.types import Kernel
 
 from .batches import FAULTS, Batch, Case, Fault, Version, spoil_row
-from .cases import one_of_each
 from .compare import assert_close, assert_lse_close, assert_same_pages, slot_bytes
 from .contract_base import ContractBase
 from .contract_laws import LawTests
@@ -66,10 +65,6 @@ class KernelBase(ContractBase):
         super().pytest_generate_tests(metafunc)
         if "driver" in metafunc.fixturenames:
             metafunc.parametrize("driver", self.versions, indirect=True)
-
-    def _cases_of(self, test: str) -> tuple[Case, ...]:
-        """With the logsumexp each case is one more program to compile: there, one of each set of options."""
-        return one_of_each(self.cases, dtypes=False) if test == "test_logsumexp" else self.cases
 
     @pytest.fixture(autouse=True)
     def _named(self) -> None:

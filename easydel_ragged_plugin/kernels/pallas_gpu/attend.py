@@ -7,6 +7,9 @@ loop's bounds are read from the work list, so they end at the live context and b
 query of the tile sees whole are not masked. Long contexts are split between programs (flash-decoding), and
 ``merge.py`` joins their float32 results.
 
+A tile whose sums hold a NaN is not stored: its queries are taken one by one, so that a value that is not finite reaches
+only the queries that see it.
+
 Nothing is decided by a branch: a program without work has loops of no trips and stores that are masked off.
 
 **Addresses.** Pages are indexed as ``[page, slot, element of the slot]``, each with its own int32, which none exceeds.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +58,9 @@ LOG2_E = math.log2(math.e)
 
 LARGEST = float(np.finfo(np.float32).max)
 
+SINGLY_KEYS = 16
+"""Keys of a step of :func:`attend_singly`: few registers, which the loops over blocks need more."""
+
 ENTRIES = 256
 """Entries of the block table that are looked at in one step."""
 
@@ -68,6 +74,15 @@ class Softmax(NamedTuple):
     maximum: jax.Array
     total: jax.Array
     weighted: jax.Array
+
+
+def empty_softmax(queries: int, lanes: int) -> Softmax:
+    """The state before any key."""
+    return Softmax(
+        jnp.full((queries,), -jnp.inf, jnp.float32),
+        jnp.zeros((queries,), jnp.float32),
+        jnp.zeros((queries, lanes), jnp.float32),
+    )
 
 
 class Results(NamedTuple):
@@ -153,6 +168,17 @@ def row_has_pages(
     return jnp.max(lax.fori_loop(0, steps, step, jnp.zeros((ENTRIES,), jnp.int32))) == 0
 
 
+class Places(NamedTuple):
+    """Where queries stand, ``[queries]`` each."""
+
+    token: jax.Array
+    """Index on the token axis."""
+    offset: jax.Array
+    """Token, counted from the tile's first."""
+    head: jax.Array
+    """Query head."""
+
+
 class Queries(NamedTuple):
     """The queries of a tile. Query m of it is head ``m % group`` of the group, of the tile's token ``m // group``."""
 
@@ -164,12 +190,10 @@ class Queries(NamedTuple):
     """Position of the first query."""
     last: jax.Array
     """Position of the last query."""
-    token: jax.Array
-    """[queries] index on the token axis."""
-    offset: jax.Array
-    """[queries] token, counted from the tile's first."""
-    head: jax.Array
-    """[queries] query head."""
+    start: jax.Array
+    """The first token."""
+    places: Places
+    """Where the queries stand. What is no query has an index of its own."""
     filled: jax.Array
     """[queries] whether there is a query."""
 
@@ -197,9 +221,8 @@ def load_queries(
         jnp.minimum(first + offset, last),
         first,
         last,
-        token,
-        offset,
-        head,
+        start,
+        Places(token, offset, head),
         filled,
     )
 
@@ -216,14 +239,6 @@ def load_operand(
         other=0.0,
     )
     return operand.astype(request.compute_dtype)
-
-
-def load_key(
-    request: AttentionRequest, tables: Any, pages: Any, row: jax.Array, kv_head: jax.Array, position: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The key and the value ``[lanes]`` at one position, in float32 after a cast to the compute dtype."""
-    keys, values = load_block(request, 1, tables, pages, row, kv_head, jnp.broadcast_to(position, (1,)), None)
-    return keys.astype(jnp.float32).reshape(-1), values.astype(jnp.float32).reshape(-1)
 
 
 def load_block(
@@ -296,7 +311,6 @@ def walk(
     row: jax.Array,
     kv_head: jax.Array,
     k_scale: jax.Array | None,
-    queries_ref: Any,
     queries: Queries,
     begin: jax.Array,
     end: jax.Array,
@@ -314,59 +328,92 @@ def walk(
             shape = logits.shape
             key, query = broadcast_along(position, 1, shape), broadcast_along(queries.position, 0, shape)
             logits = jnp.where(is_visible(request, key, query), logits, -jnp.inf)
-        maximum, kept, weights = add_logits(state, logits, jnp.max(logits, axis=1))
-        return Softmax(
-            maximum,
-            state.total * kept + jnp.sum(weights, axis=1),
-            state.weighted * kept[:, None] + product(weights.astype(request.compute_dtype), values, 0),
-        )
+        return add_block(request, state, logits, values, product)
 
     # Every query sees the keys that both the first and the last one see: all of those in blocks [whole, diagonal).
     _, last_whole = visible_keys(request, queries.first, queries.first)
     diagonal = jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
     whole = begin
-    state = nothing = Softmax(
-        jnp.full((tile.queries,), -jnp.inf, jnp.float32),
-        jnp.zeros((tile.queries,), jnp.float32),
-        jnp.zeros((tile.queries, lanes), jnp.float32),
-    )
+    state = empty_softmax(tile.queries, lanes)
     if request.options.is_local:
         first_whole, _ = visible_keys(request, queries.last, queries.last)
         whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), begin, end)
         diagonal = jnp.maximum(diagonal, whole)
         state = lax.fori_loop(begin, whole, functools.partial(step, True), state)
     state = lax.fori_loop(whole, diagonal, functools.partial(step, False), state)
-    state = lax.fori_loop(diagonal, end, functools.partial(step, True), state)
-
-    # Values that are not finite: a weight of 0 times one is NaN, also for a query that does not see it. Such a NaN
-    # never leaves the sums, so a tile without one is finished. Another is computed once more, key by key.
-    again = jnp.max(jnp.where(state.weighted == state.weighted, 0, 1)) > 0
-
-    def step_again(position: jax.Array, state: Softmax) -> Softmax:
-        key, value = load_key(request, tables, pages, row, kv_head, position)
-        operand = load_operand(request, queries_ref, queries.token, queries.head, queries.filled).astype(jnp.float32)
-        logits = base2_logits(request, jnp.sum(operand * key[None, :], axis=1), k_scale)
-        visible = is_visible(request, jnp.broadcast_to(position, logits.shape), queries.position)
-        logits = jnp.where(visible, logits, -jnp.inf)
-        maximum, kept, weights = add_logits(state, logits[:, None], logits)
-        seen = broadcast_along(jnp.where(visible, 1, 0), 0, state.weighted.shape) > 0
-        return Softmax(
-            maximum,
-            state.total * kept + jnp.sum(weights, axis=1),
-            state.weighted * kept[:, None] + jnp.where(seen, weights * value[None, :], 0.0),
-        )
-
-    state = jax.tree.map(lambda fresh, done: jnp.where(again, fresh, done), nothing, state)
-    first, last = jnp.maximum(begin * size, seen_begin), jnp.minimum(end * size, seen_end)
-    return lax.fori_loop(first, jnp.where(again, last, first), step_again, state)
+    return lax.fori_loop(diagonal, end, functools.partial(step, True), state)
 
 
-def add_logits(state: Softmax, logits: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The softmax's new maximum, the factor of its sums so far, and the weights of new ``logits [queries, keys]``, of
-    which ``largest`` is each query's largest."""
-    maximum = jnp.maximum(state.maximum, largest)
+def add_block(
+    request: AttentionRequest, state: Softmax, logits: jax.Array, values: jax.Array, multiply: Callable[..., jax.Array]
+) -> Softmax:
+    """``state`` with a block of keys, of which the queries have ``logits [queries, keys]``; -inf where one is not
+    seen. ``multiply(weights, values, 0)`` is the product of weights and ``values [keys, lanes]``."""
+    maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=1))
     reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
-    return maximum, jnp.exp2(state.maximum - reference), jnp.exp2(logits - reference[:, None])
+    weights = jnp.exp2(logits - reference[:, None])
+    kept = jnp.exp2(state.maximum - reference)
+    return Softmax(
+        maximum,
+        state.total * kept + jnp.sum(weights, axis=1),
+        state.weighted * kept[:, None] + multiply(weights.astype(request.compute_dtype), values, 0),
+    )
+
+
+def is_spoiled(state: Softmax) -> jax.Array:
+    """Whether the sums of a tile hold a NaN, which never leaves them.
+
+    A weight of 0 times a value that is not finite is NaN, also for a query that does not see the value. Such a tile is
+    not stored: :func:`attend_singly` takes its queries one by one.
+    """
+    return jnp.max(jnp.where(state.weighted == state.weighted, 0, 1)) > 0
+
+
+def attend_singly(
+    request: AttentionRequest,
+    tables: Any,
+    pages: Any,
+    row: jax.Array,
+    kv_head: jax.Array,
+    k_scale: jax.Array | None,
+    queries_ref: Any,
+    queries: Queries,
+    begin: jax.Array,
+    end: jax.Array,
+    count: jax.Array,
+    store: Callable[[Softmax, Places], None],
+) -> None:
+    """``store`` the softmax of each of the first ``count`` queries of a tile, over the keys that it sees itself.
+
+    The keys are those at positions ``[begin, end)``. Nothing of the tile stays in registers meanwhile.
+    """
+    lanes = power_of_two(request.head_dim)
+
+    def multiply(weights: jax.Array, values: jax.Array, _: int) -> jax.Array:
+        return jnp.sum(weights.astype(jnp.float32)[0][:, None] * values.astype(jnp.float32), axis=0)[None, :]
+
+    def one(query: jax.Array, carry: jax.Array) -> jax.Array:
+        offset, head = lax.div(query, jnp.int32(request.group_size)), lax.rem(query, jnp.int32(request.group_size))
+        places = Places(
+            *(each.reshape(1) for each in (queries.start + offset, offset, kv_head * request.group_size + head))
+        )
+        operand = load_operand(request, queries_ref, places.token, places.head, jnp.ones((1,), bool))
+        seen_begin, seen_end = visible_keys(request, queries.first + offset, queries.first + offset)
+        first, last = jnp.maximum(begin, seen_begin), jnp.minimum(end, seen_end)
+
+        def step(block: jax.Array, state: Softmax) -> Softmax:
+            position = first + block * SINGLY_KEYS + iota(SINGLY_KEYS)
+            inside = position < last
+            keys, values = load_block(request, SINGLY_KEYS, tables, pages, row, kv_head, position, inside)
+            products = jnp.sum(keys.astype(jnp.float32) * operand.astype(jnp.float32), axis=1)
+            logits = jnp.where(inside, base2_logits(request, products, k_scale), -jnp.inf)
+            return add_block(request, state, logits[None, :], values, multiply)
+
+        steps = lax.div(jnp.maximum(last - first, 0) + (SINGLY_KEYS - 1), jnp.int32(SINGLY_KEYS))
+        store(lax.fori_loop(0, steps, step, empty_softmax(1, lanes)), places)
+        return carry
+
+    lax.fori_loop(0, count, one, jnp.int32(0))
 
 
 def finish(
@@ -433,9 +480,19 @@ def ragged_prefill(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     end = jnp.where(tokens > 0, lax.div(seen_end - 1, jnp.int32(tile.keys)) + 1, begin)
     extras = Extras.of_refs(request, rest)
     k_scale, v_scale = extras.scales_of(kv_head)
-    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries_ref, queries, begin, end)
-    finished = finish(request, state, extras.sink_of(queries.head), v_scale)
-    store_results(request, out, finished, queries.token, queries.head, queries.filled)
+    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, end)
+
+    def store(state: Softmax, places: Places, mask: jax.Array) -> None:
+        finished = finish(request, state, extras.sink_of(places.head), v_scale)
+        store_results(request, out, finished, places.token, places.head, mask)
+
+    spoiled = is_spoiled(state)
+    store(state, queries.places, queries.filled & ~spoiled)
+    attend_singly(
+        request, tables, pages, row, kv_head, k_scale, queries_ref, queries, begin * tile.keys, end * tile.keys,
+        jnp.where(spoiled, tokens * request.group_size, 0),
+        lambda state, places: store(state, places, jnp.ones((1,), bool)),
+    )  # fmt: skip
 
 
 def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
@@ -453,31 +510,28 @@ def ragged_decode(request: AttentionRequest, tile: Tile, *refs: Any) -> None:
     queries = load_queries(request, tile, queries_ref, kv_head, start, count, context - count)
     extras = Extras.of_refs(request, rest)
     k_scale, v_scale = extras.scales_of(kv_head)
-    state = walk(
-        request,
-        tile,
-        tables,
-        pages,
-        row,
-        kv_head,
-        k_scale,
-        queries_ref,
-        queries,
-        begin,
-        jnp.where(has_pages, end, begin),
-    )
-    whole = queries.filled & (parts == 1)
-    finished = finish(request, state, extras.sink_of(queries.head), v_scale)
-    store_results(request, out, finished, queries.token, queries.head, whole)
+    end = jnp.where(has_pages, end, begin)
+    state = walk(request, tile, tables, pages, row, kv_head, k_scale, queries, begin, end)
 
-    several = queries.filled & (parts > 1)
-    partials = jnp.broadcast_to(partial, several.shape)
-    for ref, value in ((maxima, state.maximum), (totals, state.total)):
-        pltriton.store(ref.at[queries.head, queries.offset, partials], value, mask=several)
-    shape = state.weighted.shape
-    lane = broadcast_along(iota(shape[1]), 1, shape)
-    at = (*(broadcast_along(index, 0, shape) for index in (queries.head, queries.offset, partials)), lane)
-    pltriton.store(weighted.at[at], state.weighted, mask=broadcast_along(several, 0, shape))
+    def store(state: Softmax, places: Places, mask: jax.Array) -> None:
+        finished = finish(request, state, extras.sink_of(places.head), v_scale)
+        store_results(request, out, finished, places.token, places.head, mask & (parts == 1))
+        several = mask & (parts > 1)
+        partials = jnp.broadcast_to(partial, several.shape)
+        for ref, value in ((maxima, state.maximum), (totals, state.total)):
+            pltriton.store(ref.at[places.head, places.offset, partials], value, mask=several)
+        shape = state.weighted.shape
+        lane = broadcast_along(iota(shape[1]), 1, shape)
+        at = (*(broadcast_along(index, 0, shape) for index in (places.head, places.offset, partials)), lane)
+        pltriton.store(weighted.at[at], state.weighted, mask=broadcast_along(several, 0, shape))
+
+    spoiled = is_spoiled(state)
+    store(state, queries.places, queries.filled & ~spoiled)
+    attend_singly(
+        request, tables, pages, row, kv_head, k_scale, queries_ref, queries, begin * tile.keys, end * tile.keys,
+        jnp.where(spoiled, count * request.group_size, 0),
+        lambda state, places: store(state, places, jnp.ones((1,), bool)),
+    )  # fmt: skip
 
 
 def launch(
