@@ -12,6 +12,10 @@ between the first position that its window reaches and its last causal one, with
 
 Both loops are always compiled, and make no trip when no row needs them. Pages are read through
 :class:`~easydel_ragged_plugin.layout.PageLayout`, so the same code reads every page shape.
+
+On a TPU an array is tiled over its last two axes, so a reshape that merges these moves every element, and XLA chooses
+the order of the axes by what reads them: it would copy the whole cache at each call. There the pages keep their shape
+and the order of their axes until they are gathered, and new tokens are written one by one.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from easydel_ragged_plugin.blockwise import (
     Results,
@@ -68,11 +73,39 @@ def update_pages(request: AttentionRequest, rows: Rows, operands: Operands) -> j
     if request.platform == "cpu":
         return select_slots(operands.pages, new, sources_of_slots(request, rows, operands))
 
+    if request.platform == "tpu":
+        merged = new.reshape(-1, 1, 1, *operands.pages.shape[2:])
+        return write_tokens(request, rows, operands, functools.partial(write_one_by_one, merged), operands.pages)
+
     def scatter(token: jax.Array, slot: jax.Array, flat: jax.Array) -> jax.Array:
         return flat.at[slot].set(new[token], mode="drop")
 
     flat = operands.pages.reshape(-1, request.layout.token_stride)
     return write_tokens(request, rows, operands, scatter, flat).reshape(operands.pages.shape)
+
+
+def write_one_by_one(new: jax.Array, token: jax.Array, slot: jax.Array, pages: jax.Array) -> jax.Array:
+    """``pages`` with ``new[token]`` in the slots, in place on a TPU, where a scatter copies the pages.
+
+    Args:
+        new: ``[tokens, 1, 1, ...]``, the last axes those of a slot.
+        token, slot: as in :func:`~easydel_ragged_plugin.writes.write_tokens`; those that are past the end come last.
+        pages: ``[pages, page_size, ...]``.
+    """
+    num_pages, page_size = pages.shape[:2]
+
+    def put(index: jax.Array, pages: jax.Array) -> jax.Array:
+        page, within = lax.div(slot[index], jnp.int32(page_size)), lax.rem(slot[index], jnp.int32(page_size))
+        start = (page, within, *(jnp.int32(0) for _ in pages.shape[2:]))
+        return lax.dynamic_update_slice(row_major(pages), new[token[index]], start)
+
+    count = jnp.sum(slot < num_pages * page_size, dtype=jnp.int32)
+    return lax.fori_loop(0, count, put, pages)
+
+
+def row_major(array: jax.Array) -> jax.Array:
+    """``array``, which XLA must keep with its last axis innermost."""
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
 
 
 def merge_heads(request: AttentionRequest, keys: jax.Array | None, values: jax.Array | None) -> jax.Array:
@@ -128,8 +161,11 @@ def operand_dtype(request: AttentionRequest) -> jnp.dtype:
 def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of whole pages: ``[..., pages * page_size, kv_heads, head_dim]`` for ids ``[..., pages]``."""
     layout = request.layout
-    flat = pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
-    block = flat.at[ids].get(mode="clip")
+    if request.platform == "tpu":
+        block = row_major(row_major(pages).at[ids].get(mode="clip"))
+    else:
+        flat = pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
+        block = flat.at[ids].get(mode="clip")
     block = block.reshape(*ids.shape[:-1], ids.shape[-1] * layout.page_size, layout.token_stride)
     block = block[..., : request.num_kv_heads * layout.head_stride]
     block = block.reshape(*block.shape[:-1], request.num_kv_heads, layout.head_stride)
