@@ -12,7 +12,7 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import cpu_native, ejkernel, pallas_gpu, turboquant, xla
+from .kernels import cpu_native, ejkernel, pallas_gpu, pallas_tpu, turboquant, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
@@ -21,7 +21,9 @@ logger = logging.getLogger("easydel_ragged_plugin")
 
 BUILT_IN: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (cpu_native.KERNEL, pallas_gpu.KERNEL, xla.KERNEL, turboquant.KERNEL, ejkernel.KERNEL)
+    for kernel in (
+        cpu_native.KERNEL, pallas_gpu.KERNEL, pallas_tpu.KERNEL, xla.KERNEL, turboquant.KERNEL, ejkernel.KERNEL,
+    )  # fmt: skip
 }
 
 ORDER: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,11 @@ JAX may move it in any release. Each comment says what fails then. The package i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
+
+import jax
+import numpy as np
 
 # MLIR's Python bindings, to parse a Triton program that a call carries as bytes. Without them the tests of
 # test_gpu_lowering.py that look into a program fail.
@@ -19,7 +23,12 @@ from jax._src.mesh import AbstractDevice
 # An MLIR context that has Triton's dialect. Without it, as without the bindings.
 from jax._src.pallas.triton.lowering import _new_ir_context
 
-__all__ = ["_new_ir_context", "described_device", "ir"]
+# TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs.
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call, utils as interpret_utils
+from jax._src.state.indexing import NDIndexer
+from jax._src.state.types import BitcastTransform, ReshapeTransform
+
+__all__ = ["_new_ir_context", "described_device", "ir", "teach_interpreter_reshaped_refs"]
 
 
 def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice:
@@ -27,3 +36,99 @@ def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice
     fields: dict[str, Any] = {"device_kind": kind, "num_cores": num_cores, "platform": platform}
     known = {field.name for field in dataclasses.fields(AbstractDevice)}  # JAX 0.9 has no platform
     return AbstractDevice(**{name: value for name, value in fields.items() if name in known})
+
+
+def teach_interpreter_reshaped_refs() -> None:
+    """Let TPU interpret mode load from and store to refs that are reshaped or bitcast: JAX 0.9 knows only indices there.
+
+    Without it the tests of test_pallas_tpu.py fail with "'ReshapeTransform' object has no attribute 'indices'".
+    """
+    for name, wrap in (("get", _get), ("store", _store), ("swap", _swap)):
+        known = getattr(interpret_pallas_call, name)
+        if not getattr(known, "knows_reshaped_refs", False):
+            wrapped: Any = functools.partial(wrap, interpret_pallas_call.get, known)
+            wrapped.knows_reshaped_refs = True
+            setattr(interpret_pallas_call, name, wrapped)
+
+
+def _cast_words(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The bits of ``array`` as another dtype. Rows (axis -2) share words, as in the registers of a TPU."""
+    dtype = np.dtype(dtype)
+    ratio = dtype.itemsize / array.dtype.itemsize
+    if ratio == 1:
+        return array.view(dtype)
+    if ratio < 1:
+        parts = np.ascontiguousarray(array)[..., None].view(dtype)  # [..., rows, lanes, parts]
+        moved = np.moveaxis(parts, -1, -2)
+        return np.ascontiguousarray(moved).reshape(*array.shape[:-2], -1, array.shape[-1])
+    rows = array.reshape(*array.shape[:-2], -1, int(ratio), array.shape[-1])
+    return np.ascontiguousarray(np.moveaxis(rows, -2, -1)).view(dtype)[..., 0]
+
+
+def _index(transform: Any, shape: tuple[int, ...]) -> Any:
+    """The NumPy index of one transform; IndexError where NumPy would silently cut it."""
+    index = interpret_utils.to_range((transform,))
+    for each, size in zip(index, shape, strict=False):
+        if isinstance(each, slice) and each.stop > each.start and not 0 <= each.start < each.stop <= size + each.step - 1:
+            raise IndexError(f"{index} of an array of shape {shape}")
+    return index
+
+
+def _read(array: np.ndarray, transforms: Any) -> np.ndarray:
+    for each in transforms:
+        if isinstance(each, ReshapeTransform):
+            array = array.reshape(each.shape)
+        elif isinstance(each, BitcastTransform):
+            array = _cast_words(array, each.dtype)
+        else:
+            array = array[_index(each, array.shape)]
+    return np.ascontiguousarray(array)
+
+
+def _written(array: np.ndarray, transforms: Any, value: np.ndarray) -> np.ndarray:
+    """``array`` with ``value`` in the part that the transforms name."""
+    if not transforms:
+        return np.broadcast_to(value, array.shape)
+    first, *rest = transforms
+    if isinstance(first, ReshapeTransform):
+        return _written(array.reshape(first.shape), rest, value).reshape(array.shape)
+    if isinstance(first, BitcastTransform):
+        return _cast_words(_written(_cast_words(array, first.dtype), rest, value), array.dtype)
+    array, index = array.copy(), _index(first, array.shape)
+    array[index] = _written(array[index], rest, value)
+    return array
+
+
+def _split(transforms: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The indices up to the first transform of another kind, and the rest."""
+    others = [i for i, each in enumerate(transforms) if not isinstance(each, NDIndexer)]
+    cut = others[0] if others else len(transforms)
+    return tuple(transforms[:cut]), jax.tree.map(int, tuple(transforms[cut:]))
+
+
+def _get(get: Any, known: Any, *arguments: Any, **keywords: Any) -> Any:
+    *place, transforms = arguments[:5]
+    indices, rest = _split(transforms)
+    found = known(*place, indices if rest else transforms, *arguments[5:], **keywords)
+    return _read(np.asarray(found), rest) if rest else found
+
+
+def _store(get: Any, known: Any, *arguments: Any, **keywords: Any) -> Any:
+    *place, transforms, value = arguments[:6]
+    indices, rest = _split(transforms)
+    if rest:
+        whole = np.asarray(get(*place, indices))
+        transforms, value = indices, _written(whole, rest, np.asarray(value))
+    return known(*place, transforms, value, *arguments[6:], **keywords)
+
+
+def _swap(get: Any, known: Any, *arguments: Any, **keywords: Any) -> Any:
+    *place, transforms, value, mask = arguments[:7]
+    indices, rest = _split(transforms)
+    if not rest:
+        return known(*arguments, **keywords)
+    if mask is not None:
+        raise NotImplementedError("a masked store to a ref that is reshaped or bitcast")
+    whole = np.asarray(get(*place, indices))
+    known(*place, indices, _written(whole, rest, np.asarray(value)), None, *arguments[7:], **keywords)
+    return _read(whole, rest)

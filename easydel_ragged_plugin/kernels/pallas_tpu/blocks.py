@@ -1,0 +1,214 @@
+"""Sizes of blocks: a table by TPU generation, and the memory that they take.
+
+**VMEM.** A TPU core's own memory holds ``buffers`` blocks of keys and values, as many tiles of queries, two tiles of
+the output, and the float32 state of a tile. :func:`vmem_bytes` adds them up, and :func:`choose` halves sizes until the
+sum fits the part of VMEM that :data:`GENERATIONS` allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.layout import LANES, packing
+from easydel_ragged_plugin.types import AttentionRequest
+
+__all__ = ["TABLE_CHUNK", "Block", "Blocks", "Shapes", "choose", "generation", "vmem_bytes", "vmem_limit"]
+
+TABLE_CHUNK = 128
+"""Entries of the block table that are copied to scalar memory at once. The pages of a block lie within one chunk."""
+
+LEAST_KEYS = 128
+"""Keys of a block, at least: a logit for each of them fills one row of a vector register."""
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Sizes of one of the two calls.
+
+    Attributes:
+        tokens: query tokens in a tile.
+        keys: tokens of context in a block; cut to a power of two of pages.
+        buffers: blocks of keys and values in memory: one is attended over while the others are copied.
+    """
+
+    tokens: int
+    keys: int
+    buffers: int
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.keys) < 1 or self.buffers < 2:
+            raise ValueError(f"Block: got {self}, wanted positive sizes and at least 2 buffers.")
+
+    def pages(self, page_size: int) -> int:
+        """Pages in a block: a power of two, up to a chunk of the block table."""
+        pages = 1
+        while pages < TABLE_CHUNK and (2 * pages * page_size <= self.keys or pages * page_size < LEAST_KEYS):
+            pages *= 2
+        return pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes for rows with one new token, and for all others."""
+
+    decode: Block
+    prefill: Block
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What is known of a generation of TPUs.
+
+    Attributes:
+        vmem: bytes of VMEM of a core.
+        decode_bytes: bytes of a block of keys and values in decode: enough that a copy takes longer than to start it.
+        prefill_rows: rows of a tile of prefill, each a query head of a token.
+    """
+
+    vmem: int
+    decode_bytes: int
+    prefill_rows: int
+
+
+GENERATIONS = {
+    "v4": Generation(16 * MIB, MIB, 256),
+    "v5e": Generation(128 * MIB, MIB, 512),
+    "v5p": Generation(64 * MIB, 2 * MIB, 512),
+    "v6e": Generation(128 * MIB, 2 * MIB, 512),
+    "7x": Generation(64 * MIB, 4 * MIB, 512),
+}
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7": "7x",
+    "TPU7x": "7x",
+}
+"""Generations by ``jax.Device.device_kind``."""
+
+SMALLEST = "v4"
+"""What is assumed of an unknown device."""
+
+PREFILL_KEYS = 512
+MOST_DECODE_KEYS = 2048
+
+
+def generation() -> Generation:
+    """That of this process's TPU; the smallest one where there is none."""
+    kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+    return GENERATIONS[KINDS.get(kind, SMALLEST)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """How the kernel holds the arrays of a request. Rows are of 128 lanes or a multiple.
+
+    Attributes:
+        stored: heads that a slot of the cache stores, keys and values counted apart unless they share a row.
+        pack: rows of the cache that share 32 bits.
+        lanes: elements of a row.
+        shares_rows: whether a key and its value are halves of one row (head_dim 64).
+        group: rows of a token's queries for one kv head: query heads, rounded up so that they fill 32 bits.
+        operand: dtype of the operands of both products.
+        result: dtype of the output.
+    """
+
+    stored: int
+    pack: int
+    lanes: int
+    shares_rows: bool
+    group: int
+    operand: np.dtype
+    result: np.dtype
+
+    @classmethod
+    def of(cls, request: AttentionRequest) -> Shapes:
+        """The shapes for ``request``."""
+        layout, pack = request.layout, packing(request.cache_dtype)
+        wide = {"float16": np.dtype(np.float32)}  # Mosaic has no float16
+        operand = wide.get(request.compute_dtype.name, request.compute_dtype)
+        result = wide.get(request.query_dtype.name, request.query_dtype)
+        rows = max(packing(operand), packing(result))
+        group = -(-request.group_size // rows) * rows
+        shares_rows = request.version == "v3" and layout.value_offset < LANES
+        lanes = LANES if shares_rows else layout.padded_head_dim
+        return cls(layout.token_stride // lanes, pack, lanes, shares_rows, group, operand, result)
+
+    @property
+    def words(self) -> int:
+        """Rows of 32-bit words in a slot."""
+        return self.stored // self.pack
+
+    @property
+    def stride(self) -> int:
+        """Distance of slots in a buffer, in rows of words. One is left free where rows that are read together, one of
+        each slot, would lie in the same banks of VMEM."""
+        return self.words + (self.words % 2 == 0 and self.words > 1)
+
+    def words_of(self, head: int, *, value: bool) -> tuple[int, int]:
+        """Which row of words holds a kv head's key or value, and which part of each word."""
+        row = head if self.shares_rows else 2 * head + value
+        return row // self.pack, row % self.pack
+
+
+def vmem_bytes(request: AttentionRequest, block: Block) -> int:
+    """Bytes of VMEM that a call takes for its buffers and state, and for the logits of one head."""
+    shapes, heads = Shapes.of(request), request.num_kv_heads
+    keys = block.pages(request.page_size) * request.page_size
+    rows = heads * block.tokens * shapes.group
+    cache = block.buffers * keys * shapes.stride * shapes.lanes * 4
+    queries = rows * shapes.lanes * (block.buffers * shapes.operand.itemsize + 2 * shapes.result.itemsize)
+    state = rows * (shapes.lanes + 2 * LANES) * 4
+    sinks = rows * LANES * 4 if request.options.sinks else 0
+    logits = 3 * max(8, block.tokens * shapes.group) * keys * 4
+    return cache + queries + state + sinks + logits
+
+
+def vmem_limit(request: AttentionRequest) -> int:
+    """The limit that the compiler is given: the caller's, or three quarters of what there is."""
+    return request.options.vmem_limit_bytes or 3 * generation().vmem // 4
+
+
+def _fitting(request: AttentionRequest, block: Block, limit: int) -> Block:
+    while vmem_bytes(request, block) > limit:
+        pages = block.pages(request.page_size)
+        if block.tokens > 8 and block.tokens * Shapes.of(request).group >= block.keys // 2:
+            block = dataclasses.replace(block, tokens=-(-block.tokens // 2))
+        elif pages > 1 and pages * request.page_size > LEAST_KEYS:
+            block = dataclasses.replace(block, keys=pages * request.page_size // 2)
+        elif block.buffers > 2:
+            block = dataclasses.replace(block, buffers=block.buffers - 1)
+        elif block.tokens > 1:
+            block = dataclasses.replace(block, tokens=-(-block.tokens // 2))
+        else:
+            break
+    return block
+
+
+@functools.lru_cache(maxsize=256)
+def _default(request: AttentionRequest, known: Generation, limit: int) -> Blocks:
+    shapes = Shapes.of(request)
+    slot = shapes.words * shapes.lanes * 4
+    decode = Block(1, min(MOST_DECODE_KEYS, max(LEAST_KEYS, known.decode_bytes // slot)), 3)
+    tokens = min(max(1, known.prefill_rows // shapes.group), request.num_tokens)
+    prefill = Block(tokens, PREFILL_KEYS, 2)
+    fit = 3 * limit // 4  # the rest is the compiler's
+    return Blocks(_fitting(request, decode, fit), _fitting(request, prefill, fit))
+
+
+def choose(request: AttentionRequest, config: RaggedPageConfig) -> Blocks:
+    """The sizes for ``request``: those of the config, or those of the table."""
+    if isinstance(config.kernel_config, Blocks):
+        return config.kernel_config
+    return _default(request, generation(), vmem_limit(request))
