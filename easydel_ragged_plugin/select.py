@@ -22,8 +22,13 @@ logger = logging.getLogger("easydel_ragged_plugin")
 BUILT_IN: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        cpu_native.KERNEL, pallas_gpu.KERNEL, pallas_tpu.KERNEL, xla.KERNEL, turboquant.KERNEL, ejkernel.KERNEL,
-    )  # fmt: skip
+        cpu_native.KERNEL,
+        pallas_gpu.KERNEL,
+        pallas_tpu.KERNEL,
+        xla.KERNEL,
+        turboquant.KERNEL,
+        ejkernel.KERNEL,
+    )
 }
 
 ORDER: dict[str, tuple[str, ...]] = {

@@ -20,11 +20,12 @@ from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 # (test_tpu_lowering.py), nor for a GPU from JAX 0.11 on (test_gpu_lowering.py).
 from jax._src.mesh import AbstractDevice
 
+# TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs.
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.interpret import utils as interpret_utils
+
 # An MLIR context that has Triton's dialect. Without it, as without the bindings.
 from jax._src.pallas.triton.lowering import _new_ir_context
-
-# TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs.
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call, utils as interpret_utils
 from jax._src.state.indexing import NDIndexer
 from jax._src.state.types import BitcastTransform, ReshapeTransform
 
@@ -39,7 +40,7 @@ def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice
 
 
 def teach_interpreter_reshaped_refs() -> None:
-    """Let TPU interpret mode load from and store to refs that are reshaped or bitcast: JAX 0.9 knows only indices there.
+    """Let TPU interpret mode load from and store to refs that are reshaped or bitcast. JAX 0.9 knows only indices.
 
     Without it the tests of test_pallas_tpu.py fail with "'ReshapeTransform' object has no attribute 'indices'".
     """
@@ -69,7 +70,11 @@ def _index(transform: Any, shape: tuple[int, ...]) -> Any:
     """The NumPy index of one transform; IndexError where NumPy would silently cut it."""
     index = interpret_utils.to_range((transform,))
     for each, size in zip(index, shape, strict=False):
-        if isinstance(each, slice) and each.stop > each.start and not 0 <= each.start < each.stop <= size + each.step - 1:
+        if (
+            isinstance(each, slice)
+            and each.stop > each.start
+            and not 0 <= each.start < each.stop <= size + each.step - 1
+        ):
             raise IndexError(f"{index} of an array of shape {shape}")
     return index
 

@@ -33,6 +33,7 @@ __all__ = ["KERNEL", "PallasTPU"]
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 MOST_HEAD_DIM = 256
+SUBLANES = 8
 
 
 class PallasTPU(Kernel):
@@ -90,7 +91,7 @@ class PallasTPU(Kernel):
             return f"head_dim {request.head_dim}, more than {MOST_HEAD_DIM}"
         if request.return_lse and request.num_kv_heads > LANES:
             return f"return_lse with {request.num_kv_heads} kv heads, more than {LANES}"
-        return None
+        return _refuses_v2(request) if request.version == "v2" else None
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
@@ -135,6 +136,16 @@ class PallasTPU(Kernel):
         from jax.experimental.pallas import tpu as pltpu
 
         return pltpu.InterpretParams()
+
+
+def _refuses_v2(request: AttentionRequest) -> str | None:
+    """Why v2's pages, whose heads share one axis, can't be read as rows of 32-bit words; or None."""
+    stored = 2 * request.num_kv_heads
+    if request.head_dim % LANES:
+        return f"v2 with head_dim {request.head_dim}, no multiple of {LANES}"
+    if stored % packing(request.cache_dtype) or (stored % SUBLANES and stored not in (2, 4)):
+        return f"v2 with {request.num_kv_heads} kv heads in {request.cache_dtype.name}: they are padded in memory"
+    return None
 
 
 def _tiles(rows: Rows, block: Block, decode: bool) -> jax.Array:

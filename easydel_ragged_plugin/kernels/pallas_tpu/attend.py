@@ -137,7 +137,7 @@ def pages_of(call: Call, refs: Any, at: Cursor) -> tuple[jax.Array, jax.Array]:
 
 def buffer_at(call: Call, refs: Any, buffer: jax.Array, slot: jax.Array, count: Any) -> Any:
     """Slots of a buffer, in the shape of the cache."""
-    return refs.cache.at[buffer, pl.ds(slot, count), pl.ds(0, call.shapes.words)]
+    return refs.cache.at[buffer, pl.ds(slot, count), pl.ds(0, call.shapes.slot[0])]
 
 
 def start_pages(call: Call, refs: Any, at: Cursor, buffer: jax.Array, table_slot: jax.Array) -> None:
@@ -400,9 +400,7 @@ def scratch(call: Call) -> dict[str, Any]:
         return pltpu.VMEM((copies, heads, block.tokens, shapes.group // pack, pack, shapes.lanes), dtype)
 
     found = {
-        "cache": pltpu.VMEM(
-            (block.buffers, call.keys, shapes.stride, shapes.pack, shapes.lanes), request.cache_dtype
-        ),
+        "cache": pltpu.VMEM((block.buffers, call.keys, *shapes.buffered_slot), request.cache_dtype),
         "tile": tile(block.buffers, shapes.operand),
         "out": tile(2, shapes.result),
         "maximum": pltpu.VMEM((heads, rows, LANES), jnp.float32),

@@ -118,6 +118,7 @@ class Shapes:
         stored: heads that a slot of the cache stores, keys and values counted apart unless they share a row.
         pack: rows of the cache that share 32 bits.
         lanes: elements of a row.
+        is_v2: whether a slot of the cache has its rows in one axis, not in groups of ``pack``.
         shares_rows: whether a key and its value are halves of one row (head_dim 64).
         group: rows of a token's queries for one kv head: query heads, rounded up so that they fill 32 bits.
         operand: dtype of the operands of both products.
@@ -127,6 +128,7 @@ class Shapes:
     stored: int
     pack: int
     lanes: int
+    is_v2: bool
     shares_rows: bool
     group: int
     operand: np.dtype
@@ -141,9 +143,10 @@ class Shapes:
         result = wide.get(request.query_dtype.name, request.query_dtype)
         rows = max(packing(operand), packing(result))
         group = -(-request.group_size // rows) * rows
-        shares_rows = request.version == "v3" and layout.value_offset < LANES
+        is_v2 = request.version == "v2"
+        shares_rows = not is_v2 and layout.value_offset < LANES
         lanes = LANES if shares_rows else layout.padded_head_dim
-        return cls(layout.token_stride // lanes, pack, lanes, shares_rows, group, operand, result)
+        return cls(layout.token_stride // lanes, pack, lanes, is_v2, shares_rows, group, operand, result)
 
     @property
     def words(self) -> int:
@@ -154,7 +157,17 @@ class Shapes:
     def stride(self) -> int:
         """Distance of slots in a buffer, in rows of words. One is left free where rows that are read together, one of
         each slot, would lie in the same banks of VMEM."""
-        return self.words + (self.words % 2 == 0 and self.words > 1)
+        return self.words + (self.words % 2 == 0 and not self.is_v2)
+
+    @property
+    def slot(self) -> tuple[int, ...]:
+        """The shape of a slot of the cache."""
+        return (self.stored, self.lanes) if self.is_v2 else (self.words, self.pack, self.lanes)
+
+    @property
+    def buffered_slot(self) -> tuple[int, ...]:
+        """The shape of a slot in a buffer."""
+        return self.slot if self.is_v2 else (self.stride, self.pack, self.lanes)
 
     def words_of(self, head: int, *, value: bool) -> tuple[int, int]:
         """Which row of words holds a kv head's key or value, and which part of each word."""

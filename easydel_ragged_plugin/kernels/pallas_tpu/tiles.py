@@ -37,14 +37,14 @@ __all__ = [
 LOG2_E = math.log2(math.e)
 """Logits are held in base 2: a TPU has an instruction for ``exp2``."""
 
-HIDDEN = -2.0**127
+HIDDEN = -(2.0**127)
 """The logit of a key that is not seen. It is finite, so that the difference of two is a number."""
 
 
 def _folded(ref: Any) -> tuple[Any, int]:
     """A ref of rows as one of rows of 128 lanes, and how many of them are a row."""
     rows, lanes = ref.shape
-    folds = lanes // LANES
+    folds = max(1, lanes // LANES)
     return (ref if folds == 1 else ref.reshape(rows * folds, LANES)), folds
 
 
