@@ -26,7 +26,7 @@ from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Ke
 from .blocks import Block, Blocks, Shapes, choose
 
 if TYPE_CHECKING:
-    from .attend import Results
+    from .attend import Call, Results
 
 __all__ = ["KERNEL", "PallasTPU"]
 
@@ -102,33 +102,27 @@ class PallasTPU(Kernel):
         blocks, shapes = choose(request, config), Shapes.of(request)
         with jax.named_scope("ragged_page_attention_tpu"):
             rows = live_rows(request, operands)
-            arrays = {
-                "queries": _queries(request, shapes, operands.queries),
-                "tables": chunked_tables(operands.block_tables),
-                "pages": operands.pages,
-            }
-            for name in request.options.scale_arrays:
-                arrays[name] = getattr(operands, name)
+            arrays = {"tables": chunked_tables(operands.block_tables), "pages": operands.pages}
+            arrays |= {name: getattr(operands, name) for name in request.options.scale_arrays}
             segments = None
             if request.writes_pages:
                 assert operands.keys is not None  # api.py made both
                 assert operands.values is not None
-                slot = operands.pages.shape[2:]
-                arrays["new"] = merged_slots(request, operands.keys, operands.values, slot)
+                arrays["new"] = merged_slots(request, operands.keys, operands.values, shapes.slot)
                 segments = segments_to_write(request, rows, operands)
-            results, pages, written = None, operands.pages, False
+            found = []
             for block, decode in ((blocks.decode, True), (blocks.prefill, False)):
                 if not decode and request.num_tokens == 1:
                     break
-                call = Call(request, block, shapes, request.writes_pages and not written, decode)
+                call = Call(request, block, shapes, request.writes_pages and decode, decode)
                 work = query_tiles(request, block, rows, _tiles(rows, block, decode))
-                arrays["pages"] = pages
-                sinks = _sinks(request, shapes, operands.sinks, block)
-                with_sinks = arrays if sinks is None else {**arrays, "sinks": sinks}
-                results, pages = attend(call, work, segments, with_sinks, results, self._interpreter())
-                written = True
-            assert results is not None
-            return Attended(*_cut(request, shapes, rows, results, pages))
+                arrays["queries"] = _queries(call, operands.queries)
+                if operands.sinks is not None:
+                    arrays["sinks"] = _sinks(call, operands.sinks)
+                results, arrays["pages"] = attend(call, work, segments, arrays, self._interpreter())
+                found.append(_cut(call, results))
+            output, lse = _joined(request, rows, found)
+            return Attended(output, arrays["pages"], lse)
 
     def _interpreter(self) -> Any:
         if self.interpret is not True:
@@ -156,46 +150,67 @@ def _tiles(rows: Rows, block: Block, decode: bool) -> jax.Array:
     return jnp.where(rows.num_queries > 1, tiles, 0)
 
 
-def _queries(request: AttentionRequest, shapes: Shapes, queries: jax.Array) -> jax.Array:
-    """``[kv_heads, tokens, group / pack, pack, lanes]`` in the dtype of the products."""
-    heads, tokens, pack = request.num_kv_heads, request.num_tokens, packing(shapes.operand)
-    split = queries.astype(shapes.operand).reshape(tokens, heads, request.group_size, request.head_dim)
-    padding = (shapes.group - request.group_size, shapes.lanes - request.head_dim)
-    padded = jnp.pad(split, ((0, 0), (0, 0), (0, padding[0]), (0, padding[1])))
-    return padded.swapaxes(0, 1).reshape(heads, tokens, shapes.group // pack, pack, shapes.lanes)
+def _in_joints(call: Call, array: jax.Array) -> jax.Array:
+    """``[..., q_heads, n]`` as ``[..., joints, heads of a joint, group, n]``, padded with zeros."""
+    request, before = call.request, [(0, 0)] * (array.ndim - 2)
+    split = array.reshape(*array.shape[:-2], request.num_kv_heads, request.group_size, array.shape[-1])
+    missing = call.joints * call.joined - request.num_kv_heads
+    padding = (*before, (0, missing), (0, call.shapes.group - request.group_size), (0, 0))
+    return jnp.pad(split, padding).reshape(
+        *array.shape[:-2], call.joints, call.joined, call.shapes.group, array.shape[-1]
+    )
 
 
-def _sinks(request: AttentionRequest, shapes: Shapes, sinks: jax.Array | None, block: Block) -> jax.Array | None:
-    """``[kv_heads, rows of a tile, 128]`` float32, in base 2."""
-    if sinks is None:
-        return None
+def _queries(call: Call, queries: jax.Array) -> jax.Array:
+    """``[joints, tokens, rows of a token / pack, pack, lanes]`` in the dtype of the products."""
+    shapes, tokens = call.shapes, call.request.num_tokens
+    pack = packing(shapes.operand)
+    padded = jnp.pad(queries.astype(shapes.operand), ((0, 0), (0, 0), (0, shapes.lanes - queries.shape[-1])))
+    split = jnp.moveaxis(_in_joints(call, padded), 0, 1)  # [joints, tokens, heads of a joint, group, lanes of a head]
+    if call.joined > 1:
+        own = jnp.eye(call.joined, dtype=bool).reshape(1, 1, call.joined, 1, call.joined, 1)
+        split = jnp.where(own, split[..., None, :], jnp.zeros_like(split[..., None, :]))
+    return split.reshape(call.joints, tokens, call.token_rows // pack, pack, call.lanes)
+
+
+def _sinks(call: Call, sinks: jax.Array) -> jax.Array:
+    """``[joints, rows, 128]`` float32, in base 2."""
     from .tiles import HIDDEN, LOG2_E
 
-    based = jnp.minimum(sinks.astype(jnp.float32) * LOG2_E, -HIDDEN).reshape(request.num_kv_heads, 1, -1, 1)
-    padded = jnp.pad(based, ((0, 0), (0, 0), (0, shapes.group - request.group_size), (0, 0)))
-    tile = (request.num_kv_heads, block.tokens, shapes.group, LANES)
-    return jnp.broadcast_to(padded, tile).reshape(request.num_kv_heads, block.tokens * shapes.group, LANES)
+    based = jnp.minimum(sinks.astype(jnp.float32) * LOG2_E, -HIDDEN)[:, None]
+    rows = _in_joints(call, based).reshape(call.joints, 1, call.token_rows, 1)
+    tile = jnp.broadcast_to(rows, (call.joints, call.block.tokens, call.token_rows, LANES))
+    return tile.reshape(call.joints, call.rows, LANES)
 
 
-def _cut(
-    request: AttentionRequest, shapes: Shapes, rows: Rows, results: Results, pages: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Output, pages and logsumexp, in the forms of :class:`~easydel_ragged_plugin.types.Attended`. Calls leave what is
-    of no live row undefined: here it becomes zero, and -inf."""
-    token = jnp.arange(request.num_tokens, dtype=jnp.int32)[:, None]
-    end = rows.query_start + rows.num_queries
-    live = jnp.any((token >= rows.query_start[None, :]) & (token < end[None, :]), axis=1)
-    group, first = request.group_size, request.head_dim if shapes.shares_rows else 0
-    output = results.output.reshape(request.num_kv_heads, request.num_tokens, shapes.group, shapes.lanes)
-    output = output[:, :, :group, first : first + request.head_dim].swapaxes(0, 1)
-    output = jnp.where(live[:, None, None, None], output, jnp.zeros_like(output))
-    shape = (request.num_tokens, request.num_q_heads, request.head_dim)
-    output = output.reshape(shape).astype(request.query_dtype)
+def _cut(call: Call, results: Results) -> tuple[jax.Array, jax.Array | None]:
+    """Output ``[tokens, q_heads, head_dim]`` and logsumexp ``[tokens, q_heads]`` of a call."""
+    request, shapes = call.request, call.shapes
+    tokens, heads, group = request.num_tokens, request.num_kv_heads, request.group_size
+    first = request.head_dim if shapes.shares_rows else 0
+    split = results.output.reshape(call.joints, tokens, call.joined, shapes.group, call.joined, shapes.lanes)
+    own = jnp.stack([split[:, :, each, :group, each, first : first + request.head_dim] for each in range(call.joined)])
+    output = own.transpose(2, 1, 0, 3, 4).reshape(tokens, -1, request.head_dim)[:, : request.num_q_heads]
     if results.lse is None:
-        return output, pages, None
-    lse = results.lse[:, :group, : request.num_kv_heads].swapaxes(1, 2)
-    lse = jnp.where(live[:, None, None], lse, -jnp.inf).reshape(shape[:2])
-    return output, pages, lse
+        return output, None
+    lse = results.lse.reshape(tokens, call.joined, shapes.group, LANES)[:, :, :group, : call.joints]
+    return output, lse.transpose(0, 3, 1, 2).reshape(tokens, -1)[:, : heads * group]
+
+
+def _joined(
+    request: AttentionRequest, rows: Rows, found: list[tuple[jax.Array, jax.Array | None]]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Of each token the results of the call that it is in; zeros, and -inf, for tokens of no live row."""
+    token = jnp.arange(request.num_tokens, dtype=jnp.int32)[:, None]
+    start, end = rows.query_start[None, :], (rows.query_start + rows.num_queries)[None, :]
+    inside, one = (token >= start) & (token < end), rows.num_queries[None, :] == 1
+    output: Any = jnp.zeros((request.num_tokens, request.num_q_heads, request.head_dim), found[0][0].dtype)
+    lse: Any = None if found[0][1] is None else jnp.full(output.shape[:2], -jnp.inf, jnp.float32)
+    for (of_call, lse_of_call), chosen in zip(found, (inside & one, inside & ~one), strict=False):
+        live = jnp.any(chosen, axis=1)[:, None]
+        output = jnp.where(live[..., None], of_call, output)
+        lse = None if lse_of_call is None else jnp.where(live, lse_of_call, lse)
+    return output.astype(request.query_dtype), lse
 
 
 KERNEL = PallasTPU()

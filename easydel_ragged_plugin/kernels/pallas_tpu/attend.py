@@ -36,17 +36,7 @@ from easydel_ragged_plugin.types import AttentionRequest
 from easydel_ragged_plugin.varying import result_type
 
 from .blocks import TABLE_CHUNK, Block, Shapes, vmem_limit
-from .tiles import (
-    HIDDEN,
-    LOG2_E,
-    base2_logits,
-    load_head,
-    load_rows,
-    product,
-    store_rows,
-    visible_mask,
-    widen,
-)
+from .tiles import HIDDEN, LOG2_E, base2_logits, load_head, load_rows, product, store_rows, visible_mask, widen
 from .update import write_segments
 from .work import Item, WorkList
 
@@ -54,11 +44,11 @@ __all__ = ["Call", "Results", "attend"]
 
 
 class Results(NamedTuple):
-    """What calls fill in, one after the other.
+    """What a call gives. Tokens that are in no tile of it are undefined.
 
     Attributes:
-        output: ``[kv_heads, tokens, group / pack, pack, lanes]``.
-        lse: ``[tokens, group, 128]`` float32, a lane for each kv head; None where it is not requested.
+        output: ``[joints, tokens, rows of a token / pack, pack, lanes]``, see :class:`Call`.
+        lse: ``[tokens, rows of a token, 128]`` float32, a lane for each joint; None where it is not requested.
     """
 
     output: jax.Array
@@ -68,6 +58,10 @@ class Results(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One call of the kernel.
+
+    In decode the kv heads are joined in twos: rows of 256 lanes fill the matrix unit of a v6e and later, and the
+    queries of two heads fill more of a register. A joint has the keys of both heads side by side, and queries with
+    zeros beside those of the other head. Of its output, the part of the other head's values is dropped.
 
     Attributes:
         request: what is computed.
@@ -94,9 +88,34 @@ class Call:
         return self.pages * self.request.page_size
 
     @property
+    def joined(self) -> int:
+        """Heads of a joint."""
+        return 2 if self.decode and self.request.num_kv_heads > 1 and self.shapes.lanes == LANES else 1
+
+    @property
+    def joints(self) -> int:
+        """Joints of all kv heads. The last one has one head twice where their number is odd."""
+        return -(-self.request.num_kv_heads // self.joined)
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of queries of a token for one joint."""
+        return self.joined * self.shapes.group
+
+    @property
     def rows(self) -> int:
-        """Rows of a tile for one kv head: the query heads of its tokens."""
-        return self.block.tokens * self.shapes.group
+        """Rows of queries of a tile for one joint."""
+        return self.block.tokens * self.token_rows
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a row of a joint."""
+        return self.joined * self.shapes.lanes
+
+    def heads_of(self, joint: int) -> tuple[int, ...]:
+        """The kv heads of a joint."""
+        last = self.request.num_kv_heads - 1
+        return tuple(min(joint * self.joined + each, last) for each in range(self.joined))
 
 
 class Cursor(NamedTuple):
@@ -192,8 +211,13 @@ def copies_out(call: Call, refs: Any, item: jax.Array) -> list[Any]:
 
 
 def begin_tile(call: Call, refs: Any, item: jax.Array) -> None:
-    """Wait for a tile's queries, and empty its softmax: a sink is a key without a value."""
+    """Wait for a tile's queries, and empty its softmax."""
     copy_queries(call, refs, item).wait()
+    empty_softmax(call, refs)
+
+
+def empty_softmax(call: Call, refs: Any) -> None:
+    """The softmax of no keys. A sink is a key without a value."""
     refs.weighted[...] = jnp.zeros(refs.weighted.shape, jnp.float32)
     if call.request.options.sinks:
         highest = jnp.maximum(refs.sinks[...], HIDDEN)
@@ -204,52 +228,72 @@ def begin_tile(call: Call, refs: Any, item: jax.Array) -> None:
         refs.total[...] = jnp.zeros(refs.total.shape, jnp.float32)
 
 
-def load_tile(call: Call, refs: Any, item: jax.Array, head: int) -> jax.Array:
-    """A tile's queries ``[rows, lanes]`` for one kv head."""
-    slot, shapes = lax.rem(item, jnp.int32(call.block.buffers)), call.shapes
-    words = call.rows // packing(shapes.operand)
-    ref = refs.tile.bitcast(jnp.uint32).at[slot, head].reshape(words, shapes.lanes)
-    return pltpu.bitcast(load_rows(ref, 0, words), shapes.operand)
+def load_tile(call: Call, refs: Any, item: jax.Array, joint: int) -> jax.Array:
+    """A tile's queries ``[rows, lanes]`` for one joint."""
+    slot, operand = lax.rem(item, jnp.int32(call.block.buffers)), call.shapes.operand
+    words = call.rows // packing(operand)
+    ref = refs.tile.bitcast(jnp.uint32).at[slot, joint].reshape(words, call.lanes)
+    return pltpu.bitcast(load_rows(ref, 0, words), operand)
 
 
-def attend_block(call: Call, refs: Any, at: Cursor, buffer: jax.Array, *, masked: bool) -> None:
-    """A block of keys, of which every query of the tile sees all, unless ``masked``."""
+def attend_block(call: Call, refs: Any, at: Cursor, buffer: Any, *, masked: bool, apart: bool = False) -> None:
+    """A block of keys, of which every query of the tile sees all, unless ``masked``.
+
+    ``apart`` multiplies the queries of joined heads by their own head's keys alone.
+    """
     shapes, keys = call.shapes, call.keys
     words = refs.cache.bitcast(jnp.uint32).at[buffer].reshape(keys * shapes.stride, shapes.lanes)
     base, first = at.block * keys, column(refs, Item.POSITION, at.item)
     end = first + tokens_of(call, refs, at.item)
-    mask = visible_mask(call.request, shapes, base, first, (call.rows, keys)) if masked else None
+    mask = visible_mask(call.request, call.token_rows, base, first, (call.rows, keys)) if masked else None
     behind: Any = None
-    for head in range(call.request.num_kv_heads):
-        key, value = load_head(shapes, words, head, keys, call.request.cache_dtype)
-        queries = load_tile(call, refs, at.item, head)
-        logits = base2_logits(
-            call.request, product(queries, key.astype(shapes.operand), 1), scale_of(refs, "k_scale", head)
-        )
+    for joint in range(call.joints):
+        pairs = [load_head(shapes, words, head, keys, call.request.cache_dtype) for head in call.heads_of(joint)]
+        key = [key.astype(shapes.operand) for key, _ in pairs]
+        queries = load_tile(call, refs, at.item, joint)
+        if apart:
+            found = [product(queries[:, i * LANES : (i + 1) * LANES], each, 1) for i, each in enumerate(key)]
+            products = of_own_head(call, found)
+        else:
+            products = product(queries, beside(key), 1)
+        logits = base2_logits(call.request, products, scale_of(call, refs, "k_scale", joint))
         if mask is not None:
             logits = jnp.where(mask, logits, HIDDEN)
-        weights, kept = softmax_step(refs, head, logits)
-        if behind is not None:  # the product of one head overlaps with the softmax of the next one
+        weights, kept = softmax_step(refs, joint, logits)
+        if behind is not None:  # the product of one joint overlaps with the softmax of the next one
             add_values(call, refs, *behind)
-        behind = (head, weights, value, kept, mask, base, first, end)
+        behind = (joint, weights, beside([value for _, value in pairs]), kept, mask, base, first, end)
     add_values(call, refs, *behind)
 
 
-def softmax_step(refs: Any, head: int, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def beside(parts: list[jax.Array]) -> jax.Array:
+    """Parts side by side, in lanes: copies of registers."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def of_own_head(call: Call, each: list[Any]) -> Any:
+    """Of one thing for each head of a joint, what the rows of queries have: their own head's."""
+    if len(each) == 1:
+        return each[0]
+    row = lax.broadcasted_iota(jnp.int32, (call.rows, 1), 0)  # joints are of one token
+    return jnp.where(row < call.shapes.group, each[0], each[1])
+
+
+def softmax_step(refs: Any, joint: int, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights ``[rows, keys]``, and the factor ``[rows, 128]`` of what has been summed before."""
-    before = refs.maximum[head]
+    before = refs.maximum[joint]
     maximum = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
     weights = jnp.exp2(logits - widen(maximum, logits.shape[1]))
     kept = jnp.exp2(before - maximum)
-    refs.maximum[head] = maximum
-    refs.total[head] = refs.total[head] * kept + jnp.sum(weights, axis=1, keepdims=True)
+    refs.maximum[joint] = maximum
+    refs.total[joint] = refs.total[joint] * kept + jnp.sum(weights, axis=1, keepdims=True)
     return weights, kept
 
 
 def add_values(
     call: Call,
     refs: Any,
-    head: int,
+    joint: int,
     weights: jax.Array,
     value: jax.Array,
     kept: jax.Array,
@@ -263,36 +307,66 @@ def add_values(
     In a masked block, values of keys that no query of the tile sees become zero. Those that some see and that are not
     finite are left out of the product, because 0 times infinity is NaN: the queries that see them become NaN.
     """
-    operand, lanes = call.shapes.operand, call.shapes.lanes
+    operand, lanes = call.shapes.operand, call.lanes
     value = value.astype(operand)
     if mask is not None:
         key = base + lax.broadcasted_iota(jnp.int32, value.shape, 0)
         value = jnp.where((key >= first_visible(call.request, first)) & (key < end), value, jnp.zeros_like(value))
     if mask is None or call.decode:
         added = product(weights.astype(operand), value, 0)
-        refs.weighted[head] = refs.weighted[head] * widen(kept, lanes) + added
+        refs.weighted[joint] = refs.weighted[joint] * widen(kept, lanes) + added
         return
     wide = value.astype(jnp.float32)
     strange = jnp.where(wide - wide == 0, 0.0, 1.0)
     added = product(weights.astype(operand), jnp.where(strange == 0, wide, 0.0).astype(operand), 0)
-    refs.weighted[head] = refs.weighted[head] * widen(kept, lanes) + added
+    refs.weighted[joint] = refs.weighted[joint] * widen(kept, lanes) + added
 
     @pl.when(jnp.max(strange) > 0)
     def _() -> None:
         seen = product(jnp.where(mask, 1.0, 0.0).astype(operand), strange.astype(operand), 0)
-        refs.weighted[head] = jnp.where(seen > 0, jnp.nan, refs.weighted[head])
+        refs.weighted[joint] = jnp.where(seen > 0, jnp.nan, refs.weighted[joint])
 
 
-def scale_of(refs: Any, name: str, head: int) -> jax.Array | None:
-    """The factor of a kv head, where the option is an array."""
+def scale_of(call: Call, refs: Any, name: str, joint: int) -> Any:
+    """The factor of a joint's rows, where the option is an array; else None."""
     ref = getattr(refs, name, None)
-    return None if ref is None else ref[head]
+    return None if ref is None else of_own_head(call, [ref[head] for head in call.heads_of(joint)])
+
+
+def attend_apart(call: Call, refs: Any, item: jax.Array) -> None:
+    """Once more a tile whose sums hold a NaN, which a key of a joined head may have brought: heads apart.
+
+    It waits for each copy, and has a buffer of its own.
+    """
+    buffer, slot = jnp.int32(call.block.buffers), jnp.int32(2)
+    empty_softmax(call, refs)
+
+    @pl.loop(column(refs, Item.BEGIN, item), column(refs, Item.END, item))
+    def _(block: jax.Array) -> None:
+        at = Cursor(item, block)
+        table = copy_table(call, refs, at, slot)
+        table.start()
+        table.wait()
+        start_pages(call, refs, at, buffer, slot)
+        wait_pages(call, refs, at, buffer)
+        attend_block(call, refs, at, buffer, masked=True, apart=True)
+
+
+def is_spoiled(refs: Any) -> jax.Array:
+    """Whether a sum of weights is NaN."""
+    total = refs.total[...]
+    return jnp.max(jnp.where(total == total, 0.0, 1.0)) > 0
 
 
 def finish_tile(call: Call, refs: Any, item: jax.Array) -> None:
     """Store a tile's results, and start their copies."""
     request, shapes = call.request, call.shapes
     slot = lax.rem(item, jnp.int32(2))
+    if call.joined > 1:
+
+        @pl.when(is_spoiled(refs))
+        def _() -> None:
+            attend_apart(call, refs, item)
 
     @pl.when(item >= 2)
     def _() -> None:
@@ -301,17 +375,17 @@ def finish_tile(call: Call, refs: Any, item: jax.Array) -> None:
 
     words = call.rows // packing(shapes.result)
     lse = jnp.zeros((call.rows, LANES), jnp.float32)
-    for head in range(request.num_kv_heads):
-        total = refs.total[head]
+    for joint in range(call.joints):
+        total = refs.total[joint]
         factor = request.v_scale / jnp.where(total == 0, 1.0, total)
-        v_scale = scale_of(refs, "v_scale", head)
+        v_scale = scale_of(call, refs, "v_scale", joint)
         factor = factor if v_scale is None else factor * v_scale
-        result = (refs.weighted[head] * widen(factor, shapes.lanes)).astype(shapes.result)
-        target = refs.out.bitcast(jnp.uint32).at[slot, head].reshape(words, shapes.lanes)
+        result = (refs.weighted[joint] * widen(factor, call.lanes)).astype(shapes.result)
+        target = refs.out.bitcast(jnp.uint32).at[slot, joint].reshape(words, call.lanes)
         store_rows(target, pltpu.bitcast(result, jnp.uint32))
         if request.return_lse:
             lane = lax.broadcasted_iota(jnp.int32, lse.shape, 1)
-            lse = jnp.where(lane == head, (refs.maximum[head] + jnp.log2(total)) * (1 / LOG2_E), lse)
+            lse = jnp.where(lane == joint, (refs.maximum[joint] + jnp.log2(total)) * (1 / LOG2_E), lse)
     if request.return_lse:
         refs.lse_out.at[slot].reshape(call.rows, LANES)[...] = lse
     for copy in copies_out(call, refs, item):
@@ -393,27 +467,27 @@ def ragged_attention(call: Call, names: tuple[str, ...], *arrays: Any) -> None:
 def scratch(call: Call) -> dict[str, Any]:
     """The memory of a call."""
     request, shapes, block = call.request, call.shapes, call.block
-    heads, rows = request.num_kv_heads, call.rows
+    spare = int(call.joined > 1)  # for attend_apart
 
     def tile(copies: int, dtype: np.dtype) -> Any:
         pack = packing(dtype)
-        return pltpu.VMEM((copies, heads, block.tokens, shapes.group // pack, pack, shapes.lanes), dtype)
+        return pltpu.VMEM((copies, call.joints, block.tokens, call.token_rows // pack, pack, call.lanes), dtype)
 
     found = {
-        "cache": pltpu.VMEM((block.buffers, call.keys, *shapes.buffered_slot), request.cache_dtype),
+        "cache": pltpu.VMEM((block.buffers + spare, call.keys, *shapes.buffered_slot), request.cache_dtype),
         "tile": tile(block.buffers, shapes.operand),
         "out": tile(2, shapes.result),
-        "maximum": pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        "total": pltpu.VMEM((heads, rows, LANES), jnp.float32),
-        "weighted": pltpu.VMEM((heads, rows, shapes.lanes), jnp.float32),
-        "entries": pltpu.SMEM((2, 1, TABLE_CHUNK), jnp.int32),
-        "table_sems": pltpu.SemaphoreType.DMA((2,)),
-        "page_sems": pltpu.SemaphoreType.DMA((block.buffers,)),
+        "maximum": pltpu.VMEM((call.joints, call.rows, LANES), jnp.float32),
+        "total": pltpu.VMEM((call.joints, call.rows, LANES), jnp.float32),
+        "weighted": pltpu.VMEM((call.joints, call.rows, call.lanes), jnp.float32),
+        "entries": pltpu.SMEM((2 + spare, 1, TABLE_CHUNK), jnp.int32),
+        "table_sems": pltpu.SemaphoreType.DMA((2 + spare,)),
+        "page_sems": pltpu.SemaphoreType.DMA((block.buffers + spare,)),
         "tile_sems": pltpu.SemaphoreType.DMA((block.buffers,)),
         "out_sems": pltpu.SemaphoreType.DMA((2, 2)),
     }
     if request.return_lse:
-        found["lse_out"] = pltpu.VMEM((2, block.tokens, shapes.group, LANES), jnp.float32)
+        found["lse_out"] = pltpu.VMEM((2, block.tokens, call.token_rows, LANES), jnp.float32)
     if call.writes:
         found["write_sems"] = pltpu.SemaphoreType.DMA((1,))
     return found
@@ -424,14 +498,13 @@ def attend(
     work: WorkList,
     segments: WorkList | None,
     arrays: dict[str, jax.Array],
-    results: Results | None,
     interpret: Any,
 ) -> tuple[Results, jax.Array]:
-    """The results of the rows in ``work``, in those of an earlier call where there was one; and the pages.
+    """The results of the tiles in ``work``, and the pages.
 
-    ``arrays`` are ``queries [kv_heads, tokens, group / pack, pack, lanes]``, ``tables`` of
+    ``arrays`` are ``queries [joints, tokens, rows of a token / pack, pack, lanes]``, ``tables`` of
     :func:`~.work.chunked_tables`, ``pages``, ``new [tokens, ...]`` as a slot of the cache, ``k_scale`` and ``v_scale``
-    where they are arrays, and ``sinks [kv_heads, rows, 128]`` in base 2.
+    where they are arrays, and ``sinks [joints, rows, 128]`` in base 2.
     """
     request, shapes = call.request, call.shapes
     scalars: dict[str, jax.Array] = {"work": work.entries, "steps": work.total}
@@ -442,20 +515,14 @@ def attend(
     if not call.writes:
         inputs.pop("new", None)
     pack = packing(shapes.result)
-    of_output = (request.num_kv_heads, request.num_tokens, shapes.group // pack, pack, shapes.lanes)
+    of_output = (call.joints, request.num_tokens, call.token_rows // pack, pack, call.lanes)
     outputs = {"output": (of_output, shapes.result)}
     if request.return_lse:
-        outputs["lse"] = ((request.num_tokens, shapes.group, LANES), np.dtype(np.float32))
-    if call.writes:
-        outputs["written"] = (arrays["pages"].shape, request.cache_dtype)
+        outputs["lse"] = ((request.num_tokens, call.token_rows, LANES), np.dtype(np.float32))
     aliases = {}
     if call.writes:
+        outputs["written"] = (arrays["pages"].shape, request.cache_dtype)
         aliases[len(scalars) + list(inputs).index("pages")] = list(outputs).index("written")
-    if results is not None:
-        for name, earlier in results._asdict().items():
-            if earlier is not None:
-                aliases[len(scalars) + len(inputs)] = list(outputs).index(name)
-                inputs["earlier_" + name] = earlier
     memory = scratch(call)
     names = (*scalars, *inputs, *outputs, *memory)
     if call.writes:  # the pages that are written are those that are read: one ref

@@ -179,7 +179,7 @@ def vmem_bytes(request: AttentionRequest, block: Block) -> int:
     """Bytes of VMEM that a call takes for its buffers and state, and for the logits of one head."""
     shapes, heads = Shapes.of(request), request.num_kv_heads
     keys = block.pages(request.page_size) * request.page_size
-    rows = heads * block.tokens * shapes.group
+    rows = (heads + 1) * block.tokens * shapes.group
     cache = block.buffers * keys * shapes.stride * shapes.lanes * 4
     queries = rows * shapes.lanes * (block.buffers * shapes.operand.itemsize + 2 * shapes.result.itemsize)
     state = rows * (shapes.lanes + 2 * LANES) * 4

@@ -120,18 +120,19 @@ def widen(lanes: jax.Array, size: int) -> jax.Array:
     return wide if wide.shape[1] == size else wide[:, :size]
 
 
-def positions(shapes: Shapes, first: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Positions of the queries of a tile ``[rows, keys]``, whose first one is at ``first``."""
-    row = lax.broadcasted_iota(jnp.int32, shape, 0)
-    group = shapes.group
-    if group & (group - 1):  # there is no division of integer vectors; rows are few, so this one is exact
-        token = ((row.astype(jnp.float32) + 0.5) * (1 / group)).astype(jnp.int32)
-    else:
-        token = row >> (group.bit_length() - 1)
-    return first + token
+def visible_mask(
+    request: AttentionRequest, token_rows: int, base: jax.Array, first: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """Whether the queries of a tile see the keys of a block: ``[rows, keys]``.
 
-
-def visible_mask(request: AttentionRequest, shapes: Shapes, base: jax.Array, first: jax.Array, shape: Any) -> jax.Array:
-    """Whether the queries of a tile see the keys of the block that begins at position ``base``: ``[rows, keys]``."""
+    The tile's first query is at position ``first``, and has ``token_rows`` rows; the block begins at ``base``.
+    """
     key = base + lax.broadcasted_iota(jnp.int32, shape, 1)
-    return is_visible(request, key, positions(shapes, first, shape))
+    row = lax.broadcasted_iota(jnp.int32, shape, 0)
+    if token_rows == shape[0]:
+        return is_visible(request, key, jnp.broadcast_to(first, shape))
+    if token_rows & (token_rows - 1):  # a TPU does not divide vectors of integers; of few rows this one is exact
+        token = ((row.astype(jnp.float32) + 0.5) * (1 / token_rows)).astype(jnp.int32)
+    else:
+        token = row >> (token_rows.bit_length() - 1)
+    return is_visible(request, key, first + token)
