@@ -43,6 +43,10 @@ from .work import Item, WorkList
 __all__ = ["Call", "Results", "attend"]
 
 
+PART_KEYS = 256
+"""See :attr:`Call.part`."""
+
+
 class Results(NamedTuple):
     """What a call gives. Tokens that are in no tile of it are undefined.
 
@@ -86,6 +90,11 @@ class Call:
     def keys(self) -> int:
         """Slots in a block."""
         return self.pages * self.request.page_size
+
+    @property
+    def part(self) -> int:
+        """Keys that are attended over at once in a block that needs a mask."""
+        return PART_KEYS if self.keys % PART_KEYS == 0 else self.keys
 
     @property
     def joined(self) -> int:
@@ -192,6 +201,12 @@ def tokens_of(call: Call, refs: Any, item: jax.Array) -> Any:
     return 1 if call.decode else column(refs, Item.COUNT, item)
 
 
+def span_of(call: Call, refs: Any, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions of a tile's first and last query."""
+    first = column(refs, Item.POSITION, item)
+    return first, first + (tokens_of(call, refs, item) - 1)
+
+
 def copies_out(call: Call, refs: Any, item: jax.Array) -> list[Any]:
     """The copies of a tile's results."""
     slot = lax.rem(item, jnp.int32(2))
@@ -236,34 +251,68 @@ def load_tile(call: Call, refs: Any, item: jax.Array, joint: int) -> jax.Array:
     return pltpu.bitcast(load_rows(ref, 0, words), operand)
 
 
-def attend_block(call: Call, refs: Any, at: Cursor, buffer: Any, *, masked: bool, apart: bool = False) -> None:
-    """A block of keys, of which every query of the tile sees all, unless ``masked``.
+class Part(NamedTuple):
+    """Slots of a block that are attended over at once.
 
-    ``apart`` multiplies the queries of joined heads by their own head's keys alone.
+    Attributes:
+        buffer: the block's buffer.
+        offset: first slot.
+        keys: how many.
+        base: position of the first one.
+        first, last: positions of the tile's first and last query.
+        masked: whether some query may not see all of them.
+        careful: whether numbers that are not finite must reach only the queries that see them.
     """
-    shapes, keys = call.shapes, call.keys
-    words = refs.cache.bitcast(jnp.uint32).at[buffer].reshape(keys * shapes.stride, shapes.lanes)
-    base, first = at.block * keys, column(refs, Item.POSITION, at.item)
-    end = first + tokens_of(call, refs, at.item)
-    mask = visible_mask(call.request, call.token_rows, base, first, (call.rows, keys)) if masked else None
+
+    buffer: jax.Array
+    offset: Any
+    keys: int
+    base: jax.Array
+    first: jax.Array
+    last: jax.Array
+    masked: bool
+    careful: bool
+
+
+def attend_parts(call: Call, refs: Any, at: Cursor, buffer: jax.Array, *, careful: bool) -> None:
+    """A block of keys, a few at a time, from the first one that a query of the tile sees to the last one."""
+    base, (first, last) = at.block * call.keys, span_of(call, refs, at.item)
+    begin = jnp.maximum(first_visible(call.request, first) - base, 0)
+    end = jnp.minimum(last + 1 - base, call.keys)
+    size = jnp.int32(call.part)
+
+    @pl.loop(lax.div(begin, size), lax.div(end + (size - 1), size))
+    def _(index: jax.Array) -> None:
+        offset = index * size
+        attend_part(call, refs, at.item, Part(buffer, offset, call.part, base + offset, first, last, True, careful))
+
+
+def attend_part(call: Call, refs: Any, item: jax.Array, part: Part) -> None:
+    """Some keys of a block: logits, softmax, and sums of values, of all heads."""
+    request, shapes = call.request, call.shapes
+    words = refs.cache.bitcast(jnp.uint32).at[part.buffer].reshape(call.keys * shapes.stride, shapes.lanes)
+    start = part.offset * shapes.stride
+    mask = None
+    if part.masked:
+        mask = visible_mask(request, call.token_rows, part.base, part.first, (call.rows, part.keys))
     behind: Any = None
     for joint in range(call.joints):
-        pairs = [load_head(shapes, words, head, keys, call.request.cache_dtype) for head in call.heads_of(joint)]
+        pairs = [load_head(shapes, words, head, start, part.keys, request.cache_dtype) for head in call.heads_of(joint)]
         key = [key.astype(shapes.operand) for key, _ in pairs]
-        queries = load_tile(call, refs, at.item, joint)
-        if apart:
+        queries = load_tile(call, refs, item, joint)
+        if part.careful and call.joined > 1:  # zeros times what is not finite would be NaN
             found = [product(queries[:, i * LANES : (i + 1) * LANES], each, 1) for i, each in enumerate(key)]
             products = of_own_head(call, found)
         else:
             products = product(queries, beside(key), 1)
-        logits = base2_logits(call.request, products, scale_of(call, refs, "k_scale", joint))
+        logits = base2_logits(request, products, scale_of(call, refs, "k_scale", joint))
         if mask is not None:
             logits = jnp.where(mask, logits, HIDDEN)
         weights, kept = softmax_step(refs, joint, logits)
         if behind is not None:  # the product of one joint overlaps with the softmax of the next one
-            add_values(call, refs, *behind)
-        behind = (joint, weights, beside([value for _, value in pairs]), kept, mask, base, first, end)
-    add_values(call, refs, *behind)
+            add_values(call, refs, part, mask, *behind)
+        behind = (joint, weights, beside([value for _, value in pairs]), kept)
+    add_values(call, refs, part, mask, *behind)
 
 
 def beside(parts: list[jax.Array]) -> jax.Array:
@@ -293,38 +342,32 @@ def softmax_step(refs: Any, joint: int, logits: jax.Array) -> tuple[jax.Array, j
 def add_values(
     call: Call,
     refs: Any,
+    part: Part,
+    mask: jax.Array | None,
     joint: int,
     weights: jax.Array,
     value: jax.Array,
     kept: jax.Array,
-    mask: jax.Array | None,
-    base: jax.Array,
-    first: jax.Array,
-    end: jax.Array,
 ) -> None:
-    """Add a block's weighted values.
+    """Add the weighted values of some keys.
 
-    In a masked block, values of keys that no query of the tile sees become zero. Those that some see and that are not
-    finite are left out of the product, because 0 times infinity is NaN: the queries that see them become NaN.
+    Where there is a mask, values of keys that no query of the tile sees become zero: their slots may hold anything.
+    In a careful part, values that are not finite are left out of the product, because 0 times infinity is NaN. The
+    queries that see them become NaN.
     """
-    operand, lanes = call.shapes.operand, call.lanes
+    operand, seen = call.shapes.operand, None
     value = value.astype(operand)
     if mask is not None:
-        key = base + lax.broadcasted_iota(jnp.int32, value.shape, 0)
-        value = jnp.where((key >= first_visible(call.request, first)) & (key < end), value, jnp.zeros_like(value))
-    if mask is None or call.decode:
-        added = product(weights.astype(operand), value, 0)
-        refs.weighted[joint] = refs.weighted[joint] * widen(kept, lanes) + added
-        return
-    wide = value.astype(jnp.float32)
-    strange = jnp.where(wide - wide == 0, 0.0, 1.0)
-    added = product(weights.astype(operand), jnp.where(strange == 0, wide, 0.0).astype(operand), 0)
-    refs.weighted[joint] = refs.weighted[joint] * widen(kept, lanes) + added
-
-    @pl.when(jnp.max(strange) > 0)
-    def _() -> None:
-        seen = product(jnp.where(mask, 1.0, 0.0).astype(operand), strange.astype(operand), 0)
-        refs.weighted[joint] = jnp.where(seen > 0, jnp.nan, refs.weighted[joint])
+        key = part.base + lax.broadcasted_iota(jnp.int32, value.shape, 0)
+        inside = (key >= first_visible(call.request, part.first)) & (key <= part.last)
+        value = jnp.where(inside, value, jnp.zeros_like(value))
+        if part.careful:
+            wide = value.astype(jnp.float32)
+            strange = jnp.where(wide - wide == 0, 0.0, 1.0)
+            value = jnp.where(strange == 0, wide, 0.0).astype(operand)
+            seen = product(jnp.where(mask, 1.0, 0.0).astype(operand), strange.astype(operand), 0)
+    summed = refs.weighted[joint] * widen(kept, call.lanes) + product(weights.astype(operand), value, 0)
+    refs.weighted[joint] = summed if seen is None else jnp.where(seen > 0, jnp.nan, summed)
 
 
 def scale_of(call: Call, refs: Any, name: str, joint: int) -> Any:
@@ -333,10 +376,18 @@ def scale_of(call: Call, refs: Any, name: str, joint: int) -> Any:
     return None if ref is None else of_own_head(call, [ref[head] for head in call.heads_of(joint)])
 
 
-def attend_apart(call: Call, refs: Any, item: jax.Array) -> None:
-    """Once more a tile whose sums hold a NaN, which a key of a joined head may have brought: heads apart.
+def is_spoiled(call: Call, refs: Any, item: jax.Array) -> jax.Array:
+    """Whether a sum of the tile's queries is NaN. A NaN never leaves the sums."""
+    sums = refs.weighted[...] * refs.total[:, :, :1]
+    row = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+    live = row < tokens_of(call, refs, item) * call.token_rows
+    return jnp.max(jnp.where(live & (sums != sums), 1.0, 0.0)) > 0
 
-    It waits for each copy, and has a buffer of its own.
+
+def attend_again(call: Call, refs: Any, item: jax.Array) -> None:
+    """A tile whose sums hold a NaN, once more and with care: it may have come from what its queries do not see.
+
+    This waits for each copy, and has a buffer of its own.
     """
     buffer, slot = jnp.int32(call.block.buffers), jnp.int32(2)
     empty_softmax(call, refs)
@@ -349,24 +400,17 @@ def attend_apart(call: Call, refs: Any, item: jax.Array) -> None:
         table.wait()
         start_pages(call, refs, at, buffer, slot)
         wait_pages(call, refs, at, buffer)
-        attend_block(call, refs, at, buffer, masked=True, apart=True)
-
-
-def is_spoiled(refs: Any) -> jax.Array:
-    """Whether a sum of weights is NaN."""
-    total = refs.total[...]
-    return jnp.max(jnp.where(total == total, 0.0, 1.0)) > 0
+        attend_parts(call, refs, at, buffer, careful=True)
 
 
 def finish_tile(call: Call, refs: Any, item: jax.Array) -> None:
     """Store a tile's results, and start their copies."""
     request, shapes = call.request, call.shapes
     slot = lax.rem(item, jnp.int32(2))
-    if call.joined > 1:
 
-        @pl.when(is_spoiled(refs))
-        def _() -> None:
-            attend_apart(call, refs, item)
+    @pl.when(is_spoiled(call, refs, item))
+    def _() -> None:
+        attend_again(call, refs, item)
 
     @pl.when(item >= 2)
     def _() -> None:
@@ -401,18 +445,17 @@ def attend_step(call: Call, refs: Any, step: jax.Array, at: Cursor) -> None:
         begin_tile(call, refs, at.item)
 
     wait_pages(call, refs, at, buffer)
-    base, first = at.block * call.keys, column(refs, Item.POSITION, at.item)
-    last = first + tokens_of(call, refs, at.item) - 1
+    base, (first, last) = at.block * call.keys, span_of(call, refs, at.item)
     # Every query sees the keys that both the first and the last one see.
     whole = (base + call.keys <= first + 1) & (base >= first_visible(request, last))
 
     @pl.when(whole)
     def _() -> None:
-        attend_block(call, refs, at, buffer, masked=False)
+        attend_part(call, refs, at.item, Part(buffer, 0, call.keys, base, first, last, False, False))
 
     @pl.when(jnp.logical_not(whole))
     def _() -> None:
-        attend_block(call, refs, at, buffer, masked=True)
+        attend_parts(call, refs, at, buffer, careful=False)
 
     @pl.when(at.block + 1 == column(refs, Item.END, at.item))
     def _() -> None:
@@ -467,22 +510,22 @@ def ragged_attention(call: Call, names: tuple[str, ...], *arrays: Any) -> None:
 def scratch(call: Call) -> dict[str, Any]:
     """The memory of a call."""
     request, shapes, block = call.request, call.shapes, call.block
-    spare = int(call.joined > 1)  # for attend_apart
+    buffers = block.buffers + 1  # the last one is for attend_again
 
     def tile(copies: int, dtype: np.dtype) -> Any:
         pack = packing(dtype)
         return pltpu.VMEM((copies, call.joints, block.tokens, call.token_rows // pack, pack, call.lanes), dtype)
 
     found = {
-        "cache": pltpu.VMEM((block.buffers + spare, call.keys, *shapes.buffered_slot), request.cache_dtype),
+        "cache": pltpu.VMEM((buffers, call.keys, *shapes.buffered_slot), request.cache_dtype),
         "tile": tile(block.buffers, shapes.operand),
         "out": tile(2, shapes.result),
         "maximum": pltpu.VMEM((call.joints, call.rows, LANES), jnp.float32),
         "total": pltpu.VMEM((call.joints, call.rows, LANES), jnp.float32),
         "weighted": pltpu.VMEM((call.joints, call.rows, call.lanes), jnp.float32),
-        "entries": pltpu.SMEM((2 + spare, 1, TABLE_CHUNK), jnp.int32),
-        "table_sems": pltpu.SemaphoreType.DMA((2 + spare,)),
-        "page_sems": pltpu.SemaphoreType.DMA((block.buffers + spare,)),
+        "entries": pltpu.SMEM((3, 1, TABLE_CHUNK), jnp.int32),
+        "table_sems": pltpu.SemaphoreType.DMA((3,)),
+        "page_sems": pltpu.SemaphoreType.DMA((buffers,)),
         "tile_sems": pltpu.SemaphoreType.DMA((block.buffers,)),
         "out_sems": pltpu.SemaphoreType.DMA((2, 2)),
     }

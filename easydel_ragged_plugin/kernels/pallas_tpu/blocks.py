@@ -180,7 +180,7 @@ def vmem_bytes(request: AttentionRequest, block: Block) -> int:
     shapes, heads = Shapes.of(request), request.num_kv_heads
     keys = block.pages(request.page_size) * request.page_size
     rows = (heads + 1) * block.tokens * shapes.group
-    cache = block.buffers * keys * shapes.stride * shapes.lanes * 4
+    cache = (block.buffers + 1) * keys * shapes.stride * shapes.lanes * 4
     queries = rows * shapes.lanes * (block.buffers * shapes.operand.itemsize + 2 * shapes.result.itemsize)
     state = rows * (shapes.lanes + 2 * LANES) * 4
     sinks = rows * LANES * 4 if request.options.sinks else 0

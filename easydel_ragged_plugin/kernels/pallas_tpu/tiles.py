@@ -48,7 +48,7 @@ def _folded(ref: Any) -> tuple[Any, int]:
     return (ref if folds == 1 else ref.reshape(rows * folds, LANES)), folds
 
 
-def load_rows(ref: Any, start: int, count: int, stride: int = 1) -> jax.Array:
+def load_rows(ref: Any, start: Any, count: int, stride: int = 1) -> jax.Array:
     """``[count, lanes]``: every ``stride``-th row of ``ref [rows, lanes]`` of 32-bit words."""
     ref, folds = _folded(ref)
     step = stride * folds
@@ -63,19 +63,20 @@ def store_rows(ref: Any, words: jax.Array) -> None:
         ref[pl.ds(fold, words.shape[0], folds), :] = words[:, fold * LANES : (fold + 1) * LANES]
 
 
-def load_head(shapes: Shapes, buffer: Any, head: int, keys: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values ``[keys, lanes]`` of a kv head, from a buffer ``[keys * stride, lanes]`` of words.
+def load_head(shapes: Shapes, buffer: Any, head: int, start: Any, keys: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys and values ``[keys, lanes]`` of a kv head, from a buffer ``[slots * stride, lanes]`` of words.
 
-    ``dtype`` is that of the cache. Both are one array where a key and its value share a row.
+    The first slot's first row is row ``start``. ``dtype`` is that of the cache. Both are one array where a key and its
+    value share a row.
     """
     row, part = shapes.words_of(head, value=False)
-    words = load_rows(buffer, row, keys, shapes.stride)
+    words = load_rows(buffer, start + row, keys, shapes.stride)
     key = _part(shapes, words, part, dtype)
     if shapes.shares_rows:
         return key, key
     value_row, part = shapes.words_of(head, value=True)
     if value_row != row:
-        words = load_rows(buffer, value_row, keys, shapes.stride)
+        words = load_rows(buffer, start + value_row, keys, shapes.stride)
     return key, _part(shapes, words, part, dtype)
 
 
