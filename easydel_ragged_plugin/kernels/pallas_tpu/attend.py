@@ -35,7 +35,7 @@ from easydel_ragged_plugin.rows import first_visible
 from easydel_ragged_plugin.types import AttentionRequest
 from easydel_ragged_plugin.varying import result_type
 
-from .blocks import TABLE_CHUNK, Block, Shapes, vmem_limit
+from .blocks import LEAST_KEYS, TABLE_CHUNK, Block, Shapes, vmem_limit
 from .tiles import HIDDEN, LOG2_E, base2_logits, load_head, load_rows, product, store_rows, visible_mask, widen
 from .update import write_segments
 from .work import Item, WorkList
@@ -45,6 +45,10 @@ __all__ = ["Call", "Results", "attend"]
 
 PART_KEYS = 256
 """See :attr:`Call.part`."""
+
+
+def _part(keys: int, wanted: int) -> int:
+    return wanted if keys % wanted == 0 else keys
 
 
 class Results(NamedTuple):
@@ -94,7 +98,12 @@ class Call:
     @property
     def part(self) -> int:
         """Keys that are attended over at once in a block that needs a mask."""
-        return PART_KEYS if self.keys % PART_KEYS == 0 else self.keys
+        return _part(self.keys, PART_KEYS)
+
+    @property
+    def careful_part(self) -> int:
+        """The same for a tile that is done again: it is seldom, and its program should be short."""
+        return _part(self.keys, LEAST_KEYS)
 
     @property
     def joined(self) -> int:
@@ -279,12 +288,13 @@ def attend_parts(call: Call, refs: Any, at: Cursor, buffer: jax.Array, *, carefu
     base, (first, last) = at.block * call.keys, span_of(call, refs, at.item)
     begin = jnp.maximum(first_visible(call.request, first) - base, 0)
     end = jnp.minimum(last + 1 - base, call.keys)
-    size = jnp.int32(call.part)
+    keys = call.careful_part if careful else call.part
+    size = jnp.int32(keys)
 
     @pl.loop(lax.div(begin, size), lax.div(end + (size - 1), size))
     def _(index: jax.Array) -> None:
         offset = index * size
-        attend_part(call, refs, at.item, Part(buffer, offset, call.part, base + offset, first, last, True, careful))
+        attend_part(call, refs, at.item, Part(buffer, offset, keys, base + offset, first, last, True, careful))
 
 
 def attend_part(call: Call, refs: Any, item: jax.Array, part: Part) -> None:

@@ -17,7 +17,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.types import AttentionRequest
 
-__all__ = ["TABLE_CHUNK", "Block", "Blocks", "Shapes", "choose", "generation", "vmem_bytes", "vmem_limit"]
+__all__ = ["LEAST_KEYS", "TABLE_CHUNK", "Block", "Blocks", "Shapes", "choose", "generation", "vmem_bytes", "vmem_limit"]
 
 TABLE_CHUNK = 128
 """Entries of the block table that are copied to scalar memory at once. The pages of a block lie within one chunk."""
