@@ -29,7 +29,7 @@ from jax._src.pallas.triton.lowering import _new_ir_context
 from jax._src.state.indexing import NDIndexer
 from jax._src.state.types import BitcastTransform, ReshapeTransform
 
-__all__ = ["_new_ir_context", "described_device", "ir", "teach_interpreter_reshaped_refs"]
+__all__ = ["_new_ir_context", "described_device", "ir", "races_found", "teach_interpreter_reshaped_refs"]
 
 
 def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice:
@@ -37,6 +37,11 @@ def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice
     fields: dict[str, Any] = {"device_kind": kind, "num_cores": num_cores, "platform": platform}
     known = {field.name for field in dataclasses.fields(AbstractDevice)}  # JAX 0.9 has no platform
     return AbstractDevice(**{name: value for name, value in fields.items() if name in known})
+
+
+def races_found() -> bool:
+    """Whether TPU interpret mode with ``detect_races`` saw two accesses in no order, in the last call."""
+    return bool(interpret_pallas_call.races.races_found)
 
 
 def teach_interpreter_reshaped_refs() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from jax_private import teach_interpreter_reshaped_refs
-from kernel_calls import QUICK_TO_COMPILE
+from jax.experimental.pallas import tpu as pltpu
+from jax_private import races_found, teach_interpreter_reshaped_refs
+from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
 
+from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels.pallas_tpu import PallasTPU
+from easydel_ragged_plugin.kernels.pallas_tpu.blocks import Block, Blocks
+from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named, one_of_each
-from easydel_ragged_plugin.testing.compare import assert_close
+from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, case_named, one_of_each
+from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
 from easydel_ragged_plugin.testing.kernel_contract import KernelTests
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver
 
@@ -62,3 +67,73 @@ def test_what_is_not_finite_stays_in_its_kv_head(case: str, what: str, number: f
     assert np.isfinite(expected[0]).any()
     finite = np.isfinite(expected)
     assert_close(np.where(finite, outcome.output, 0), np.where(finite, expected, 0), batch.case)
+
+
+SMALL = Blocks(Block(1, 128, 2), Block(4, 128, 2))
+LONG = Case(
+    "long-rows",
+    (Row(700, 1), Row(3, 1), Row(400, 30), Row(260, 9), Row(550, 1), Row(129, 129)),
+    page_size=16,
+    pages_per_row=48,
+    num_tokens=180,
+    num_pages=None,
+    sinks="heads",
+    decode_first=False,
+    table="garbage",
+)
+
+
+def check(batch: Batch, kernel: PallasTPU, blocks: Blocks | None = None) -> None:
+    """The kernel's output, logsumexp and pages are the oracle's."""
+    driver = KernelDriver(kernel, batch.version, RaggedPageConfig(kernel_config=blocks), QUICK_TO_COMPILE)
+    outcome = driver.call(batch, return_lse=True)
+    expected, pages, lse = driver.expected_with_lse(batch, outcome)
+    assert_close(outcome.output, expected, batch.case)
+    assert_same_pages(outcome.pages, pages)
+    assert outcome.lse is not None
+    assert_lse_close(outcome.lse, lse, batch.case)
+
+
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+def test_copies_may_run_early_or_late_and_nothing_races(mode: str) -> None:
+    parameters = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True)
+    check(build_batch(dataclasses.replace(LONG, name=f"long-{mode}"), "v3"), PallasTPU(interpret=parameters), SMALL)
+    assert not races_found()
+
+
+@pytest.mark.parametrize("buffers", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("window", [None, 100])
+def test_blocks_do_not_change_results(buffers: int, tokens: int, window: int | None) -> None:
+    blocks = Blocks(Block(1, 128 * (buffers - 1), buffers), Block(tokens, 256, buffers))
+    check(build_batch(LONG.with_options(sliding_window=window), "v3"), INTERPRETED, blocks)
+
+
+@pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int) -> None:
+    batch, claimed_once = overlapping_rows(wrong, start)
+    driver = KernelDriver(INTERPRETED, "v3", RaggedPageConfig(kernel_config=SMALL), QUICK_TO_COMPILE)
+    outcome = driver.call(batch)
+    expected, pages = driver.expected(batch, outcome)
+    assert_same_pages(outcome.pages, pages)
+    np.testing.assert_allclose(outcome.output[claimed_once], expected[claimed_once], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"head_dim": 320}, "head_dim 320, more than 256"),
+        ({"page_size": 7}, None),
+        ({"page_size": 129}, "pages of 129 tokens: blocks of 258, no multiple of 32"),
+        ({"page_size": 2**14, "pages_per_row": 1}, r"blocks of 16384 tokens take [\d.]+ MiB of VMEM, more than the 12"),
+        ({"options": Options(vmem_limit_bytes=2**16)}, "more than the 0.1 MiB of this TPU or of vmem_limit_bytes"),
+        ({"version": "v2"}, "v2 with head_dim 32, no multiple of 128"),
+        ({"version": "v2", "head_dim": 128, "kv_heads": 3, "q_heads": 3}, "v2 with 3 kv heads in float32"),
+        ({"dtype": "float16"}, "cache: float16; takes float32"),
+    ],
+)
+def test_what_it_refuses(case: dict[str, Any], reason: str | None) -> None:
+    version = case.get("version", "v3")
+    case = {name: value for name, value in case.items() if name != "version"}
+    found = KernelDriver(INTERPRETED, version).missing(Case("refused", (Row(2, 1),), num_pages=None, **case))
+    assert found is None if reason is None else re.search(reason, found or "")

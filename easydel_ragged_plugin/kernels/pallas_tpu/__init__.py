@@ -1,12 +1,15 @@
 """TPU kernel in Pallas, lowered by Mosaic: one code for v2, v3 and v3 with head_dim 64.
 
-========== =====================================================================================================
-blocks.py  sizes of blocks: a table by generation, and what fits VMEM
-work.py    lists of work: tiles of queries, and new tokens by page
-attend.py  the kernel: cursors, copies, and what becomes of a tile
-tiles.py   what is computed with a block of keys
-update.py  v3's new keys and values
-========== =====================================================================================================
+=========== ====================================================================================================
+blocks.py   sizes of blocks: a table by generation, and what fits VMEM
+work.py     lists of work: tiles of queries, and new tokens by page
+call.py     what one call of the kernel is: its sizes and its memory
+attend.py   the kernel: its cursors, and what becomes of a tile
+copies.py   the copies between HBM and the core's own memories
+packed.py   loads and stores of rows that share 32-bit words
+softmax.py  the online softmax over the keys of a block
+update.py   v3's new keys and values
+=========== ====================================================================================================
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.rows import Rows, live_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
-from .blocks import Block, Blocks, Shapes, choose
+from .blocks import Block, Blocks, Shapes, choose, too_large
 
 if TYPE_CHECKING:
-    from .attend import Call, Results
+    from .call import Call, Results
 
 __all__ = ["KERNEL", "PallasTPU"]
 
@@ -91,11 +94,13 @@ class PallasTPU(Kernel):
             return f"head_dim {request.head_dim}, more than {MOST_HEAD_DIM}"
         if request.return_lse and request.num_kv_heads > LANES:
             return f"return_lse with {request.num_kv_heads} kv heads, more than {LANES}"
-        return _refuses_v2(request) if request.version == "v2" else None
+        refused = _refuses_v2(request) if request.version == "v2" else None
+        return refused or too_large(request)
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        from .attend import Call, attend
+        from .attend import attend
+        from .call import Call
         from .update import merged_slots
         from .work import chunked_tables, query_tiles, segments_to_write
 
@@ -175,7 +180,7 @@ def _queries(call: Call, queries: jax.Array) -> jax.Array:
 
 def _sinks(call: Call, sinks: jax.Array) -> jax.Array:
     """``[joints, rows, 128]`` float32, in base 2."""
-    from .tiles import HIDDEN, LOG2_E
+    from .softmax import HIDDEN, LOG2_E
 
     based = jnp.minimum(sinks.astype(jnp.float32) * LOG2_E, -HIDDEN)[:, None]
     rows = _in_joints(call, based).reshape(call.joints, 1, call.token_rows, 1)

@@ -17,7 +17,7 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.types import AttentionRequest
 
-__all__ = ["LEAST_KEYS", "TABLE_CHUNK", "Block", "Blocks", "Shapes", "choose", "generation", "vmem_bytes", "vmem_limit"]
+__all__ = ["LEAST_KEYS", "TABLE_CHUNK", "Block", "Blocks", "Shapes", "choose", "too_large", "vmem_bytes", "vmem_limit"]
 
 TABLE_CHUNK = 128
 """Entries of the block table that are copied to scalar memory at once. The pages of a block lie within one chunk."""
@@ -25,7 +25,11 @@ TABLE_CHUNK = 128
 LEAST_KEYS = 128
 """Keys of a block, at least: a logit for each of them fills one row of a vector register."""
 
+KEYS_MULTIPLE = 32
+"""Keys of a block are a multiple of it: rows of a register of 8-bit numbers."""
+
 MIB = 2**20
+MOST_SMEM = 3 * MIB // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +229,29 @@ def choose(request: AttentionRequest, config: RaggedPageConfig) -> Blocks:
     if isinstance(config.kernel_config, Blocks):
         return config.kernel_config
     return _default(request, generation(), vmem_limit(request))
+
+
+def smem_bytes(request: AttentionRequest, blocks: Blocks) -> int:
+    """Bytes of scalar memory that the longest lists of work take: see ``work.py``."""
+    tokens, rows = request.num_tokens, request.num_rows
+    tiles = 2 * (tokens // blocks.prefill.tokens) + rows
+    segments = min(2 * tokens, 2 * tokens // request.page_size + 2 * rows) if request.writes_pages else 0
+    return 4 * (8 * max(rows, tiles) + 4 * segments)
+
+
+def too_large(request: AttentionRequest) -> str | None:
+    """What of ``request`` the memories of a core can't hold, with the smallest blocks that there are; or None."""
+    limit, blocks = vmem_limit(request), choose(request, RaggedPageConfig())
+    for block in (blocks.decode, blocks.prefill):
+        taken, keys = vmem_bytes(request, block), block.pages(request.page_size) * request.page_size
+        if taken > limit:
+            return (
+                f"blocks of {keys} tokens take {taken / MIB:.1f} MiB of VMEM, more than the {limit / MIB:.1f} MiB of "
+                "this TPU or of vmem_limit_bytes"
+            )
+        if keys % KEYS_MULTIPLE:
+            return f"pages of {request.page_size} tokens: blocks of {keys}, no multiple of {KEYS_MULTIPLE}"
+    lists = smem_bytes(request, blocks)
+    if lists > MOST_SMEM:
+        return f"lists of work of {lists / MIB:.1f} MiB for {request.num_tokens} tokens, more than scalar memory holds"
+    return None
