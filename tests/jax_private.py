@@ -41,7 +41,8 @@ def described_device(kind: str, num_cores: int, platform: str) -> AbstractDevice
 
 def races_found() -> bool:
     """Whether TPU interpret mode with ``detect_races`` saw two accesses in no order, in the last call."""
-    return bool(interpret_pallas_call.races.races_found)
+    state: Any = interpret_pallas_call.races
+    return bool(state.races_found)
 
 
 def teach_interpreter_reshaped_refs() -> None:

@@ -95,7 +95,7 @@ def check(batch: Batch, kernel: PallasTPU, blocks: Blocks | None = None) -> None
 
 
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
-def test_copies_may_run_early_or_late_and_nothing_races(mode: str) -> None:
+def test_copies_may_run_early_or_late_and_nothing_races(mode: Any) -> None:
     parameters = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True)
     check(build_batch(dataclasses.replace(LONG, name=f"long-{mode}"), "v3"), PallasTPU(interpret=parameters), SMALL)
     assert not races_found()

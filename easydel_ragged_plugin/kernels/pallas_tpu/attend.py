@@ -196,7 +196,7 @@ def attend(
         inputs.pop("new", None)
     pack = packing(shapes.result)
     of_output = (call.joints, request.num_tokens, call.token_rows // pack, pack, call.lanes)
-    outputs = {"output": (of_output, shapes.result)}
+    outputs: dict[str, tuple[tuple[int, ...], Any]] = {"output": (of_output, shapes.result)}
     if request.return_lse:
         outputs["lse"] = ((request.num_tokens, call.token_rows, LANES), np.dtype(np.float32))
     aliases = {}

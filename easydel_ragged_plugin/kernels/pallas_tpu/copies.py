@@ -72,13 +72,13 @@ def copy_table(call: Call, refs: Any, at: Cursor, slot: jax.Array) -> Any:
 
 
 def pages_of(call: Call, refs: Any, at: Cursor) -> tuple[jax.Array, jax.Array]:
-    """First and last-but-one entry of the block table that a step needs."""
+    """The first entry of the block table that a step needs, and the one after the last."""
     first = at.block * call.pages
     begin = jnp.maximum(column(refs, Item.PAGE, at.item), first)
     return begin, jnp.minimum(column(refs, Item.PAGE_END, at.item), first + call.pages)
 
 
-def buffer_at(call: Call, refs: Any, buffer: jax.Array, slot: jax.Array, count: Any) -> Any:
+def buffer_at(call: Call, refs: Any, buffer: jax.Array, slot: Any, count: Any) -> Any:
     """Slots of a buffer, in the shape of the cache."""
     return refs.cache.at[buffer, pl.ds(slot, count), pl.ds(0, call.shapes.slot[0])]
 
