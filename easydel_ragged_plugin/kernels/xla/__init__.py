@@ -314,6 +314,7 @@ class XlaKernel(Kernel):
         ),
         results=frozenset({"lse"}),
     )
+    custom_calls = ("LayoutConstraint",)  # on TPU
     label = "XLA (this package)"
     color = "#7cc5bd"
 
