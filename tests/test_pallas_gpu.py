@@ -37,7 +37,7 @@ from easydel_ragged_plugin.testing.cases import (
     spoil_row,
 )
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
-from easydel_ragged_plugin.testing.kernel_contract import KernelTests
+from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver, KernelOutcome
 
 V2_CASES = {
@@ -116,9 +116,9 @@ class OneNaN(KernelDriver):
     def pages_of(self, cache: Any) -> np.ndarray:
         return self._with_one_nan(super().pages_of(cache))
 
-    def expected(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray]:
-        output, pages = super().expected(batch, outcome)
-        return output, self._with_one_nan(pages)
+    def expected_with_lse(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        output, pages, lse = super().expected_with_lse(batch, outcome)
+        return output, self._with_one_nan(pages), lse
 
     def _with_one_nan(self, pages: np.ndarray) -> np.ndarray:
         if pages.dtype != ml_dtypes.float8_e5m2:
@@ -137,7 +137,7 @@ class TestPallasGPU(KernelContract):
     }
 
 
-class TestPallasGPUInEveryCase(KernelTests):
+class TestPallasGPUInEveryCase(KernelResults):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN
