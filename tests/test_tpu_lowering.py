@@ -38,7 +38,7 @@ def has_params(request: pytest.FixtureRequest) -> bool:
 # JAX's name of the device, its cores, and what ejkernel makes of it: v5p, v6e and 7x.
 TPUS = {"TPU v5p": (2, 5, "TPU v5"), "TPU v6 lite": (1, 6, "TPU v6"), "TPU7x": (2, 7, "TPU 7")}
 V6E = "TPU v6 lite"
-CAP = {"logits_soft_cap": 30.0}
+CAP: dict[str, Any] = {"logits_soft_cap": 30.0}
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ NO_ROOM = "v3 needs more than the 16 MiB of VMEM of a TPU before v6e"
     ],
 )
 def test_what_the_hosts_v3_gets_wrong_falls_back_by_name(
-    geometry: tuple[int, ...],
+    geometry: tuple[int, int, int],
     dtype: Any,
     options: dict[str, Any],
     generation: int,
@@ -227,7 +227,7 @@ def test_v2_falls_back_by_name() -> None:
     [((6, 2), jnp.bfloat16, "xla"), ((8, 2), jnp.bfloat16, "ejkernel"), ((6, 2), jnp.float32, "ejkernel")],
 )
 def test_sinks_of_an_odd_number_of_heads_fall_back_by_name(heads: tuple[int, int], dtype: Any, kernel: str) -> None:
-    function, arguments = call("v3", *heads, 128, dtype)
+    function, arguments = call("v3", heads[0], heads[1], 128, dtype)
     sinks = jax.ShapeDtypeStruct(heads[:1], jnp.float32)
     selection = explain(function.func, *arguments, sinks, **function.keywords)
     assert selection.kernel == kernel
