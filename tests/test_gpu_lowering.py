@@ -154,7 +154,7 @@ def every_combination() -> Iterator[Any]:
             yield pytest.param(head_dim, dtypes, options, id=f"{head_dim}-{dtypes}-{options}", marks=marks)
 
 
-@pytest.mark.parametrize(("head_dim", "dtypes", "options"), every_combination())
+@pytest.mark.parametrize(("head_dim", "dtypes", "options"), list(every_combination()))
 def test_lowers_for_cuda(head_dim: int, dtypes: str, options: str) -> None:
     dtype, cache = DTYPES[dtypes]
     lowered = lower("v3", head_dim=head_dim, dtype=dtype, cache=cache, **OPTIONS[options])
