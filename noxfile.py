@@ -312,7 +312,7 @@ def lowering(session: nox.Session, version: str) -> None:
     """What the GPU kernels are lowered to, with versions of JAX that no other session has."""
     install(session, "", *group("test"), f"jax=={version}")
     session.log("Lowering the GPU kernels for CUDA and ROCm: about 2 minutes")
-    pytest(session, "test_gpu_lowering.py", "-m", "not once")
+    pytest(session, "test_gpu_lowering.py")
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: it serves about 80 engines
