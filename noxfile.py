@@ -295,6 +295,17 @@ def gpu(session: nox.Session) -> None:
     pytest(session, "test_gpu_compile.py", **variables)
 
 
+@nox.session(default=False, tags=REST)
+def tpu(session: nox.Session) -> None:
+    """Programs for TPUs through libtpu, for TPUs that are described: no TPU, no driver."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        session.skip("libtpu comes as a wheel for Linux on x86-64")
+    install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37")  # what jax[tpu] of that version names
+    session.log("Compiling for v5e, v5p, v6e and 7x: about 2 minutes")
+    variables = {"EASYDEL_RAGGED_TEST_TPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    pytest(session, "test_tpu_compile.py", "--dist=load", **variables)
+
+
 @nox.session(python=newest_python(), default=False, tags=REST)
 @nox.parametrize("version", OTHER_JAX, ids=OTHER_JAX)
 def lowering(session: nox.Session, version: str) -> None:

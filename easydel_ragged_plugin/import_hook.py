@@ -1,22 +1,30 @@
-"""Wraps the loader of a module, so that a function is called when the module has been executed."""
+"""Wraps the loader of a module, so that a function is called when the module has been executed.
 
-from __future__ import annotations
+It is imported inside of a finder, so it imports built-in modules alone: ``startup.py`` has the reason.
+"""
 
+import _thread
 import sys
-import threading
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # what type checkers take for typing.TYPE_CHECKING
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 __all__ = ["find_and_wrap"]
 
-_searches: set[tuple[str, int]] = set()  # what is searched, by which thread
+_searches: "set[tuple[str, int]]" = set()  # what is searched, by which thread
 
 
 def find_and_wrap(
-    own_finder: object, fullname: str, path: Any, target: ModuleType | None, executed: Callable[[ModuleType], None]
-) -> ModuleSpec | None:
+    own_finder: object,
+    fullname: str,
+    path: "Any",
+    target: "ModuleType | None",
+    executed: "Callable[[ModuleType], None]",
+) -> "ModuleSpec | None":
     """The spec that the finders on ``sys.meta_path`` give for a module, with its loader wrapped.
 
     Args:
@@ -25,7 +33,7 @@ def find_and_wrap(
         executed: called with the module when the module has been executed.
     """
     # Another finder may call each finder on sys.meta_path in turn, the caller included.
-    search = (fullname, threading.get_ident())
+    search = (fullname, _thread.get_ident())
     if search in _searches:
         return None
     _searches.add(search)
@@ -38,7 +46,7 @@ def find_and_wrap(
     return spec
 
 
-def _find(own_finder: object, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
+def _find(own_finder: object, fullname: str, path: "Any", target: "ModuleType | None") -> "ModuleSpec | None":
     for finder in list(sys.meta_path):
         find_spec = getattr(finder, "find_spec", None)
         if finder is own_finder or find_spec is None:
@@ -52,16 +60,16 @@ def _find(own_finder: object, fullname: str, path: Any, target: ModuleType | Non
 class _Loader:
     """Every attribute but ``exec_module`` is the wrapped loader's."""
 
-    def __init__(self, loader: Any, executed: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: "Any", executed: "Callable[[ModuleType], None]") -> None:
         self._loader = loader
         self._executed = executed
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> "Any":
         if name == "_loader":  # on a copy that has no attributes yet
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: "ModuleType") -> None:
         # The module must have its real loader: importlib.resources, inspect, pickle and reload use it.
         loader = self._loader
         for holder, attribute in ((module, "__loader__"), (module.__spec__, "loader")):

@@ -31,7 +31,7 @@ OFF, ARMED, WAITING, PENDING = "off", "armed", "waiting", "pending"
 REGISTERED, FAILED, DEACTIVATED = "registered", "failed", "deactivated"
 _HALF_IMPORTED = (WAITING, PENDING)
 
-_OPERATIONS_MODULE = f"{__package__}.operations"
+_OPERATIONS_MODULE, _IMPORT_HOOK = f"{__package__}.operations", f"{__package__}.import_hook"
 
 
 class Startup:
@@ -86,19 +86,21 @@ class Startup:
 
 
 class _Finder:
-    """Wraps the loaders of the host's operations package and of this package's operations; finds nothing else."""
+    """Wraps the loaders of the host's operations package and of this package's operations.
+
+    While something is half imported, it wraps those of all other modules, too: see :func:`_check_again`.
+    """
+
+    # The interpreter calls this with its global import lock held. If this thread waited here for a module that another
+    # thread is importing, neither would go on: the other one needs the lock for its next import. So nothing is imported
+    # here but `import_hook`, which needs nothing, and what is to be done waits until the module has been executed.
 
     def find_spec(self, fullname: str, path: "Any" = None, target: "ModuleType | None" = None) -> "ModuleSpec | None":
-        if _startup.state in _HALF_IMPORTED:
-            _guarded(_check_again)
         # Our own operations may be imported first: they import the host, which is then executed before they are.
-        if fullname != _OPERATIONS_MODULE:
-            if not fullname.startswith("easydel."):
-                return None
-            from .host import OPERATIONS_PACKAGES
-
-            if fullname not in OPERATIONS_PACKAGES:
-                return None
+        of_host = fullname.startswith("easydel.") and fullname.endswith(".operations")
+        awaited = of_host or fullname == _OPERATIONS_MODULE or _startup.state in _HALF_IMPORTED
+        if not awaited or fullname == _IMPORT_HOOK:
+            return None
         from .import_hook import find_and_wrap
 
         return find_and_wrap(self, fullname, path, target, _executed)
@@ -218,10 +220,12 @@ def _install_finder() -> None:
 
 
 def _executed(module: "ModuleType") -> None:
-    if module.__name__ == _OPERATIONS_MODULE:
-        _guarded(_check_again)
-    else:
+    from .host import OPERATIONS_PACKAGES
+
+    if module.__name__ in OPERATIONS_PACKAGES:
         _guarded(_register, module)
+    else:
+        _guarded(_check_again)
 
 
 def _register_loaded_host(*, again: bool = False) -> list[str]:

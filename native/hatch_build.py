@@ -92,7 +92,10 @@ def compile_library(source: Path, target: Path) -> None:
         )  # fmt: skip
         _run(cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(folder, LIBRARY), target)
+        # Under another name first: a process that has an earlier library in memory keeps it.
+        beside = target.with_suffix(".new")
+        shutil.copy(Path(folder, LIBRARY), beside)
+        beside.replace(target)
 
 
 class NativeBuildHook(BuildHookInterface):

@@ -196,7 +196,7 @@ def window_from_the_last_query(
 @mistake(
     "result in float32",
     caught_by="test_values[gqa-9-3-head-dim-64-bfloat16-{version}]",
-    select="test_values and (decode or bfloat16)",
+    select="test_values and (decode or head-dim-64-bfloat16)",
     says="float32.*bfloat16",
 )
 def float32_result(right: Forward, *args: Any) -> Attended:
@@ -353,6 +353,20 @@ def malformed_row_is_written(
     return right(request, config, operands)._replace(pages=right(request, config, inside).pages)
 
 
+@mistake(
+    "the last token is taken for unwritten where the call writes none",
+    caught_by="test_attending_again_without_writing_changes_nothing[{version}]",
+    select="attending_again",
+    versions=V3_ONLY,
+)
+def last_token_is_not_seen(
+    right: Forward, request: AttentionRequest, config: RaggedPageConfig, operands: Operands
+) -> Attended:
+    if not request.writes_pages:
+        operands = operands._replace(context_lens=operands.context_lens - 1)
+    return right(request, config, operands)
+
+
 # The logsumexp.
 
 
@@ -503,7 +517,7 @@ def describes(name: str, says: str, replaces: str, member: Any) -> None:
 RIGHT = OracleKernel.features
 describes(
     "an option that does not exist",
-    "features.options: got alibi, wanted some of compute_dtype",
+    "features.options: got alibi, wanted some of attention_chunk_size, compute_dtype",
     "features",
     dataclasses.replace(RIGHT, options=RIGHT.options | {"alibi"}),
 )

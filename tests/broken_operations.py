@@ -298,7 +298,7 @@ def page_ids_matter(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray]
 @mistake(
     "cached tokens hidden from prefill",
     caught_by="test_prefill_in_chunks_equals_prefill_in_one",
-    select="chunks or hashable",
+    select="chunks_equals or hashable",
 )
 def cached_tokens_hidden_from_prefill(right: Compute, *args: Any) -> tuple[np.ndarray, np.ndarray]:
     *arrays, index, sinks, options = args

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -145,12 +146,19 @@ def triton(lowered: Any, name: str) -> str:
         return str(module)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-def test_lowers_for_cuda(head_dim: int, dtypes: tuple[Any, Any], options: dict[str, Any]) -> None:
-    dtype, cache = dtypes
-    assert names(lower("v3", head_dim=head_dim, dtype=dtype, cache=cache, **options)) == KERNELS["v3"]
+def every_pair() -> Iterator[tuple[int, str, str]]:
+    """head_dim, dtypes and options: a third of all combinations, in which every pair occurs."""
+    for index, head_dim in enumerate((64, 80, 96, 128, 192, 256)):
+        for (i, dtypes), (j, options) in itertools.product(enumerate(DTYPES), enumerate(OPTIONS)):
+            if (index + i + j) % 3 == 0:
+                yield head_dim, dtypes, options
+
+
+@pytest.mark.parametrize(("head_dim", "dtypes", "options"), list(every_pair()))
+def test_lowers_for_cuda(head_dim: int, dtypes: str, options: str) -> None:
+    dtype, cache = DTYPES[dtypes]
+    lowered = lower("v3", head_dim=head_dim, dtype=dtype, cache=cache, **OPTIONS[options])
+    assert names(lowered) == KERNELS["v3"]
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 100, 128, 256])
@@ -298,9 +306,11 @@ def check_float32_sums(program: str, num_products: int) -> None:
     assert len(found) == num_products, f"{len(found)} products"
     for line in found:
         assert re.search(r"-> tensor<\d+x\d+xf32>", line), line
-    # Maximum, total and weighted values.
+    # Maximum, total and weighted values of a tile, in each of two loops, and of a query that is taken alone.
     carried = [re.findall(r"x([a-z]\w+)>", line.split("->")[1]) for line in program.splitlines() if "iter_args" in line]
-    assert [each for each in carried if len(each) == 3] == [["f32"] * 3] * (num_products // 2), f"carried: {carried}"
+    assert [each for each in carried if len(each) == 3] == [["f32"] * 3] * (num_products // 2 + 1), (
+        f"carried: {carried}"
+    )
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
@@ -310,7 +320,8 @@ def test_statistics_and_accumulators_are_float32(kernel: str, spoil: Any) -> Non
     state, walk = attend.Softmax, attend.walk
 
     def half(maximum: jax.Array, total: jax.Array, weighted: jax.Array) -> attend.Softmax:
-        return state(maximum, total, weighted.astype(jnp.bfloat16))
+        of_a_tile = len(weighted) > 1  # what is stored of a query alone has to stay in float32
+        return state(maximum, total, weighted.astype(jnp.bfloat16) if of_a_tile else weighted)
 
     def walk_with_half(*arguments: Any) -> attend.Softmax:
         maximum, total, weighted = walk(*arguments)
@@ -406,9 +417,9 @@ def test_nothing_of_the_caches_size_but_the_cache(version: Version) -> None:
             check_nothing_is_as_large_as(elements, lowered)
 
 
-PAGES = {"ragged_update": (5, 2), "ragged_decode": (2, 4), "ragged_prefill": (2, 4)}
+PAGES = {"ragged_update": (5, 2), "ragged_decode": (2, 6), "ragged_prefill": (2, 6)}
 """The argument that holds the pages, and how often a kernel computes addresses in it: for keys and for values, once or
-in each of two loops."""
+in each of three loops, of which the last takes the queries one by one."""
 
 
 def type_of(value: Any) -> str:

@@ -22,7 +22,12 @@ from easydel_ragged_plugin.testing.batches import Batch, Case, build_batch
 from easydel_ragged_plugin.testing.cases import case_named
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver
 
-KERNELS = ["xla", *(f"cpu_native {level}" for level in LEVELS), "pallas_gpu", "turboquant"]
+KERNELS = [
+    "xla",
+    *(f"cpu_native {level}" for level in LEVELS),
+    pytest.param("pallas_gpu", marks=pytest.mark.once),  # in an interpreter
+    "turboquant",
+]
 LARGEST = float(np.finfo(np.float32).max)
 SMALL = dataclasses.replace(case_named("mixed"), name="numbers")
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_requests import SMALL, decode_parts
-from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
+from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, OneNaN, overlapping_rows
 
 from easydel_ragged_plugin import RaggedPageConfig, page_shape, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
@@ -37,8 +37,7 @@ from easydel_ragged_plugin.testing.cases import (
     spoil_row,
 )
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
-from easydel_ragged_plugin.testing.kernel_contract import KernelTests
-from easydel_ragged_plugin.testing.kernel_driver import KernelDriver, KernelOutcome
+from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 
 V2_CASES = {
     "mixed",
@@ -110,22 +109,6 @@ def check(batch: Batch, config: RaggedPageConfig = CONFIG, return_lse: bool = Fa
         assert_lse_close(each, expected_lse, batch.case)
 
 
-class OneNaN(KernelDriver):
-    """XLA's CPU backend, which the interpreter writes through, has one NaN where float8_e5m2 has several."""
-
-    def pages_of(self, cache: Any) -> np.ndarray:
-        return self._with_one_nan(super().pages_of(cache))
-
-    def expected(self, batch: Batch, outcome: KernelOutcome) -> tuple[np.ndarray, np.ndarray]:
-        output, pages = super().expected(batch, outcome)
-        return output, self._with_one_nan(pages)
-
-    def _with_one_nan(self, pages: np.ndarray) -> np.ndarray:
-        if pages.dtype != ml_dtypes.float8_e5m2:
-            return pages
-        return np.where(np.isnan(pages.astype(np.float32)), np.array(np.nan, pages.dtype), pages)
-
-
 class TestPallasGPU(KernelContract):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
@@ -137,7 +120,7 @@ class TestPallasGPU(KernelContract):
     }
 
 
-class TestPallasGPUInEveryCase(KernelTests):
+class TestPallasGPUInEveryCase(KernelResults):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN

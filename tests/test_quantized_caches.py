@@ -34,6 +34,7 @@ INT8_CASES = (
 )
 
 
+@pytest.mark.once
 class TestInt8(KernelContract):
     """The portable kernel is the one that takes int8."""
 

@@ -308,6 +308,31 @@ def test_many_threads(tmp_path: Path, python: Callable[..., str]) -> None:
     assert output.splitlines()[-1] == "their_op True []"
 
 
+@pytest.mark.parametrize("state", ["armed", "waiting", "pending"])
+def test_finder_imports_nothing_that_another_thread_may_be_importing(
+    state: str, tmp_path: Path, python: Callable[..., str]
+) -> None:
+    """The interpreter calls finders with its import lock held, which the other thread needs to get on."""
+    output = python(
+        f"""
+        import sys
+        from importlib.machinery import ModuleSpec
+        from types import ModuleType
+        from easydel_ragged_plugin import startup
+        (finder,) = [each for each in sys.meta_path if type(each).__module__ == startup.__name__]
+        startup._startup.state = {state!r}
+        sys.modules["easydel.operations"] = half = ModuleType("easydel.operations")
+        half.__spec__ = ModuleSpec("easydel.operations", None)
+        before = set(sys.modules)
+        specs = [finder.find_spec(name) for name in ("easydel_ragged_plugin.operations", "colorsys", "no_such_module")]
+        print(*sorted(set(sys.modules) - before), *(type(spec and spec.loader).__name__ for spec in specs[1:]))
+        """,
+        stand_in(tmp_path),
+    )
+    wrapped = "NoneType" if state == "armed" else "_Loader"
+    assert output.split() == ["easydel_ragged_plugin.import_hook", wrapped, "NoneType"]
+
+
 def test_finders_that_call_every_finder_do_not_recurse(tmp_path: Path, python: Callable[..., str]) -> None:
     output = python(
         f"""

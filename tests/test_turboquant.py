@@ -19,20 +19,31 @@ from easydel_ragged_plugin.kernels.turboquant import KERNEL
 from easydel_ragged_plugin.kernels.xla import XlaKernel
 from easydel_ragged_plugin.testing import KernelContract
 from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, one_of_each
-from easydel_ragged_plugin.testing.kernel_contract import KernelTests
+from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.turboquant import TurboQuantPages
 
 # Decode, chunked prefill, prefill, one token, an idle row, padding. One shape for all cases: they share programs.
 CASE = Case("turboquant", (Row(9, 1), Row(21, 6), Row(12, 12), Row(1, 1), Row(0, 0)), num_tokens=24, num_rows=6)
 
 
+@pytest.mark.once
 class TestTurboQuant(KernelContract):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
     cases: ClassVar = one_of_each(CASES)
 
 
-class TestTurboQuantInEveryCase(KernelTests):
+@pytest.mark.host
+class TestTurboQuantOfHost(KernelResults):
+    """With the JAX of each EasyDeL."""
+
+    kernel: ClassVar = KERNEL
+    driver_class: ClassVar = TurboQuantDriver
+    cases: ClassVar = one_of_each(CASES)
+
+
+@pytest.mark.once
+class TestTurboQuantInEveryCase(KernelResults):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
     cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
@@ -189,8 +200,10 @@ def test_more_slots_than_an_int32_counts_are_refused_where_they_are_written() ->
     )
     queries, keys, values, _, *index = arguments_of(pages)
     with pytest.raises(Unsupported, match=r"turboquant: writes to 1048576 pages of 4096 tokens: more than 2147483647"):
-        explain(v3, queries, keys, values, many, *index)
-    assert explain(v3, queries, keys, values, many, *index, update_pages=False).kernel == "turboquant"
+        explain(v3, queries, keys, values, many, *index, config="turboquant")
+    assert (
+        explain(v3, queries, keys, values, many, *index, config="turboquant", update_pages=False).kernel == "turboquant"
+    )
 
 
 @pytest.mark.parametrize(

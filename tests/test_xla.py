@@ -4,17 +4,55 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
+from kernel_calls import OneNaN
+
 from easydel_ragged_plugin.kernels.xla import KERNEL
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, one_of_each
-from easydel_ragged_plugin.testing.kernel_contract import KernelTests
+from easydel_ragged_plugin.testing.cases import CASES, case_named, one_of_each
+from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 
 
+@pytest.mark.once
 class TestXla(KernelContract):
     kernel: ClassVar = KERNEL
     cases: ClassVar = one_of_each(CASES)
 
 
-class TestXlaInEveryCase(KernelTests):
+@pytest.mark.host
+class TestXlaOfHost(KernelResults):
+    """With the JAX of each EasyDeL."""
+
+    kernel: ClassVar = KERNEL
+    cases: ClassVar = one_of_each(CASES)
+
+
+@pytest.mark.once
+class TestXlaInEveryCase(KernelResults):
     kernel: ClassVar = KERNEL
     cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
+
+
+class ToldThatItIsATPU(OneNaN):
+    platform = "tpu"
+
+
+class TestXlaAsOnTPU(KernelResults):
+    """There it reads and writes the pages in their own shape. The numbers are a CPU's."""
+
+    kernel: ClassVar = KERNEL
+    driver_class: ClassVar = ToldThatItIsATPU
+    cases: ClassVar = tuple(
+        case_named(name)
+        for name in (
+            "mixed",
+            "all-options",
+            "bfloat16-head-dim-64",
+            "float8-e5m2",
+            "gqa-9-3-head-dim-64",
+            "mqa",
+            "pages-as-they-are",
+            "repeated-page",
+            "stale-table",
+        )
+    )

@@ -1,17 +1,19 @@
 """The host's own kernels, called as the host's own operations call them.
 
-On TPU this is the first choice: ejkernel's Pallas kernels are tuned there (ragged page attention v3, Jiang et al.,
-2026, arXiv 2604.15464). Elsewhere it runs when it is named, so that the host's kernels stay available, with the faults
-that docs/kernels.md lists.
+On TPU this is the first choice where it is right: ejkernel's Pallas kernels are tuned there (ragged page attention v3,
+Jiang et al., 2026, arXiv 2604.15464). :func:`refused_on_tpu` has what is not. Elsewhere it runs when it is named, so
+that the host's kernels stay available, with the faults that docs/kernels.md lists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from importlib import metadata
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
@@ -27,6 +29,14 @@ PALLAS_V2_HEAD_DIMS = (128, 256)
 WIDE_HEAD_DIM = 256
 WIDE_HEAD_PAGES = 8
 """From this head_dim on, more pages in a block than this exceed 16 MiB of scoped VMEM on TPU (the host's own cap)."""
+
+
+FIRST_WITH_ROOM = 6
+"""Generation of TPU whose scoped VMEM (32 MiB; 16 MiB before) holds the buffers of every kernel of v3."""
+KIB = 1024
+SMEM_BYTES, SMEM_BYTES_BEFORE = 2048 * KIB, 1024 * KIB
+"""Memory for scalars from that generation on, and before. The kernel of v3 keeps the block table there."""
+SMEM_OF_OTHERS = 16 * KIB
 
 
 def unavailable() -> str | None:
@@ -67,7 +77,8 @@ class EjkernelKernel(Kernel):
         return {"available": True, "reason": None, "version": metadata.version("ejkernel")}
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """Calls that ejkernel's functions can't run. A call that they run with a wrong result is not refused."""
+        """Calls that ejkernel's functions can't run; on TPU, where it is first in the order, also those that they get
+        wrong."""
         reason = unavailable()
         if reason is not None:
             return reason
@@ -77,6 +88,8 @@ class EjkernelKernel(Kernel):
                 return "this ejkernel reads no TurboQuant cache; that of EasyDeL 0.3.0 does"
             if "compute_dtype" in requested:
                 return "takes no compute_dtype with a TurboQuant cache"
+            if request.platform == "tpu" and request.options.window is not None:
+                return "sliding_window: wrong with a TurboQuant cache for every query of a row but its last"
             return None
         if request.cache_dtype.name == "int8":
             return "an int8 cache; takes float dtypes"
@@ -84,18 +97,14 @@ class EjkernelKernel(Kernel):
             scales = [name for name in ("k_scale", "v_scale") if name in requested]
             if scales:
                 return f"v2 takes no {', '.join(scales)}"
-            if "compute_dtype" in requested and host_platform(request, RaggedPageConfig()) == "pallas":
-                return "v2 on TPU computes in the inputs' dtype; takes no compute_dtype"
-            return None
+            return refused_on_tpu(request) if request.platform == "tpu" else None
         if "compute_dtype" in requested:
             return "v3 takes no compute_dtype"
-        if request.query_dtype.name == "float16" and request.platform == "tpu":
-            return "float16 queries: v3 does not compile for them on TPU; takes float32 and bfloat16"
         if request.page_size % packing(request.cache_dtype):
             return f"v3 needs a page_size that {packing(request.cache_dtype)} divides, got {request.page_size}"
-        if request.head_dim == 64 and request.platform != "tpu":
-            return "v3 runs head_dim 64 on TPU alone"
-        return None
+        if request.platform == "tpu":
+            return refused_on_tpu(request)
+        return "v3 runs head_dim 64 on TPU alone" if request.head_dim == 64 else None
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
@@ -145,6 +154,39 @@ class EjkernelKernel(Kernel):
             **options,
         )
         return Attended(output, pages)
+
+
+def tpu_generation() -> int:
+    """Generation of this process's TPU; 0 where there is none, as on a machine that lowers for one."""
+    if jax.default_backend() != "tpu":
+        return 0
+    found = re.search(r"TPU ?v?(\d+)", jax.devices()[0].device_kind)
+    return int(found[1]) if found else 0
+
+
+def refused_on_tpu(request: AttentionRequest) -> str | None:
+    """Calls that ejkernel's TPU kernels get wrong or do not compile for; an unknown TPU is taken for a small one.
+
+    Found by compiling for described TPUs (v5e, v5p, v6e, 7x) and in Pallas' TPU interpreter, with ejkernel 0.0.78.
+    """
+    if request.version == "v2":
+        return "v2 on TPU: its kernel needs more VMEM than there is for block tables of more than a few pages"
+    if request.options.window is not None:
+        return "sliding_window: v3 on TPU is wrong with head_dim 64, and leaves slots of new tokens unwritten"
+    if request.query_dtype.name == "float16":
+        return "float16 queries: v3 does not compile for them on TPU; takes float32 and bfloat16"
+    if request.options.sinks and request.group_size % packing(request.query_dtype):
+        return f"sinks: v3 on TPU takes an even number of query heads for a kv head, got {request.group_size}"
+    has_room = tpu_generation() >= FIRST_WITH_ROOM
+    if not has_room and (request.cache_dtype.itemsize == 1 or request.layout.padded_head_dim != 128):
+        return (
+            f"head_dim {request.head_dim} with a {request.cache_dtype.name} cache: v3 needs more than the 16 MiB of "
+            "VMEM of a TPU before v6e; there it takes head_dims up to 128 other than 64, and caches of 16 and 32 bits"
+        )
+    table = 4 * request.num_rows * request.pages_per_row
+    if table + SMEM_OF_OTHERS > (SMEM_BYTES if has_room else SMEM_BYTES_BEFORE):
+        return f"v3 on TPU keeps the block table in memory for scalars, which has no room for {table} bytes"
+    return None
 
 
 def turboquant_forward(request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:

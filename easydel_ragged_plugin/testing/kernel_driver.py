@@ -75,6 +75,9 @@ class KernelDriver:
         compiler_options: of ``jax.jit``.
     """
 
+    platform: str | None = None
+    """The platform that the kernel is told; None for the one that the tests run on."""
+
     def __init__(
         self,
         kernel: Kernel,
@@ -194,4 +197,5 @@ class KernelDriver:
             batch.case.options,
             **scales,
             return_lse=return_lse,
+            platform=self.platform,
         )

@@ -256,9 +256,11 @@ FAMILIES = (
             "num_local_experts": 4,
             "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
-            "no_rope_layers": [1, 0],
+            "num_hidden_layers": 4,
             "attention_chunk_size": 24,
             "attn_temperature_tuning": False,
         },
+        remark="four layers, because EasyDeL takes each fourth layer for one without positions, whatever "
+        "`no_rope_layers` says",
     ),
 )

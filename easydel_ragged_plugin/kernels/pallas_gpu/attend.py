@@ -390,7 +390,8 @@ def attend_singly(
     lanes = power_of_two(request.head_dim)
 
     def multiply(weights: jax.Array, values: jax.Array, _: int) -> jax.Array:
-        return jnp.sum(weights.astype(jnp.float32)[0][:, None] * values.astype(jnp.float32), axis=0)[None, :]
+        # JAX 0.8 lowers no slices, which indexing with a number is.
+        return jnp.sum(weights.astype(jnp.float32).reshape(-1, 1) * values.astype(jnp.float32), axis=0)[None, :]
 
     def one(query: jax.Array, carry: jax.Array) -> jax.Array:
         offset, head = lax.div(query, jnp.int32(request.group_size)), lax.rem(query, jnp.int32(request.group_size))

@@ -15,7 +15,7 @@ Both loops are always compiled, and make no trip when no row needs them. Pages a
 
 On a TPU an array is tiled over its last two axes, so a reshape that merges these moves every element, and XLA chooses
 the order of the axes by what reads them: it would copy the whole cache at each call. There the pages keep their shape
-and the order of their axes until they are gathered, and new tokens are written one by one.
+and the order of their axes, blocks are put together page by page, and new tokens are written one by one.
 """
 
 from __future__ import annotations
@@ -158,11 +158,20 @@ def operand_dtype(request: AttentionRequest) -> jnp.dtype:
     return request.compute_dtype
 
 
+def gather_one_by_one(pages: jax.Array, ids: jax.Array) -> jax.Array:
+    """``pages[ids]`` without a gather, for which XLA copies the cache into another order on a TPU (v5e)."""
+
+    def read(page: jax.Array) -> jax.Array:
+        return row_major(lax.dynamic_index_in_dim(row_major(pages), page, keepdims=False))
+
+    return row_major(lax.map(read, ids))
+
+
 def read_pages(request: AttentionRequest, pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of whole pages: ``[..., pages * page_size, kv_heads, head_dim]`` for ids ``[..., pages]``."""
     layout = request.layout
     if request.platform == "tpu":
-        block = row_major(row_major(pages).at[ids].get(mode="clip"))
+        block = gather_one_by_one(pages, jnp.clip(ids.reshape(-1), 0, request.num_pages - 1))
     else:
         flat = pages.reshape(request.num_pages, layout.page_size, layout.token_stride)
         block = flat.at[ids].get(mode="clip")
@@ -314,6 +323,7 @@ class XlaKernel(Kernel):
         ),
         results=frozenset({"lse"}),
     )
+    custom_calls = ("LayoutConstraint",)  # on TPU
     label = "XLA (this package)"
     color = "#7cc5bd"
 
