@@ -277,7 +277,7 @@ def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""
     install(session, "", *group("test"))
     session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 5 minutes")
-    pytest(session, *without(KERNELS))
+    pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS))  # `tpu` has it
 
 
 @nox.session(default=False, tags=REST)
@@ -295,15 +295,26 @@ def gpu(session: nox.Session) -> None:
     pytest(session, "test_gpu_compile.py", **variables)
 
 
-@nox.session(default=False, tags=REST)
-def tpu(session: nox.Session) -> None:
-    """Programs for TPUs through libtpu, for TPUs that are described: no TPU, no driver."""
+def test_for_tpu(session: nox.Session, *arguments: str) -> None:
+    """Run tests in an environment with libtpu, which compiles for TPUs that are described."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("libtpu comes as a wheel for Linux on x86-64")
     install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37")  # what jax[tpu] of that version names
-    session.log("Compiling for v5e, v5p, v6e and 7x: about 2 minutes")
     variables = {"EASYDEL_RAGGED_TEST_TPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    pytest(session, "test_tpu_compile.py", "--dist=load", **variables)
+    session.log("Compiling for TPUs that are described, and the TPU kernel in an interpreter")
+    pytest(session, *arguments, **variables)
+
+
+@nox.session(default=False, tags=REST)
+def tpu(session: nox.Session) -> None:
+    """Programs for TPUs through libtpu, and the TPU kernel's contract in an interpreter: no TPU, no driver."""
+    test_for_tpu(session, "-m", "not long", "test_tpu_compile.py", "test_pallas_tpu.py")
+
+
+@nox.session(default=False, tags=["all"])  # not for each change: it takes about half an hour
+def tpu_in_every_case(session: nox.Session) -> None:
+    """What `tpu` leaves out: the TPU kernel on all cases of the contract, in an interpreter."""
+    test_for_tpu(session, "-m", "long", "test_pallas_tpu.py")
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)
@@ -337,7 +348,7 @@ def host(session: nox.Session, version: str) -> None:
     session.log("All tests on EasyDeL: about 15 minutes")
     # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `kernels` has them, and
     # `alone` what is marked `once`. Its lowering is tested with each host's JAX, and so are the operations that run it.
-    arguments = ("--ignore-glob=test_pallas_gpu*.py", "-m", "not once")
+    arguments = ("--ignore-glob=test_pallas_*.py", "-m", "not once")
     if version != HOSTS[0]:
         pytest(session, *arguments)
         return

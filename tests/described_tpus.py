@@ -54,6 +54,7 @@ def call(
     context: int = 8192,
     page_size: int = 128,
     tokens: int | None = None,
+    sinks: bool = False,
     **options: Any,
 ) -> tuple[Any, list[Any], tuple[int, ...]]:
     """A public function bound to its options, the shapes of its arguments, and the place of the pages that it writes.
@@ -65,12 +66,13 @@ def call(
     width = context // page_size
     pages = array(page_shape(version, rows * width, page_size, heads[1], head_dim, np.dtype(cache)), cache)
     index = [ints((rows,)), ints((rows, width)), ints((rows + 1,))]
+    last = [array(heads[:1], jnp.float32)] if sinks else []
     queries, new = (array((tokens or rows, number, head_dim), dtype) for number in heads)
+    function: Any = ragged_page_attention_v2 if version == "v2" else ragged_page_attention_v3
+    bound = functools.partial(function, platform="tpu", **options)
     if version == "v2":
-        function = functools.partial(ragged_page_attention_v2, platform="tpu", **options)
-        return function, [queries, pages, *index, ints((1,))], ()
-    function = functools.partial(ragged_page_attention_v3, platform="tpu", **options)
-    return function, [queries, new, new, pages, *index, ints((3,))], (3,)
+        return bound, [queries, pages, *index, ints((1,)), *last], ()
+    return bound, [queries, new, new, pages, *index, ints((3,)), *last], (3,)
 
 
 def compiled(function: Any, arguments: list[Any], donated: tuple[int, ...], kind: str) -> Any:

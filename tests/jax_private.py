@@ -20,14 +20,16 @@ from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 # (test_tpu_lowering.py), nor for a GPU from JAX 0.11 on (test_gpu_lowering.py).
 from jax._src.mesh import AbstractDevice
 
-# TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs.
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax._src.pallas.mosaic.interpret import utils as interpret_utils
-
 # An MLIR context that has Triton's dialect. Without it, as without the bindings.
 from jax._src.pallas.triton.lowering import _new_ir_context
-from jax._src.state.indexing import NDIndexer
-from jax._src.state.types import BitcastTransform, ReshapeTransform
+
+if jax.__version_info__ >= (0, 9):
+    # TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs. JAX 0.8 has
+    # another mode, which runs no kernel of ours.
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax._src.pallas.mosaic.interpret import utils as interpret_utils
+    from jax._src.state.indexing import NDIndexer
+    from jax._src.state.types import BitcastTransform, ReshapeTransform
 
 __all__ = ["_new_ir_context", "described_device", "ir", "races_found", "teach_interpreter_reshaped_refs"]
 

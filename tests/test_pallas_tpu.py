@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import KernelContract
 from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, case_named, one_of_each
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
-from easydel_ragged_plugin.testing.kernel_contract import KernelTests
+from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver
 
 teach_interpreter_reshaped_refs()
@@ -27,23 +28,37 @@ teach_interpreter_reshaped_refs()
 INTERPRETED: Any = PallasTPU(interpret=True)
 
 
+FEW = tuple(case_named(name) for name in ("mixed", "all-options", "bfloat16-head-dim-64", "float8-e4m3"))
+
+
 class TestPallasTPU(KernelContract):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v3",)
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = FEW
 
 
-class TestPallasTPUInEveryCase(KernelTests):
+class TestPallasTPUV2(KernelResults):
+    """Of v2's pages the kernel reads those whose heads fill registers."""
+
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
+    versions: ClassVar = ("v2",)
+    cases: ClassVar = tuple(dataclasses.replace(case, head_dim=128) for case in FEW)
+
+
+@pytest.mark.long
+class TestPallasTPUInEveryCase(KernelResults):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v3",)
-    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
+    cases: ClassVar = tuple(case for case in CASES if case not in FEW)
 
 
-class TestPallasTPUV2(TestPallasTPU):
-    """Of v2's pages the kernel reads those whose heads fill registers."""
-
+@pytest.mark.long
+class TestPallasTPUV2InEveryCase(KernelContract):
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v2",)
     cases: ClassVar = tuple(
         dataclasses.replace(case, head_dim=128) for case in one_of_each(CASES) if "v2" in case.versions
@@ -101,9 +116,13 @@ def test_copies_may_run_early_or_late_and_nothing_races(mode: Any) -> None:
     assert not races_found()
 
 
-@pytest.mark.parametrize("buffers", [2, 3, 4])
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("buffers", "tokens", "window"),
+    [
+        pytest.param(*each, marks=[] if each in {(2, 7, 100), (4, 1, None)} else [pytest.mark.long])
+        for each in itertools.product((2, 3, 4), (1, 7, 64), (None, 100))
+    ],
+)
 def test_blocks_do_not_change_results(buffers: int, tokens: int, window: int | None) -> None:
     blocks = Blocks(Block(1, 128 * (buffers - 1), buffers), Block(tokens, 256, buffers))
     check(build_batch(LONG.with_options(sliding_window=window), "v3"), INTERPRETED, blocks)

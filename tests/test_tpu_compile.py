@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from described_tpus import HAS_LIBTPU, call, compiled
 
 from easydel_ragged_plugin.kernels import xla
+from easydel_ragged_plugin.kernels.pallas_tpu import blocks
 from easydel_ragged_plugin.layout import Version
 
 # `nox -s tpu` brings it; elsewhere nobody misses it.
@@ -23,14 +26,16 @@ def size(arrays: list[Any]) -> int:
     return max(each.size * each.dtype.itemsize for each in arrays)
 
 
-def check_cache_is_not_copied(version: Version, kind: str, *geometry: Any, **how: Any) -> None:
-    """It is aliased, and temporaries are small beside it."""
+def check_cache_is_not_copied(version: Version, kind: str, *geometry: Any, **how: Any) -> Any:
+    """It is aliased, and temporaries are small beside it. Returns the program."""
     function, arguments, donated = call(version, *geometry, **how)
-    memory = compiled(function, arguments, donated, kind).memory_analysis()
+    program = compiled(function, arguments, donated, kind)
+    memory = program.memory_analysis()
     cache = size(arguments)
     assert not donated or memory.alias_size_in_bytes >= cache, f"aliased: {memory.alias_size_in_bytes} of {cache} bytes"
-    # A block of keys and values and the states of all rows, whatever the cache's size.
+    # Blocks of keys and values, and the states of all rows, whatever the cache's size.
     assert memory.temp_size_in_bytes < 16 * 2**20, f"temporaries: {memory.temp_size_in_bytes} of {cache} bytes"
+    return program
 
 
 @pytest.mark.parametrize(
@@ -48,6 +53,26 @@ def test_portable_kernel_copies_no_cache(
     version: Version, kind: str, heads: tuple[int, int], head_dim: int, how: dict[str, Any]
 ) -> None:
     check_cache_is_not_copied(version, kind, heads, head_dim, config="xla", **how)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "heads", "head_dim", "how"),
+    [
+        ("v3", "v5e", (32, 8), 128, {}),
+        ("v3", "v6e", (64, 8), 64, {"tokens": 256, "sliding_window": 128, "sinks": True}),
+        ("v3", "7x", (9, 3), 80, {"tokens": 256, "page_size": 16, "return_lse": True}),
+        ("v3", "v5p", (28, 4), 256, {"tokens": 256, "cache": jnp.float8_e4m3fn, "k_scale": 0.5, "v_scale": 2.0}),
+        ("v3", "v6e", (8, 1), 128, {"dtype": jnp.float32, "logits_soft_cap": 30.0, "attention_chunk_size": 512}),
+        ("v2", "v6e", (32, 8), 128, {"return_lse": True}),
+    ],
+)
+def test_own_kernel_compiles(
+    version: Version, kind: str, heads: tuple[int, int], head_dim: int, how: dict[str, Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(blocks, "generation", lambda: blocks.GENERATIONS[kind])
+    program = check_cache_is_not_copied(version, kind, heads, head_dim, config="pallas_tpu", **how)
+    found = set(re.findall(r"ragged_attention_(\w+?)\b", program.as_text()))
+    assert {"decode", "prefill"} <= found, found
 
 
 @pytest.mark.parametrize("spoiled", ["read", "write"])

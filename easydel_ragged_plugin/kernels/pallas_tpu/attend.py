@@ -48,7 +48,7 @@ def ragged_attention(call: Call, names: tuple[str, ...], *arrays: Any) -> None:
     """The kernel; ``names`` are those of its refs."""
     refs: Any = SimpleNamespace(**dict(zip(names, arrays, strict=True)))
     if call.writes:
-        write_segments(refs.segments, refs.num_segments, refs.new, refs.pages, refs.write_sems)
+        write_segments(refs.segments, refs.num_segments, refs.new, refs.pages, refs.write_semaphores)
     steps, ahead = refs.steps[0], call.block.buffers - 1
 
     def walk(step: jax.Array, cursors: tuple[Cursor, Cursor, Cursor]) -> tuple[Cursor, Cursor, Cursor]:

@@ -127,13 +127,13 @@ def scratch(call: Call) -> dict[str, Any]:
         "total": pltpu.VMEM((call.joints, call.rows, LANES), jnp.float32),
         "weighted": pltpu.VMEM((call.joints, call.rows, call.lanes), jnp.float32),
         "entries": pltpu.SMEM((3, 1, TABLE_CHUNK), jnp.int32),
-        "table_sems": pltpu.SemaphoreType.DMA((3,)),
-        "page_sems": pltpu.SemaphoreType.DMA((buffers,)),
-        "tile_sems": pltpu.SemaphoreType.DMA((block.buffers,)),
-        "out_sems": pltpu.SemaphoreType.DMA((2, 2)),
+        "table_semaphores": pltpu.SemaphoreType.DMA((3,)),
+        "page_semaphores": pltpu.SemaphoreType.DMA((buffers,)),
+        "tile_semaphores": pltpu.SemaphoreType.DMA((block.buffers,)),
+        "out_semaphores": pltpu.SemaphoreType.DMA((2, 2)),
     }
     if request.return_lse:
         found["lse_out"] = pltpu.VMEM((2, block.tokens, call.token_rows, LANES), jnp.float32)
     if call.writes:
-        found["write_sems"] = pltpu.SemaphoreType.DMA((1,))
+        found["write_semaphores"] = pltpu.SemaphoreType.DMA((1,))
     return found

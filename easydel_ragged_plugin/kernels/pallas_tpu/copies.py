@@ -68,7 +68,7 @@ def copy_table(call: Call, refs: Any, at: Cursor, slot: jax.Array) -> Any:
     """The copy of the chunk of the block table that a step needs."""
     chunk = lax.div(at.block * call.pages, jnp.int32(TABLE_CHUNK))
     source = refs.tables.at[column(refs, Item.ROW, at.item), chunk]
-    return pltpu.make_async_copy(source, refs.entries.at[slot], refs.table_sems.at[slot])
+    return pltpu.make_async_copy(source, refs.entries.at[slot], refs.table_semaphores.at[slot])
 
 
 def pages_of(call: Call, refs: Any, at: Cursor) -> tuple[jax.Array, jax.Array]:
@@ -92,14 +92,14 @@ def start_pages(call: Call, refs: Any, at: Cursor, buffer: jax.Array, table_slot
     def _(entry: jax.Array) -> None:
         page = refs.entries[table_slot, 0, lax.rem(entry, jnp.int32(TABLE_CHUNK))]
         to = buffer_at(call, refs, buffer, (entry - at.block * call.pages) * size, size)
-        pltpu.make_async_copy(refs.pages.at[page], to, refs.page_sems.at[buffer]).start()
+        pltpu.make_async_copy(refs.pages.at[page], to, refs.page_semaphores.at[buffer]).start()
 
 
 def wait_pages(call: Call, refs: Any, at: Cursor, buffer: jax.Array) -> None:
     """Wait until a step's pages are there: a semaphore counts bytes, so one wait is for all of them."""
     begin, end = pages_of(call, refs, at)
     copied = buffer_at(call, refs, buffer, 0, (end - begin) * call.request.page_size)
-    pltpu.make_async_copy(copied, copied, refs.page_sems.at[buffer]).wait()
+    pltpu.make_async_copy(copied, copied, refs.page_semaphores.at[buffer]).wait()
 
 
 def copy_queries(call: Call, refs: Any, item: jax.Array) -> Any:
@@ -107,7 +107,7 @@ def copy_queries(call: Call, refs: Any, item: jax.Array) -> Any:
     slot = lax.rem(item, jnp.int32(call.block.buffers))
     token, count = column(refs, Item.TOKEN, item), tokens_of(call, refs, item)
     return pltpu.make_async_copy(
-        refs.queries.at[:, pl.ds(token, count)], refs.tile.at[slot, :, pl.ds(0, count)], refs.tile_sems.at[slot]
+        refs.queries.at[:, pl.ds(token, count)], refs.tile.at[slot, :, pl.ds(0, count)], refs.tile_semaphores.at[slot]
     )
 
 
@@ -117,13 +117,17 @@ def copies_out(call: Call, refs: Any, item: jax.Array) -> list[Any]:
     token, count = column(refs, Item.TOKEN, item), tokens_of(call, refs, item)
     copies = [
         pltpu.make_async_copy(
-            refs.out.at[slot, :, pl.ds(0, count)], refs.output.at[:, pl.ds(token, count)], refs.out_sems.at[slot, 0]
+            refs.out.at[slot, :, pl.ds(0, count)],
+            refs.output.at[:, pl.ds(token, count)],
+            refs.out_semaphores.at[slot, 0],
         )
     ]
     if call.request.return_lse:
         copies.append(
             pltpu.make_async_copy(
-                refs.lse_out.at[slot, pl.ds(0, count)], refs.lse.at[pl.ds(token, count)], refs.out_sems.at[slot, 1]
+                refs.lse_out.at[slot, pl.ds(0, count)],
+                refs.lse.at[pl.ds(token, count)],
+                refs.out_semaphores.at[slot, 1],
             )
         )
     return copies
