@@ -35,9 +35,9 @@ OTHER_JAX = ("0.10.2", "0.11.2")
 # out.
 KERNELS = (
     "test_native.py",
-    "test_pallas_gpu.py::TestPallasGPU",
-    "test_turboquant.py::TestTurboQuant",
-    "test_xla.py::TestXla",
+    "test_pallas_gpu.py::TestPallasGPUInBrief",
+    "test_turboquant.py::TestTurboQuantInBrief",
+    "test_xla.py::TestXlaInBrief",
 )
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 

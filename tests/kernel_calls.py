@@ -16,7 +16,26 @@ import numpy as np
 from easydel_ragged_plugin import ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.batches import Batch, Case, Row, build_batch
+from easydel_ragged_plugin.testing.cases import CASES, case_named, one_of_each
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver, KernelOutcome
+
+IN_BRIEF = one_of_each(CASES)
+THE_REST = tuple(case for case in CASES if case not in IN_BRIEF)
+FEW = tuple(
+    case_named(name)
+    for name in (
+        "decode",
+        "mixed",
+        "empty-rows",
+        "stale-table",
+        "all-options",
+        "pages-as-they-are",
+        "bfloat16-head-dim-64",
+        "float8-e4m3",
+    )
+)
+"""Kernels in JAX compile for seconds. So a kernel is held to the whole contract with a few cases; what a call gives is
+compared in every case, one of each kind in the quick checks and with the JAX of each EasyDeL, the rest once."""
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 """For tests that compile many programs and run each once."""

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gpu_requests import SMALL, decode_parts
-from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, OneNaN, overlapping_rows
+from kernel_calls import FEW, IN_BRIEF, QUICK_TO_COMPILE, THE_REST, WRONG_STARTS, OneNaN, overlapping_rows
 
 from easydel_ragged_plugin import RaggedPageConfig, page_shape, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
@@ -33,7 +33,6 @@ from easydel_ragged_plugin.testing.cases import (
     Row,
     build_batch,
     case_named,
-    one_of_each,
     spoil_row,
 )
 from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
@@ -114,10 +113,18 @@ class TestPallasGPU(KernelContract):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN
     versions: ClassVar = ("v3",)
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = FEW
     known_failures: ClassVar = {
         "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes; test_gpu_lowering.py lowers it"
     }
+
+
+class TestPallasGPUInBrief(KernelResults):
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
+    driver_class: ClassVar = OneNaN
+    versions: ClassVar = ("v3",)
+    cases: ClassVar = IN_BRIEF
 
 
 class TestPallasGPUInEveryCase(KernelResults):
@@ -125,7 +132,7 @@ class TestPallasGPUInEveryCase(KernelResults):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     driver_class: ClassVar = OneNaN
     versions: ClassVar = ("v3",)
-    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
+    cases: ClassVar = THE_REST
 
 
 class TestPallasGPUV2(TestPallasGPU):

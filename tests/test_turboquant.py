@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_calls import WRONG_STARTS, overlapping_rows
+from kernel_calls import FEW, IN_BRIEF, THE_REST, WRONG_STARTS, overlapping_rows
 from turboquant_oracle import TurboQuantDriver, check_written, constants, expected_output, random_pages
 
 from easydel_ragged_plugin import Unsupported, explain, override_config, ragged_page_attention_v2, select
@@ -18,7 +18,7 @@ from easydel_ragged_plugin import ragged_page_attention_v3 as v3
 from easydel_ragged_plugin.kernels.turboquant import KERNEL
 from easydel_ragged_plugin.kernels.xla import XlaKernel
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, one_of_each
+from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
 from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.turboquant import TurboQuantPages
 
@@ -30,23 +30,20 @@ CASE = Case("turboquant", (Row(9, 1), Row(21, 6), Row(12, 12), Row(1, 1), Row(0,
 class TestTurboQuant(KernelContract):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = FEW
 
 
-@pytest.mark.host
-class TestTurboQuantOfHost(KernelResults):
-    """With the JAX of each EasyDeL."""
-
+class TestTurboQuantInBrief(KernelResults):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = IN_BRIEF
 
 
 @pytest.mark.once
 class TestTurboQuantInEveryCase(KernelResults):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
-    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
+    cases: ClassVar = THE_REST
 
 
 @functools.cache

@@ -5,32 +5,29 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-from kernel_calls import OneNaN
+from kernel_calls import FEW, IN_BRIEF, THE_REST, OneNaN
 
 from easydel_ragged_plugin.kernels.xla import KERNEL
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, case_named, one_of_each
+from easydel_ragged_plugin.testing.cases import case_named
 from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 
 
 @pytest.mark.once
 class TestXla(KernelContract):
     kernel: ClassVar = KERNEL
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = FEW
 
 
-@pytest.mark.host
-class TestXlaOfHost(KernelResults):
-    """With the JAX of each EasyDeL."""
-
+class TestXlaInBrief(KernelResults):
     kernel: ClassVar = KERNEL
-    cases: ClassVar = one_of_each(CASES)
+    cases: ClassVar = IN_BRIEF
 
 
 @pytest.mark.once
 class TestXlaInEveryCase(KernelResults):
     kernel: ClassVar = KERNEL
-    cases: ClassVar = tuple(case for case in CASES if case not in one_of_each(CASES))
+    cases: ClassVar = THE_REST
 
 
 class ToldThatItIsATPU(OneNaN):

@@ -106,7 +106,33 @@ class KernelBase(ContractBase):
         assert_lse_close(lse, expected_lse, case)
 
 
-class KernelResults(KernelBase):
+class KernelTraces(KernelBase):
+    """The test of the contract that traces calls, and runs none."""
+
+    def test_strict_settings(self, driver: KernelDriver) -> None:
+        """JAX may be told to refuse what promotes ranks or dtypes, and to have 64 bits: every call traces in any case.
+
+        The first case of each set of options and dtypes stands for all of them.
+        """
+        distinct: dict[Any, Case] = {}
+        for case in self.cases:
+            key = (frozenset(case.options.given()), case.sinks, case.dtype, case.cache_dtype)
+            if key not in distinct and driver.version in case.versions and self._missing(driver, case) is None:
+                distinct[key] = case
+        return_lse = "lse" in self.kernel.features.results
+        for case in distinct.values():
+            batch = self._build(driver, case)
+            try:
+                with _strict("rank", "dtype", "x64"):
+                    found = driver.types(batch, return_lse=return_lse)
+            except Exception as error:
+                error.add_note(f"In the case {case.name}.")
+                raise
+            assert (found.output.shape, found.output.dtype) == (batch.queries.shape, batch.queries.dtype), case.name
+            assert not return_lse or (found.lse is not None and found.lse.dtype == np.float32), case.name
+
+
+class KernelResults(KernelTraces):
     """One test for each case, and one program: in place of the contract where a program takes long to compile."""
 
     def test_results(self, driver: KernelDriver, case: Case) -> None:
@@ -114,7 +140,7 @@ class KernelResults(KernelBase):
         self._check_results(driver, case)
 
 
-class KernelTests(KernelBase):
+class KernelTests(KernelTraces):
     """Tests of the contract that look at one call, or at none."""
 
     def test_values(self, driver: KernelDriver, case: Case) -> None:
@@ -147,28 +173,6 @@ class KernelTests(KernelBase):
     def test_no_logsumexp_unless_requested(self, driver: KernelDriver) -> None:
         """It costs time and memory."""
         assert self._run(driver, self.law_case)[3].lse is None, "got a logsumexp that was not requested"
-
-    def test_strict_settings(self, driver: KernelDriver) -> None:
-        """JAX may be told to refuse what promotes ranks or dtypes, and to have 64 bits: every call traces in any case.
-
-        The first case of each set of options and dtypes stands for all of them.
-        """
-        distinct: dict[Any, Case] = {}
-        for case in self.cases:
-            key = (frozenset(case.options.given()), case.sinks, case.dtype, case.cache_dtype)
-            if key not in distinct and driver.version in case.versions and self._missing(driver, case) is None:
-                distinct[key] = case
-        return_lse = "lse" in self.kernel.features.results
-        for case in distinct.values():
-            batch = self._build(driver, case)
-            try:
-                with _strict("rank", "dtype", "x64"):
-                    found = driver.types(batch, return_lse=return_lse)
-            except Exception as error:
-                error.add_note(f"In the case {case.name}.")
-                raise
-            assert (found.output.shape, found.output.dtype) == (batch.queries.shape, batch.queries.dtype), case.name
-            assert not return_lse or (found.lse is not None and found.lse.dtype == np.float32), case.name
 
     @pytest.mark.parametrize("settings", [("rank", "dtype"), ("rank", "dtype", "x64")], ids="-".join)
     def test_strict_settings_change_no_number(self, driver: KernelDriver, settings: tuple[str, ...]) -> None:
