@@ -193,7 +193,7 @@ def types(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """All kernels on the newest JAX, the GPU kernel in an interpreter."""
     install(session, "", *group("test"))
-    session.log("Kernels against the float64 oracle: about 6 minutes, the GPU kernel first")
+    session.log("Kernels against the float64 oracle: about 4 minutes, the GPU kernel first")
     pytest(session, *KERNELS)
 
 
