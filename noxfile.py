@@ -299,7 +299,8 @@ def test_for_tpu(session: nox.Session, *arguments: str) -> None:
     """Run tests in an environment with libtpu, which compiles for TPUs that are described."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("libtpu comes as a wheel for Linux on x86-64")
-    install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37")  # what jax[tpu] of that version names
+    # libtpu: what jax[tpu] of that version names. absl-py: JAX's Pallas for TPUs imports it, and does not declare it.
+    install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37", "absl-py")
     variables = {"EASYDEL_RAGGED_TEST_TPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     session.log("Compiling for TPUs that are described, and the TPU kernel in an interpreter")
     pytest(session, *arguments, **variables)

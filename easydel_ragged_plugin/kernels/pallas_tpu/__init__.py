@@ -83,6 +83,8 @@ class PallasTPU(Kernel):
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
         if importlib.util.find_spec("jax.experimental.pallas.tpu") is None:
             return f"JAX {jax.__version__} has no Pallas backend for TPUs"
+        if importlib.util.find_spec("absl") is None:
+            return "absl-py is not installed, which JAX's Pallas for TPUs imports (pip install absl-py)"
         for what, dtype, known in (
             ("queries", request.query_dtype, COMPUTE_DTYPES),
             ("compute_dtype", request.compute_dtype, COMPUTE_DTYPES),
