@@ -276,7 +276,7 @@ def native(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""
     install(session, "", *group("test"))
-    session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 5 minutes")
+    session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 15 minutes")
     pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS))  # `tpu` has it
 
 
@@ -289,7 +289,7 @@ def gpu(session: nox.Session) -> None:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
     install(session, "", *group("test"), "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
-    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 2 minutes")
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 6 minutes")
     # What the compilers print is read: each program has to be compiled.
     variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     pytest(session, "test_gpu_compile.py", **variables)
@@ -302,7 +302,7 @@ def test_for_tpu(session: nox.Session, *arguments: str) -> None:
     # libtpu: what jax[tpu] of that version names. absl-py: JAX's Pallas for TPUs imports it, and does not declare it.
     install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37", "absl-py")
     variables = {"EASYDEL_RAGGED_TEST_TPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    session.log("Compiling for TPUs that are described, and the TPU kernel in an interpreter")
+    session.log("The TPU kernel, compiled and interpreted: about 4 minutes, in every case half an hour")
     pytest(session, *arguments, **variables)
 
 
