@@ -351,15 +351,17 @@ def test_a_soak_finds_drift(last: dict[str, Any], finding: str | None) -> None:
 
 
 class FakeEngine(engine.Engine):
-    """Answers with as many tokens as are wanted; one request is answered wrongly."""
+    """Answers with as many tokens as are wanted; one request is answered wrongly, and ``lost`` tokens are missing."""
 
-    def __init__(self, wrong: soak_case.Request) -> None:
+    def __init__(self, wrong: soak_case.Request, lost: int = 0) -> None:
         self.tokenizer = lambda text: {"input_ids": text.split()}
         self.wrong = soak_case._text(wrong.words, self.tokenizer)
+        self.lost = lost
 
     def answer(self, text: str, max_tokens: int, *, cancel_after: int | None = None) -> engine.Answer:
         count = max_tokens if cancel_after is None else cancel_after
-        return engine.Answer(text, (int(text == self.wrong),) * count, cancelled=cancel_after is not None)
+        tokens, cancelled = (int(text == self.wrong),) * count, cancel_after is not None
+        return engine.Answer(text, tokens, cancelled=cancelled, generated=count - self.lost)
 
 
 def test_a_soak_compares_the_answers_of_its_references() -> None:
@@ -371,6 +373,15 @@ def test_a_soak_compares_the_answers_of_its_references() -> None:
     assert interval.resident_bytes > 1 << 20
     count = references[3].max_tokens
     assert interval.wrong == (f"reference 3: got {(1,) * count}, wanted {(0,) * count}",)
+
+
+def test_a_soak_counts_the_tokens_that_were_generated() -> None:
+    """An engine leaves end-of-text tokens out of an answer that has nothing else."""
+    references, parts = soak_case.requests_of(PLAN)
+    first = {place: (0,) * each.max_tokens for place, each in enumerate(references)}
+    short = soak_case._interval(FakeEngine(references[3], lost=1), PLAN, parts[0], first, lambda done, total: None)
+    complete = [each for each in parts[0] if each.cancel_after is None]
+    assert sum(text.startswith("an answer of") for text in short.wrong) == len(complete)
 
 
 def test_a_prompt_of_the_soak_has_no_more_tokens_than_words() -> None:

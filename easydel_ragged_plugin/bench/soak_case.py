@@ -199,9 +199,9 @@ class _Client:
         with self._lock:
             self.tokens += len(answer.token_ids)
             self.cancelled += answer.cancelled
-            if not answer.cancelled and len(answer.token_ids) != request.max_tokens:
-                got = len(answer.token_ids)
-                self.wrong.append(f"an answer of {got} tokens, wanted {request.max_tokens}: {text[:40]}")
+            if not answer.cancelled and answer.generated != request.max_tokens:
+                got = f"{answer.generated} tokens, wanted {request.max_tokens}"
+                self.wrong.append(f"an answer of {got}: {text[:40]}")
             if request.reference is not None and answer.token_ids != self.references[request.reference]:
                 first = self.references[request.reference]
                 self.wrong.append(f"reference {request.reference}: got {answer.token_ids}, wanted {first}")

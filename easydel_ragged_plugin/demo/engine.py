@@ -80,11 +80,14 @@ class Answer:
         text: the answer, special tokens left out.
         token_ids: its tokens, without the end-of-text token (hosts differ in whether they report it).
         cancelled: whether it was cancelled before its end.
+        generated: how many tokens the engine has generated. An answer that has no text but end-of-text tokens has none
+            in ``token_ids``.
     """
 
     text: str
     token_ids: tuple[int, ...]
     cancelled: bool = False
+    generated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +421,12 @@ class Engine:
         if output is None:  # cancelled before the engine had anything to tell
             return Answer("", (), cancelled=True)
         given = output.outputs[0]
-        return Answer(output.accumulated_text, tuple(map(int, given.token_ids)), given.finish_reason == "abort")
+        return Answer(
+            output.accumulated_text,
+            tuple(map(int, given.token_ids)),
+            cancelled=given.finish_reason == "abort",
+            generated=int(output.num_generated_tokens),
+        )
 
     @staticmethod
     def as_chat(tokenizer: Any, prompt: str) -> str:
