@@ -35,7 +35,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
     # The host's kernels come after the portable one: in their v3 padding tokens can overwrite live pages.
     "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
-    "tpu": ("ejkernel", "xla", "turboquant"),
+    # The host's kernels run there when they are named: what they get wrong is not known before the call.
+    "tpu": ("pallas_tpu", "xla", "turboquant"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
 

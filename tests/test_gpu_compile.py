@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from described_cards import CARDS, Kernel, compile_for, device, loops_of, missing, on
+from pairwise import pairwise
 
 from easydel_ragged_plugin import (
     RaggedPageConfig,
@@ -188,25 +187,6 @@ def build(
     compiled, kernels = compile_for(card, lowered)
     sizes = tiles.choose(selection.request, selection.config)
     return Program(compiled, kernels, selection.request, found, sizes, int(np.prod(stored.shape)) * cache.itemsize)
-
-
-def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Few combinations, among which each value of each axis meets each value of each other axis."""
-    choose = random.Random(0)
-    positions = list(itertools.combinations(range(len(axes)), 2))
-    open_pairs = {(a, x, b, y) for a, b in positions for x in axes[a] for y in axes[b]}
-    found = []
-    while open_pairs:
-        candidates = []
-        for a, x, b, y in choose.sample(sorted(open_pairs, key=repr), min(60, len(open_pairs))):
-            row = [choose.choice(axis) for axis in axes]
-            row[a], row[b] = x, y
-            met = {(i, row[i], j, row[j]) for i, j in positions} & open_pairs
-            candidates.append((len(met), row, met))
-        _, row, met = max(candidates, key=lambda each: each[0])
-        open_pairs -= met
-        found.append(tuple(row))
-    return found
 
 
 def check(program: Program, spilled: int = FEW_BYTES) -> None:

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from gpu_requests import request_for
 from jax.experimental.pallas import tpu as pltpu
 from jax_private import races_found, teach_interpreter_reshaped_refs
 from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
 
 from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels.pallas_tpu import PallasTPU
-from easydel_ragged_plugin.kernels.pallas_tpu.blocks import Block, Blocks
+from easydel_ragged_plugin.kernels.pallas_tpu.blocks import Block, Blocks, choose
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing import KernelContract
 from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch, case_named, one_of_each
@@ -156,3 +158,37 @@ def test_what_it_refuses(case: dict[str, Any], reason: str | None) -> None:
     case = {name: value for name, value in case.items() if name != "version"}
     found = KernelDriver(INTERPRETED, version).missing(Case("refused", (Row(2, 1),), num_pages=None, **case))
     assert found is None if reason is None else re.search(reason, found or "")
+
+
+def test_fields_of_the_config_set_blocks() -> None:
+    request = request_for(platform="tpu", page_size=16)
+    default = choose(request, RaggedPageConfig())
+    assert choose(request, RaggedPageConfig(num_kv_pages_per_block=16)) == Blocks(
+        dataclasses.replace(default.decode, keys=256), dataclasses.replace(default.prefill, keys=256)
+    )
+    assert choose(request, RaggedPageConfig(num_queries_per_block=3)) == Blocks(
+        default.decode, dataclasses.replace(default.prefill, tokens=3)
+    )
+    with_both = choose(request, RaggedPageConfig(kernel_config=SMALL, num_queries_per_block=3))
+    assert with_both == Blocks(SMALL.decode, dataclasses.replace(SMALL.prefill, tokens=3))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RaggedPageConfig(num_kv_pages_per_block=2**12),
+        RaggedPageConfig(kernel_config=Blocks(Block(1, 2**16, 2), Block(4, 128, 2))),
+    ],
+)
+def test_blocks_of_the_config_that_do_not_fit_are_refused(config: RaggedPageConfig) -> None:
+    with pytest.raises(
+        Unsupported, match=r"pallas_tpu: blocks of \d+ tokens take .* Make the blocks of the config smaller"
+    ):
+        choose(request_for(platform="tpu"), config)
+
+
+def test_wrong_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="got decode tiles of 2 tokens, wanted 1"):
+        Blocks(Block(2, 128, 2), Block(4, 128, 2))
+    with pytest.raises(ValueError, match="at least 2 buffers"):
+        Block(1, 128, 1)

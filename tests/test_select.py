@@ -79,7 +79,7 @@ def chosen(request: AttentionRequest = REQUEST, config: RaggedPageConfig | None 
     [
         ("cpu", ["cpu_native", "xla", "turboquant", "ejkernel"]),
         ("gpu", ["pallas_gpu", "xla", "turboquant", "ejkernel"]),
-        ("tpu", ["ejkernel", "xla", "turboquant"]),
+        ("tpu", ["pallas_tpu", "xla", "turboquant"]),
         ("tt", ["xla", "turboquant"]),
     ],
 )

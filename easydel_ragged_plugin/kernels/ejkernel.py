@@ -1,8 +1,7 @@
 """The host's own kernels, called as the host's own operations call them.
 
-On TPU this is the first choice where it is right: ejkernel's Pallas kernels are tuned there (ragged page attention v3,
-Jiang et al., 2026, arXiv 2604.15464). :func:`refused_on_tpu` has what is not. Elsewhere it runs when it is named, so
-that the host's kernels stay available, with the faults that docs/kernels.md lists.
+It runs when it is named, so that the host's kernels stay available, with the faults that docs/kernels.md lists. What
+they get wrong on a TPU, and can be known before the call, is refused: :func:`refused_on_tpu`.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ class EjkernelKernel(Kernel):
         return {"available": True, "reason": None, "version": metadata.version("ejkernel")}
 
     def refuses(self, request: AttentionRequest) -> str | None:
-        """Calls that ejkernel's functions can't run; on TPU, where it is first in the order, also those that they get
-        wrong."""
+        """Calls that ejkernel's functions can't run; on TPU also those that they get wrong."""
         reason = unavailable()
         if reason is not None:
             return reason

@@ -21,7 +21,6 @@ bounds are refused (``PallasGPU.refuses``).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +31,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from easydel_ragged_plugin.base2 import LOG2_E, base2_logits
 from easydel_ragged_plugin.rows import is_visible, needed_entries, visible_keys
-from easydel_ragged_plugin.types import SATURATED, AttentionRequest
+from easydel_ragged_plugin.types import AttentionRequest
 from easydel_ragged_plugin.varying import result_type, vary
 
 from .tiles import Tile, power_of_two
@@ -52,9 +52,6 @@ __all__ = [
     "row_has_pages",
     "store_results",
 ]
-
-LOG2_E = math.log2(math.e)
-"""Logits are held in base 2: a GPU has an instruction for ``exp2``."""
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -285,22 +282,6 @@ def product(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def base2_logits(request: AttentionRequest, products: jax.Array, k_scale: jax.Array | None) -> jax.Array:
-    """Logits in base 2, from products of queries and keys."""
-
-    def times_scale(number: float) -> float | jax.Array:
-        return number if k_scale is None else k_scale * number
-
-    scale, cap = request.logits_scale, request.options.soft_cap
-    if cap is None:
-        return products * times_scale(scale * LOG2_E)
-    if request.scale_over_cap is None:
-        scaled = jnp.clip(products * times_scale(scale), -SATURATED * cap, SATURATED * cap) * (1 / cap)
-    else:  # in one step, so that a soft cap costs no further multiplication
-        scaled = products * times_scale(request.scale_over_cap)
-    return jnp.tanh(scaled) * (cap * LOG2_E)
 
 
 def walk(

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from easydel_ragged_plugin.base2 import LOG2_E
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.rows import Rows, live_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
-from .blocks import Block, Blocks, Shapes, choose, too_large
+from .blocks import Blocks, Shapes, choose, generation_name, too_large
 
 if TYPE_CHECKING:
     from .call import Call, Results
@@ -36,6 +36,7 @@ __all__ = ["KERNEL", "PallasTPU"]
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 MOST_HEAD_DIM = 256
+COPIED = "XLA stores such pages in another order on a TPU, and copies them at each call. Use v3"
 SUBLANES = 8
 
 
@@ -81,10 +82,9 @@ class PallasTPU(Kernel):
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
-        if importlib.util.find_spec("jax.experimental.pallas.tpu") is None:
-            return f"JAX {jax.__version__} has no Pallas backend for TPUs"
-        if importlib.util.find_spec("absl") is None:
-            return "absl-py is not installed, which JAX's Pallas for TPUs imports (pip install absl-py)"
+        reason = unavailable()
+        if reason is not None:
+            return reason
         for what, dtype, known in (
             ("queries", request.query_dtype, COMPUTE_DTYPES),
             ("compute_dtype", request.compute_dtype, COMPUTE_DTYPES),
@@ -98,6 +98,13 @@ class PallasTPU(Kernel):
             return f"return_lse with {request.num_kv_heads} kv heads, more than {LANES}"
         refused = _refuses_v2(request) if request.version == "v2" else None
         return refused or too_large(request)
+
+    def facts(self) -> dict[str, Any]:
+        """Whether JAX has what it is made with, and the generation of this process's TPU."""
+        reason = unavailable()
+        if reason is not None:
+            return {"available": False, "reason": reason}
+        return {"available": True, "reason": None, "generation": generation_name()}
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
@@ -121,9 +128,13 @@ class PallasTPU(Kernel):
             for block, decode in ((blocks.decode, True), (blocks.prefill, False)):
                 if not decode and request.num_tokens == 1:
                     break
-                call = Call(request, block, shapes, request.writes_pages and decode, decode)
-                work = query_tiles(request, block, rows, _tiles(rows, block, decode))
-                arrays["queries"] = _queries(call, operands.queries)
+                gathered = decode and request.num_rows < request.num_tokens
+                tokens = request.num_rows if gathered else request.num_tokens
+                call = Call(request, block, shapes, tokens, request.writes_pages and decode, decode)
+                first = jnp.arange(tokens, dtype=jnp.int32) if gathered else rows.query_start
+                work = query_tiles(request, block, rows, first, decode=decode)
+                queries = _first_queries(rows, operands.queries) if gathered else operands.queries
+                arrays["queries"] = _queries(call, queries)
                 if operands.sinks is not None:
                     arrays["sinks"] = _sinks(call, operands.sinks)
                 results, arrays["pages"] = attend(call, work, segments, arrays, self._interpreter())
@@ -139,22 +150,29 @@ class PallasTPU(Kernel):
         return pltpu.InterpretParams()
 
 
+def unavailable() -> str | None:
+    """Why JAX can't lower this kernel, or None. Imports nothing."""
+    if importlib.util.find_spec("jax.experimental.pallas.tpu") is None:
+        return f"JAX {jax.__version__} has no Pallas backend for TPUs"
+    if importlib.util.find_spec("absl") is None:
+        return "absl-py is not installed, which JAX's Pallas for TPUs imports (pip install absl-py)"
+    return None
+
+
 def _refuses_v2(request: AttentionRequest) -> str | None:
     """Why v2's pages, whose heads share one axis, can't be read as rows of 32-bit words; or None."""
     stored = 2 * request.num_kv_heads
     if request.head_dim % LANES:
-        return f"v2 with head_dim {request.head_dim}, no multiple of {LANES}"
+        return f"v2 with head_dim {request.head_dim}, no multiple of {LANES}: {COPIED}"
     if stored % packing(request.cache_dtype) or (stored % SUBLANES and stored not in (2, 4)):
-        return f"v2 with {request.num_kv_heads} kv heads in {request.cache_dtype.name}: they are padded in memory"
+        return f"v2 with {request.num_kv_heads} kv heads in {request.cache_dtype.name}: {COPIED}"
     return None
 
 
-def _tiles(rows: Rows, block: Block, decode: bool) -> jax.Array:
-    """Tiles of each row: of those with one new token, or of those with more."""
-    if decode:
-        return (rows.num_queries == 1).astype(jnp.int32)
-    tiles = lax.div(rows.num_queries + (block.tokens - 1), jnp.int32(block.tokens))
-    return jnp.where(rows.num_queries > 1, tiles, 0)
+def _first_queries(rows: Rows, queries: jax.Array) -> jax.Array:
+    """The first new token of each row: ``[rows, q_heads, head_dim]``. Of a step with a long prompt, decode is laid out
+    for its rows alone."""
+    return queries[jnp.clip(rows.query_start, 0, queries.shape[0] - 1)]
 
 
 def _in_joints(call: Call, array: jax.Array) -> jax.Array:
@@ -170,19 +188,18 @@ def _in_joints(call: Call, array: jax.Array) -> jax.Array:
 
 def _queries(call: Call, queries: jax.Array) -> jax.Array:
     """``[joints, tokens, rows of a token / pack, pack, lanes]`` in the dtype of the products."""
-    shapes, tokens = call.shapes, call.request.num_tokens
-    pack = packing(shapes.operand)
+    shapes, pack = call.shapes, packing(call.shapes.operand)
     padded = jnp.pad(queries.astype(shapes.operand), ((0, 0), (0, 0), (0, shapes.lanes - queries.shape[-1])))
     split = jnp.moveaxis(_in_joints(call, padded), 0, 1)  # [joints, tokens, heads of a joint, group, lanes of a head]
     if call.joined > 1:
         own = jnp.eye(call.joined, dtype=bool).reshape(1, 1, call.joined, 1, call.joined, 1)
         split = jnp.where(own, split[..., None, :], jnp.zeros_like(split[..., None, :]))
-    return split.reshape(call.joints, tokens, call.token_rows // pack, pack, call.lanes)
+    return split.reshape(call.joints, call.tokens, call.token_rows // pack, pack, call.lanes)
 
 
 def _sinks(call: Call, sinks: jax.Array) -> jax.Array:
     """``[joints, rows, 128]`` float32, in base 2."""
-    from .softmax import HIDDEN, LOG2_E
+    from .softmax import HIDDEN
 
     based = jnp.minimum(sinks.astype(jnp.float32) * LOG2_E, -HIDDEN)[:, None]
     rows = _in_joints(call, based).reshape(call.joints, 1, call.token_rows, 1)
@@ -192,8 +209,8 @@ def _sinks(call: Call, sinks: jax.Array) -> jax.Array:
 
 def _cut(call: Call, results: Results) -> tuple[jax.Array, jax.Array | None]:
     """Output ``[tokens, q_heads, head_dim]`` and logsumexp ``[tokens, q_heads]`` of a call."""
-    request, shapes = call.request, call.shapes
-    tokens, heads, group = request.num_tokens, request.num_kv_heads, request.group_size
+    request, shapes, tokens = call.request, call.shapes, call.tokens
+    heads, group = request.num_kv_heads, request.group_size
     first = request.head_dim if shapes.shares_rows else 0
     split = results.output.reshape(call.joints, tokens, call.joined, shapes.group, call.joined, shapes.lanes)
     own = jnp.stack([split[:, :, each, :group, each, first : first + request.head_dim] for each in range(call.joined)])
@@ -215,6 +232,9 @@ def _joined(
     lse: Any = None if found[0][1] is None else jnp.full(output.shape[:2], -jnp.inf, jnp.float32)
     for (of_call, lse_of_call), chosen in zip(found, (inside & one, inside & ~one), strict=False):
         live = jnp.any(chosen, axis=1)[:, None]
+        if of_call.shape[0] != request.num_tokens:  # of each row, not of each token
+            row = jnp.argmax(chosen, axis=1)
+            of_call, lse_of_call = of_call[row], None if lse_of_call is None else lse_of_call[row]
         output = jnp.where(live[..., None], of_call, output)
         lse = None if lse_of_call is None else jnp.where(live, lse_of_call, lse)
     return output.astype(request.query_dtype), lse

@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from easydel_ragged_plugin.base2 import LOG2_E
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.rows import first_visible
 from easydel_ragged_plugin.varying import result_type
@@ -37,7 +38,7 @@ from .blocks import vmem_limit
 from .call import Call, Results, scratch
 from .copies import Cursor, advance, column, copies_out, copy_queries, copy_table, span_of, start_pages, wait_pages
 from .packed import store_rows
-from .softmax import LOG2_E, Part, attend_part, attend_parts, empty_softmax, is_spoiled, scale_of, widen
+from .softmax import Part, attend_part, attend_parts, empty_softmax, is_spoiled, scale_of, widen
 from .update import write_segments
 from .work import Item, WorkList
 
@@ -195,10 +196,10 @@ def attend(
     if not call.writes:
         inputs.pop("new", None)
     pack = packing(shapes.result)
-    of_output = (call.joints, request.num_tokens, call.token_rows // pack, pack, call.lanes)
+    of_output = (call.joints, call.tokens, call.token_rows // pack, pack, call.lanes)
     outputs: dict[str, tuple[tuple[int, ...], Any]] = {"output": (of_output, shapes.result)}
     if request.return_lse:
-        outputs["lse"] = ((request.num_tokens, call.token_rows, LANES), np.dtype(np.float32))
+        outputs["lse"] = ((call.tokens, call.token_rows, LANES), np.dtype(np.float32))
     aliases = {}
     if call.writes:
         outputs["written"] = (arrays["pages"].shape, request.cache_dtype)

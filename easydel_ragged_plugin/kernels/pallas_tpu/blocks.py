@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.types import AttentionRequest
 
@@ -60,10 +61,14 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes for rows with one new token, and for all others."""
+    """Sizes for rows with one new token, whose tiles are of one token, and for all others."""
 
     decode: Block
     prefill: Block
+
+    def __post_init__(self) -> None:
+        if self.decode.tokens != 1:
+            raise ValueError(f"Blocks: got decode tiles of {self.decode.tokens} tokens, wanted 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +113,14 @@ PREFILL_KEYS = 512
 MOST_DECODE_KEYS = 2048
 
 
+def generation_name() -> str | None:
+    """That of this process's TPU, a key of :data:`GENERATIONS`; None where there is none, or an unknown one."""
+    return KINDS.get(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
 def generation() -> Generation:
     """That of this process's TPU; the smallest one where there is none."""
-    kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
-    return GENERATIONS[KINDS.get(kind, SMALLEST)]
+    return GENERATIONS[generation_name() or SMALLEST]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +234,26 @@ def _default(request: AttentionRequest, known: Generation, limit: int) -> Blocks
 
 
 def choose(request: AttentionRequest, config: RaggedPageConfig) -> Blocks:
-    """The sizes for ``request``: those of the config, or those of the table."""
-    if isinstance(config.kernel_config, Blocks):
-        return config.kernel_config
-    return _default(request, generation(), vmem_limit(request))
+    """The sizes for ``request``: the config's fields, then its ``kernel_config``, then the table.
+
+    Raises:
+        Unsupported: blocks of the config do not fit the memories of a core.
+    """
+    blocks: Blocks = config.kernel_config or _default(request, generation(), vmem_limit(request))
+    changes: dict[str, int] = {}
+    if config.num_kv_pages_per_block is not None:
+        changes["keys"] = config.num_kv_pages_per_block * request.page_size
+    decode, prefill = (dataclasses.replace(block, **changes) for block in (blocks.decode, blocks.prefill))
+    if config.num_queries_per_block is not None:
+        prefill = dataclasses.replace(prefill, tokens=min(config.num_queries_per_block, request.num_tokens))
+    chosen = Blocks(decode, prefill)
+    if chosen != blocks or config.kernel_config is not None:
+        reason = unfit(request, chosen)
+        if reason is not None:
+            raise Unsupported(
+                f"pallas_tpu: {reason}. Make the blocks of the config smaller, or leave them to the kernel."
+            )
+    return chosen
 
 
 def smem_bytes(request: AttentionRequest, blocks: Blocks) -> int:
@@ -236,12 +261,17 @@ def smem_bytes(request: AttentionRequest, blocks: Blocks) -> int:
     tokens, rows = request.num_tokens, request.num_rows
     tiles = 2 * (tokens // blocks.prefill.tokens) + rows
     segments = min(2 * tokens, 2 * tokens // request.page_size + 2 * rows) if request.writes_pages else 0
-    return 4 * (8 * max(rows, tiles) + 4 * segments)
+    return 4 * (8 * tiles + 4 * segments)
 
 
 def too_large(request: AttentionRequest) -> str | None:
     """What of ``request`` the memories of a core can't hold, with the smallest blocks that there are; or None."""
-    limit, blocks = vmem_limit(request), choose(request, RaggedPageConfig())
+    return unfit(request, _default(request, generation(), vmem_limit(request)))
+
+
+def unfit(request: AttentionRequest, blocks: Blocks) -> str | None:
+    """Why ``blocks`` can't be used for ``request``, or None."""
+    limit = vmem_limit(request)
     for block in (blocks.decode, blocks.prefill):
         taken, keys = vmem_bytes(request, block), block.pages(request.page_size) * request.page_size
         if taken > limit:

@@ -45,6 +45,7 @@ class Call:
         request: what is computed.
         block: its sizes.
         shapes: how arrays are held.
+        tokens: tokens of its queries and results.
         writes: whether it writes the new tokens.
         decode: whether each tile is of one token.
     """
@@ -52,6 +53,7 @@ class Call:
     request: AttentionRequest
     block: Block
     shapes: Shapes
+    tokens: int
     writes: bool
     decode: bool
 

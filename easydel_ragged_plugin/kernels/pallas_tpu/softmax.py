@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from easydel_ragged_plugin.base2 import base2_logits
 from easydel_ragged_plugin.layout import LANES, packing
 from easydel_ragged_plugin.rows import first_visible, is_visible
-from easydel_ragged_plugin.types import SATURATED, AttentionRequest
+from easydel_ragged_plugin.types import AttentionRequest
 
 from .call import Call
 from .copies import Cursor, span_of, tokens_of
@@ -21,7 +21,6 @@ from .packed import load_head, load_rows
 
 __all__ = [
     "HIDDEN",
-    "LOG2_E",
     "Part",
     "attend_part",
     "attend_parts",
@@ -30,9 +29,6 @@ __all__ = [
     "scale_of",
     "widen",
 ]
-
-LOG2_E = math.log2(math.e)
-"""Logits are held in base 2: a TPU has an instruction for ``exp2``."""
 
 HIDDEN = -(2.0**127)
 """The logit of a key that is not seen. It is finite, so that the difference of two is a number."""
@@ -133,22 +129,6 @@ def product(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
     return lax.dot_general(
         left, right, (((1,), (contracted,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
     )
-
-
-def base2_logits(request: AttentionRequest, products: jax.Array, k_scale: jax.Array | None) -> jax.Array:
-    """Logits in base 2, from products of queries and keys."""
-
-    def times_scale(number: float) -> float | jax.Array:
-        return number if k_scale is None else k_scale * number
-
-    scale, cap = request.logits_scale, request.options.soft_cap
-    if cap is None:
-        return products * times_scale(scale * LOG2_E)
-    if request.scale_over_cap is None:
-        scaled = jnp.clip(products * times_scale(scale), -SATURATED * cap, SATURATED * cap) * (1 / cap)
-    else:
-        scaled = products * times_scale(request.scale_over_cap)
-    return jnp.tanh(scaled) * (cap * LOG2_E)
 
 
 def visible_mask(

@@ -62,13 +62,25 @@ def _listed(columns: list[jax.Array], live: jax.Array, total: jax.Array) -> Work
     return WorkList(jnp.pad(entries, ((0, 0), (0, 1))).reshape(-1), total.reshape(1))
 
 
-def query_tiles(request: AttentionRequest, block: Block, rows: Rows, counts: jax.Array) -> WorkList:
-    """``counts [rows]`` tiles of up to ``block.tokens`` queries of each row. The total is that of their key blocks.
+def most_tiles(request: AttentionRequest, block: Block) -> int:
+    """Room in the list of tiles of rows with more than one new token."""
+    return min(2 * (request.num_tokens // block.tokens) + request.num_rows, request.num_rows * request.num_tokens)
+
+
+def query_tiles(
+    request: AttentionRequest, block: Block, rows: Rows, first_token: jax.Array, *, decode: bool
+) -> WorkList:
+    """Tiles of up to ``block.tokens`` queries, of rows with one new token or of those with more. The total is that of
+    their key blocks. ``first_token [rows]``: where the queries of a row begin.
 
     There is room for twice the tokens that there are: one wrong start lets a row claim all of them, and the good rows
     after it must still find their place.
     """
-    most = min(2 * (request.num_tokens // block.tokens) + request.num_rows, request.num_rows * request.num_tokens)
+    if decode:
+        counts, most = (rows.num_queries == 1).astype(jnp.int32), request.num_rows
+    else:
+        tiles = lax.div(rows.num_queries + (block.tokens - 1), jnp.int32(block.tokens))
+        counts, most = jnp.where(rows.num_queries > 1, tiles, 0), most_tiles(request, block)
     row, index, live = assign_parts(counts, most)
     first, tokens = index * block.tokens, rows.num_queries[row]
     count = jnp.minimum(tokens - first, block.tokens)
@@ -77,7 +89,7 @@ def query_tiles(request: AttentionRequest, block: Block, rows: Rows, counts: jax
     pages = jnp.int32(block.pages(request.page_size))
     begin, end = lax.div(page, pages), lax.div(last_page, pages) + 1
     total = jnp.sum(jnp.where(live, end - begin, 0), dtype=jnp.int32)
-    columns = [row, rows.query_start[row] + first, count, position, page, last_page + 1, begin, end]
+    columns = [row, first_token[row] + first, count, position, page, last_page + 1, begin, end]
     return _listed(columns, live, total)
 
 
