@@ -40,6 +40,9 @@ KERNELS = (
     "test_xla.py::TestXlaInBrief",
 )
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
+# Compiling is most of the time. The quick sessions compile as users do. In `alone` and `host` tests with the fixture
+# `as_users_compile` do; in the others LLVM optimizes little, after the same passes of XLA.
+QUICK_TO_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 nox.needs_version = ">=2025.2.9"  # dependency groups
 nox.options.default_venv_backend = "uv"
@@ -132,12 +135,15 @@ def environment(session: nox.Session) -> dict[str, str]:
     }
 
 
-def pytest(session: nox.Session, *arguments: str, **variables: str) -> None:
-    """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line."""
+def pytest(session: nox.Session, *arguments: str, dist: str = "loadscope", **variables: str) -> None:
+    """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line.
+
+    ``dist`` is pytest-xdist's: with ``worksteal`` the tests of one file, which share no program, run on both workers.
+    """
     session.chdir(TESTS)
     # Two workers: compiling is most of the time and takes one core. A class stays with one worker, for its programs.
     # conftest.py says what comes first: pytest-xdist would begin with what has most tests and end with what is longest.
-    workers = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+    workers = ("-n", "2", "--dist", dist, "--no-loadscope-reorder")
     session.run("pytest", *workers, *arguments, *session.posargs, env={**environment(session), **variables})
 
 
@@ -226,7 +232,7 @@ def native(session: nox.Session) -> None:
         session.run(
             "cmake", "-S", str(ROOT / "native"), "-B", folder, f"-DCMAKE_CXX_COMPILER={compiler}", *flags, silent=True
         )
-        session.run("cmake", "--build", folder, "--target", *targets, silent=True)
+        session.run("cmake", "--build", folder, "--parallel", "2", "--target", *targets, silent=True)
         return [str(builds / name / target) for target in targets]
 
     tests = "-DRAGGED_TESTS=ON"
@@ -264,7 +270,7 @@ def native(session: nox.Session) -> None:
                 continue
             session.run("qemu-aarch64", program, "30", external=True)
 
-    session.log("Sanitizers, fuzzer, valgrind and ARM, two at a time: about 4 minutes")
+    session.log("Sanitizers, fuzzer, valgrind and ARM, two at a time: about 3 minutes")
     # Two at a time, as two workers run the tests: one compiles while the other runs. The longest begin.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64)]
@@ -276,8 +282,8 @@ def native(session: nox.Session) -> None:
 def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""
     install(session, "", *group("test"))
-    session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 15 minutes")
-    pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS))  # `tpu` has it
+    session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 12 minutes")
+    pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS), **QUICK_TO_COMPILE)  # `tpu` has it
 
 
 @nox.session(default=False, tags=REST)
@@ -289,10 +295,10 @@ def gpu(session: nox.Session) -> None:
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
     install(session, "", *group("test"), "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
-    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 6 minutes")
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 4 minutes")
     # What the compilers print is read: each program has to be compiled.
     variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    pytest(session, "test_gpu_compile.py", **variables)
+    pytest(session, "test_gpu_compile.py", dist="worksteal", **variables)
 
 
 def test_for_tpu(session: nox.Session, *arguments: str) -> None:
@@ -321,10 +327,10 @@ def tpu_in_every_case(session: nox.Session) -> None:
 @nox.session(python=newest_python(), default=False, tags=REST)
 @nox.parametrize("version", OTHER_JAX, ids=OTHER_JAX)
 def lowering(session: nox.Session, version: str) -> None:
-    """What the GPU kernels are lowered to, with versions of JAX that no other session has."""
+    """What the GPU kernels are lowered to, with versions of JAX that no other session has; `alone` has every pair."""
     install(session, "", *group("test"), f"jax=={version}")
-    session.log("Lowering the GPU kernels for CUDA and ROCm: about 2 minutes")
-    pytest(session, "test_gpu_lowering.py")
+    session.log("Lowering the GPU kernels for CUDA and ROCm: about half a minute")
+    pytest(session, "-m", "not once", "test_gpu_lowering.py", dist="worksteal")
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: it serves about 80 engines
@@ -344,14 +350,24 @@ def zoo(session: nox.Session) -> None:
 @nox.session(default=False, tags=REST)
 @nox.parametrize("version", HOSTS, ids=HOSTS)
 def host(session: nox.Session, version: str) -> None:
-    """Everything on one version of EasyDeL; of the newest, what `easydel` leaves out."""
+    """All that one version of EasyDeL takes part in, and a part of the rest; for the newest what `easydel` lacks."""
     install(session, "[bench,demo]", *group("test"), f"easydel=={version}", TORCH)
-    session.log("All tests on EasyDeL: about 15 minutes")
-    # The GPU kernel's numbers in Pallas' interpreter take minutes, and no host takes part: `kernels` has them, and
-    # `alone` what is marked `once`. Its lowering is tested with each host's JAX, and so are the operations that run it.
-    arguments = ("--ignore-glob=test_pallas_*.py", "-m", "not once")
+    session.log("The tests on EasyDeL, and with its JAX a part of those that need no EasyDeL: about 10 minutes")
+    # `kernels` and `alone` have what is marked `once`, and so the numbers of kernels in every case and of the GPU
+    # kernel, which Pallas interprets for minutes. Its lowering is tested with each host's JAX, and so are the
+    # operations that run it. `host_in_every_case` has what is marked `long`.
+    arguments = ("--ignore-glob=test_pallas_*.py", "-m", "not once and not long")
     if version != HOSTS[0]:
-        pytest(session, *arguments)
+        pytest(session, *arguments, **QUICK_TO_COMPILE)
         return
     with measured(session) as variables:
-        pytest(session, *arguments, *without(SERVED), **variables)
+        pytest(session, *arguments, *without(SERVED), **QUICK_TO_COMPILE, **variables)
+
+
+@nox.session(default=False, tags=["all"])  # not for each change: it is about EasyDeL's classes, which do not change
+@nox.parametrize("version", HOSTS, ids=HOSTS)
+def host_in_every_case(session: nox.Session, version: str) -> None:
+    """What `host` leaves out: EasyDeL's own operations on the cases in which they are right."""
+    install(session, "[demo]", *group("test"), f"easydel=={version}", TORCH)
+    session.log("The contract of EasyDeL's own operations: about 2 minutes")
+    pytest(session, "-m", "long", "test_contract.py", **QUICK_TO_COMPILE)

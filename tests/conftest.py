@@ -23,13 +23,17 @@ LONGEST = (
     "test_xla.py",
     "test_turboquant.py",
     "test_demo.py",
-    "test_kernels.py",
-    "test_gpu_lowering.py",
-    "test_processes.py",
-    "test_startup_host.py",
-    "test_engine.py",
     "test_sharding.py",
+    "test_startup_host.py",
+    "test_processes.py",
+    "test_numbers.py",
+    "test_kernels.py",
     "test_docs.py",
+    "test_gpu_lowering.py",
+    "test_quantized_caches.py",
+    "test_contract.py",
+    "test_gpu_contract.py",
+    "test_engine.py",
 )
 """A file goes to one worker: these begin first, so that none of them is left to one worker when the other is done."""
 
@@ -75,13 +79,24 @@ def _programs_of_a_module() -> Iterator[None]:
 def quick_to_compile() -> Iterator[None]:
     """XLA optimizes little: for large programs that run once and whose code is not what is tested.
 
-    Such is Pallas' interpreter. What users compile, the tests compile as they do.
+    Such is Pallas' interpreter.
     """
+    yield from _optimizing_little(True)
+
+
+@pytest.fixture
+def as_users_compile() -> Iterator[None]:
+    """XLA optimizes as it does for users, also where the environment says that it shall not."""
+    yield from _optimizing_little(False)
+
+
+def _optimizing_little(little: bool) -> Iterator[None]:
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", little)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

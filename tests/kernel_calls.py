@@ -35,7 +35,8 @@ FEW = tuple(
     )
 )
 """Kernels in JAX compile for seconds. So a kernel is held to the whole contract with a few cases; what a call gives is
-compared in every case, one of each kind in the quick checks and with the JAX of each EasyDeL, the rest once."""
+compared in every case, one of each kind in the quick checks. One JAX will do for that: with the JAX of each EasyDeL the
+public functions run a few cases (test_kernels.py), and kernels what their files have beside the contract."""
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 """For tests that compile many programs and run each once."""

@@ -1,7 +1,7 @@
 """Run by test_sharding.py with simulated devices: sharded calls of the functions and of the operations.
 
-``python sharded_calls.py functions``, ``... callers`` or ``... operations``. Prints one line for each call; an
-assertion ends it.
+``python sharded_calls.py functions``, ``... few``, ``... callers`` or ``... operations``. Prints one line for each
+call; an assertion ends it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ GEOMETRIES = (
     (NATIVE, Geometry(6, 3, 32, tp=2, sinks="heads", scales=True)),
     (NATIVE, Geometry(3, 3, 64, tp=2, dp=2)),
 )
+
+# With the JAX of each EasyDeL: what the host's kernel runs, and all that compiles nothing.
+FEW_GEOMETRIES = tuple(each for each in GEOMETRIES if each[0] in (ALL, NATIVE))
 
 
 def available(kernels: tuple[str, ...]) -> tuple[str, ...]:
@@ -260,9 +263,10 @@ def check_collectives(compiled: Any, geometry: Geometry, batch: Batch, return_ls
     return f"one all-reduce of {'each result' if return_lse else 'the output'}"
 
 
-def functions() -> None:
+def sharded_and_not(geometries: tuple[tuple[tuple[str, ...], Geometry], ...]) -> None:
+    """Calls on a mesh and without one: both are the oracle's, and one is the other's."""
     for version in VERSIONS:
-        for kernels, geometry in GEOMETRIES:
+        for kernels, geometry in geometries:
             names = ("q_heads", "kv_heads", "head_dim", "dtype", "sinks")
             case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
             case = case.with_options(scale_arrays=("k_scale", "v_scale") if geometry.scales else ())
@@ -301,19 +305,21 @@ def pages_as_they_are() -> None:
             print(f"ok v3 {kernel} {geometry} over pages as they are: {how}")
 
 
+HEADS_AND_PAGES = Geometry(8, 2, 32, tp=2, dp=2)
+
 # Split heads with their sinks, split pages, both, and query heads over one kv head.
 WITH_LSE = (
     Geometry(8, 4, 32, tp=2, sinks="heads"),
     Geometry(4, 2, 32, tp=1, dp=2, sinks="heads"),
-    Geometry(8, 2, 32, tp=2, dp=2),
+    HEADS_AND_PAGES,
     Geometry(4, 1, 32, tp=2, sinks="groups"),
 )
 
 
-def logsumexp() -> None:
+def logsumexp(geometries: tuple[Geometry, ...]) -> None:
     """It is split over heads as the output is, and over pages each token's is that of the shard that has its row."""
     for version in VERSIONS:
-        for geometry in WITH_LSE:
+        for geometry in geometries:
             names = ("q_heads", "kv_heads", "head_dim", "sinks")
             case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
             batch = local_pages(build_batch(case, version), geometry.dp)
@@ -352,12 +358,12 @@ def gathered_pages_are_seen() -> None:
     print("ok a gather of pages is seen")
 
 
-TURBOQUANT = (Geometry(8, 4, 32, tp=2, sinks="heads"), Geometry(4, 2, 32, tp=1, dp=2), Geometry(8, 2, 32, tp=2, dp=2))
+TURBOQUANT = (Geometry(8, 4, 32, tp=2, sinks="heads"), Geometry(4, 2, 32, tp=1, dp=2), HEADS_AND_PAGES)
 
 
-def turboquant() -> None:
+def turboquant(geometries: tuple[Geometry, ...]) -> None:
     """The five arrays of a TurboQuant cache are split as pages are; the constants are on every device."""
-    for geometry in TURBOQUANT:
+    for geometry in geometries:
         names = ("q_heads", "kv_heads", "head_dim", "sinks")
         case = dataclasses.replace(BASE, **{name: getattr(geometry, name) for name in names})
         batch = local_pages(build_batch(case, "v3"), geometry.dp)
@@ -438,10 +444,15 @@ def operations() -> None:
 def main(what: str) -> None:
     assert len(jax.devices()) == 8, jax.devices()
     if what == "functions":
-        functions()
+        sharded_and_not(GEOMETRIES)
         pages_as_they_are()
-        logsumexp()
-        turboquant()
+        logsumexp(WITH_LSE)
+        turboquant(TURBOQUANT)
+        gathered_pages_are_seen()
+    elif what == "few":
+        sharded_and_not(FEW_GEOMETRIES)
+        logsumexp((HEADS_AND_PAGES,))
+        turboquant((HEADS_AND_PAGES,))
         gathered_pages_are_seen()
     elif what == "callers":
         inside_of_shard_map()

@@ -16,6 +16,7 @@ from contract_runs import Broken, Reports, run_contract
 from easydel_ragged_plugin.testing import KernelContract
 
 
+@pytest.mark.once
 class TestOracle(KernelContract):
     """The kit finds nothing wrong with what it compares to."""
 
@@ -36,6 +37,7 @@ class TestGenerated(KernelContract):
     return run_contract(folder, source, select, *options)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("broken", "version"), BROKEN.parameters())
 def test_is_caught(broken: Broken, version: str, tmp_path: Path) -> None:
     kernel = f"broken_kernels.broken_kernel({broken.name!r})"

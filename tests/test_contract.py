@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from kernel_calls import FEW
 
 from easydel_ragged_plugin import host
 from easydel_ragged_plugin.options import Options
@@ -58,6 +59,7 @@ class TestOracleV3(RaggedPageAttentionContract):
 _OURS = Capabilities(options=OPTIONS, forward_methods=("native", "cpu", "gpu", "cuda", "rocm", "tpu"))
 
 
+@pytest.mark.usefixtures("as_users_compile")
 class TestOursV2(RaggedPageAttentionContract):
     """No known failure."""
 
@@ -70,6 +72,7 @@ class TestOursV2(RaggedPageAttentionContract):
         return RaggedPageAttnV2
 
 
+@pytest.mark.usefixtures("as_users_compile")
 class TestOursV3(RaggedPageAttentionContract):
     capabilities: ClassVar = _OURS
 
@@ -98,13 +101,22 @@ _WINDOW = "the window is measured from the row's last query, so every other quer
 
 
 class BuiltIn(RaggedPageAttentionContract):
-    """One of the host's own classes, on what it fails and on one case of each kind."""
+    """One of the host's own classes, on what it fails and on a few cases more.
+
+    Nothing here changes it, so the other kinds of cases are for ``nox -s host_in_every_case``.
+    """
 
     capabilities: ClassVar = _BUILT_IN
 
-    def __init_subclass__(cls) -> None:
-        fails = {name.partition("[")[2].rstrip("]") or name for name in cls.known_failures}
-        cls.cases = tuple(case for case in CASES if case.name in fails or case in one_of_each(CASES))
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "case" in metafunc.fixturenames:
+            fails = {name.partition("[")[2].rstrip("]") or name for name in self.known_failures}
+            cases = [
+                pytest.param(case, id=case.name, marks=() if case.name in fails or case in FEW else pytest.mark.long)
+                for case in CASES
+                if case.name in fails or case in one_of_each(CASES)
+            ]
+            metafunc.parametrize("case", cases)
 
 
 class TestBuiltInV2(BuiltIn):

@@ -168,6 +168,7 @@ def test_the_tokenizer_survives_the_conversion(folder: str) -> None:
 @needs_demo
 @pytest.mark.host
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_users_compile")
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_greedy_float32_equals_transformers(
     version: str, folder: str, expected: list[tuple[int, ...]], workers: Workers

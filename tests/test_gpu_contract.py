@@ -1,7 +1,7 @@
 """The contract kit on this package's operations when they run the GPU kernel, in Pallas' interpreter.
 
-The kernel's numbers on every case are in test_pallas_gpu.py. Here are the host's cache views, metadata and pages,
-with a few cases, and the kit's laws.
+The kernel's numbers on every case, and the laws that they obey, are in test_pallas_gpu.py. Here are the host's cache
+views, metadata and pages, with a few cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from easydel_ragged_plugin.config import KERNEL_VARIABLE
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU
 from easydel_ragged_plugin.testing import Capabilities, case_named
 from easydel_ragged_plugin.testing.capabilities import PASSED_OPTIONS
-from easydel_ragged_plugin.testing.contract import RaggedPageAttentionContract
+from easydel_ragged_plugin.testing.contract_calls import CallTests
 
 pytestmark = [pytest.mark.host, pytest.mark.usefixtures("quick_to_compile")]
 
@@ -48,7 +48,7 @@ def on_the_gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert set(chosen) <= {INTERPRETED.name}
 
 
-class OperationOnTheGpuKernel(RaggedPageAttentionContract):
+class OperationOnTheGpuKernel(CallTests):
     capabilities: ClassVar = _OURS
     cases: ClassVar = CASES
 

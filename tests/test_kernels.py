@@ -36,6 +36,7 @@ KERNELS = [
 VERSIONS: tuple[Version, ...] = ("v2", "v3")
 
 
+@pytest.mark.usefixtures("as_users_compile")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(

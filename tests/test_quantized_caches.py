@@ -124,7 +124,7 @@ def test_int8_takes_scales_as_arrays(version: Any) -> None:
     assert pages.tobytes() == expected_pages.tobytes()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [pytest.param("v2", marks=pytest.mark.once), "v3"])  # v3 writes and reads
 @pytest.mark.parametrize("dtype", [name for name in CACHE_DTYPES if name.startswith("float8")])
 def test_every_float_of_eight_bits_is_stored_and_read(dtype: str, version: Any) -> None:
     batch = build_batch(dataclasses.replace(case_named("float8-e5m2"), name="float8", cache_dtype=dtype), version)

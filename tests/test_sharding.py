@@ -32,10 +32,16 @@ def run_program(what: str, devices: int = 8) -> str:
     return done.stdout
 
 
-def test_sharded_equals_unsharded() -> None:
-    """Every kernel, on 2, 4 and 8 devices: heads, pages, both, sinks, what does not divide; and the collectives."""
-    printed = run_program("functions")
-    assert "ok v3 xla Geometry(q_heads=16, kv_heads=8, head_dim=32, tp=8" in printed
+@pytest.mark.parametrize(
+    "what", [pytest.param("functions", marks=pytest.mark.once), pytest.param("few", marks=pytest.mark.host)]
+)
+def test_sharded_equals_unsharded(what: str) -> None:
+    """Every kernel, on 2, 4 and 8 devices: heads, pages, both, sinks, what does not divide; and the collectives.
+
+    Without the host's kernel all of it, and with it a part.
+    """
+    printed = run_program(what)
+    assert ("ok v3 xla Geometry(q_heads=16, kv_heads=8, head_dim=32, tp=8" in printed) == (what == "functions")
     assert "ok a gather of pages is seen" in printed
     if cpu_native.availability() is None:
         assert "ok v3 cpu_native" in printed

@@ -33,6 +33,7 @@ class TestTurboQuant(KernelContract):
     cases: ClassVar = FEW
 
 
+@pytest.mark.once
 class TestTurboQuantInBrief(KernelResults):
     kernel: ClassVar = KERNEL
     driver_class: ClassVar = TurboQuantDriver
@@ -68,6 +69,7 @@ def run(batch: Batch, pages: TurboQuantPages, version: str = "v3", **options: An
     return np.asarray(output), pages
 
 
+@pytest.mark.usefixtures("as_users_compile")
 def test_indices_that_name_no_centroid_stand_for_zero() -> None:
     """Half of the keys' are such: what the contract compresses has none."""
     batch = build_batch(CASE, "v3")

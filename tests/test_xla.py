@@ -19,6 +19,7 @@ class TestXla(KernelContract):
     cases: ClassVar = FEW
 
 
+@pytest.mark.once
 class TestXlaInBrief(KernelResults):
     kernel: ClassVar = KERNEL
     cases: ClassVar = IN_BRIEF
