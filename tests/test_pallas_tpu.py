@@ -14,6 +14,7 @@ from jax_private import races_found, teach_interpreter_reshaped_refs
 from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
 
 from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.kernels import pallas_tpu
 from easydel_ragged_plugin.kernels.pallas_tpu import PallasTPU
 from easydel_ragged_plugin.kernels.pallas_tpu.blocks import Block, Blocks
 from easydel_ragged_plugin.options import Options
@@ -45,6 +46,14 @@ class TestPallasTPUV2(KernelResults):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v2",)
     cases: ClassVar = tuple(dataclasses.replace(case, head_dim=128) for case in FEW)
+
+
+class TestPallasTPUInBrief(KernelResults):
+    """For other versions of JAX; in one version the two classes above have it."""
+
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
+    cases: ClassVar = tuple(dataclasses.replace(case, head_dim=128) for case in FEW[:2])
 
 
 @pytest.mark.long
@@ -156,3 +165,18 @@ def test_what_it_refuses(case: dict[str, Any], reason: str | None) -> None:
     case = {name: value for name, value in case.items() if name != "version"}
     found = KernelDriver(INTERPRETED, version).missing(Case("refused", (Row(2, 1),), num_pages=None, **case))
     assert found is None if reason is None else re.search(reason, found or "")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("absl", r"absl-py is not installed, which Pallas for TPUs of JAX [\d.]+ imports \(pip install absl-py\)"),
+        ("jax.experimental.pallas.tpu", r"JAX [\d.]+ has no Pallas for TPUs: No module named 'jax.experimental"),
+    ],
+)
+def test_modules_that_are_not_there_are_named(module: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(pallas_tpu, "import_module", missing)
+    assert re.match(reason, KernelDriver(INTERPRETED, "v3").missing(case_named("mixed")) or "")

@@ -14,7 +14,7 @@ update.py   v3's new keys and values
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -81,10 +81,9 @@ class PallasTPU(Kernel):
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
-        if importlib.util.find_spec("jax.experimental.pallas.tpu") is None:
-            return f"JAX {jax.__version__} has no Pallas backend for TPUs"
-        if importlib.util.find_spec("absl") is None:
-            return "absl-py is not installed, which JAX's Pallas for TPUs imports (pip install absl-py)"
+        lacking = _lacks_pallas()
+        if lacking is not None:
+            return lacking
         for what, dtype, known in (
             ("queries", request.query_dtype, COMPUTE_DTYPES),
             ("compute_dtype", request.compute_dtype, COMPUTE_DTYPES),
@@ -137,6 +136,18 @@ class PallasTPU(Kernel):
         from jax.experimental.pallas import tpu as pltpu
 
         return pltpu.InterpretParams()
+
+
+def _lacks_pallas() -> str | None:
+    """Why Pallas for TPUs can't be imported; or None. That of some versions of JAX imports absl-py, undeclared."""
+    version = jax.__version__
+    try:
+        import_module("jax.experimental.pallas.tpu")
+    except ModuleNotFoundError as error:
+        if error.name == "absl":
+            return f"absl-py is not installed, which Pallas for TPUs of JAX {version} imports (pip install absl-py)"
+        return f"JAX {version} has no Pallas for TPUs: {error}"
+    return None
 
 
 def _refuses_v2(request: AttentionRequest) -> str | None:
