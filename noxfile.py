@@ -30,6 +30,10 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 HOSTS = ("0.3.0", "0.2.0.2")
 # Between the hosts' and the newest, which `kernels` has. Lowering for GPUs uses what JAX changes most often.
 OTHER_JAX = ("0.10.2", "0.11.2")
+# The TPU kernel is tested with the JAX of the newest EasyDeL, and in brief with that of the older one and the newest.
+# jax[tpu] names the libtpu of its version. Pallas for TPUs of JAX 0.9.2 imports absl-py, and does not declare it.
+TPU_JAX = ("jax[tpu]==0.9.2", "absl-py")
+OTHER_TPU_JAX = {"0.8.3": "jax[tpu]==0.8.3", "newest": "jax[tpu]"}
 
 # What the quick sessions run. Where `alone` and `host` would run it again, with the same JAX and EasyDeL, they leave it
 # out.
@@ -39,6 +43,7 @@ KERNELS = (
     "test_turboquant.py::TestTurboQuantInBrief",
     "test_xla.py::TestXlaInBrief",
 )
+TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 # Compiling is most of the time. The quick sessions compile as users do. In `alone` and `host` tests with the fixture
 # `as_users_compile` do; in the others LLVM optimizes little, after the same passes of XLA.
@@ -301,27 +306,36 @@ def gpu(session: nox.Session) -> None:
     pytest(session, "test_gpu_compile.py", dist="worksteal", **variables)
 
 
-def test_for_tpu(session: nox.Session, *arguments: str) -> None:
+def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: str) -> None:
     """Run tests in an environment with libtpu, which compiles for TPUs that are described."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("libtpu comes as a wheel for Linux on x86-64")
-    # libtpu: what jax[tpu] of that version names. absl-py: JAX's Pallas for TPUs imports it, and does not declare it.
-    install(session, "", *group("test"), "jax==0.9.2", "libtpu==0.0.37", "absl-py")
+    install(session, "", *group("test"), *packages)
     variables = {"EASYDEL_RAGGED_TEST_TPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    session.log("The TPU kernel, compiled and interpreted: about 4 minutes, in every case half an hour")
     pytest(session, *arguments, **variables)
 
 
 @nox.session(default=False, tags=REST)
 def tpu(session: nox.Session) -> None:
     """Programs for TPUs through libtpu, and the TPU kernel's contract in an interpreter: no TPU, no driver."""
-    test_for_tpu(session, "-m", "not long", "test_tpu_compile.py", "test_pallas_tpu.py")
+    session.log("The TPU kernel, compiled and interpreted: about 4 minutes")
+    files = ("test_tpu_compile.py", "test_pallas_tpu.py")
+    test_for_tpu(session, TPU_JAX, "-m", "not long", *files, *without(TPU_IN_BRIEF))
+
+
+@nox.session(python=newest_python(), default=False, tags=REST)
+@nox.parametrize("version", tuple(OTHER_TPU_JAX), ids=tuple(OTHER_TPU_JAX))
+def tpu_in_brief(session: nox.Session, version: str) -> None:
+    """The TPU kernel with other versions of JAX: it compiles, and a few of its numbers."""
+    session.log("The TPU kernel, compiled and interpreted: about 1 minute")
+    test_for_tpu(session, (OTHER_TPU_JAX[version],), "test_tpu_compile.py::test_own_kernel_compiles", *TPU_IN_BRIEF)
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: it takes about half an hour
 def tpu_in_every_case(session: nox.Session) -> None:
     """What `tpu` leaves out: the TPU kernel on all cases of the contract, in an interpreter."""
-    test_for_tpu(session, "-m", "long", "test_pallas_tpu.py")
+    session.log("The TPU kernel, interpreted in every case: about half an hour")
+    test_for_tpu(session, TPU_JAX, "-m", "long", "test_pallas_tpu.py")
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -20,16 +21,21 @@ from jax._src.lib.mlir import ir  # type: ignore[attr-defined]
 # (test_tpu_lowering.py), nor for a GPU from JAX 0.11 on (test_gpu_lowering.py).
 from jax._src.mesh import AbstractDevice
 
+# TPU interpret mode. Without it no test of test_pallas_tpu.py runs.
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.interpret import utils as interpret_utils
+
 # An MLIR context that has Triton's dialect. Without it, as without the bindings.
 from jax._src.pallas.triton.lowering import _new_ir_context
 
-if jax.__version_info__ >= (0, 9):
-    # TPU interpret mode, and the kinds of refs that it does not know: see teach_interpreter_reshaped_refs. JAX 0.8 has
-    # another mode, which runs no kernel of ours.
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-    from jax._src.pallas.mosaic.interpret import utils as interpret_utils
-    from jax._src.state.indexing import NDIndexer
+# The kinds of refs that it knows, and those that it does not: see teach_interpreter_reshaped_refs.
+from jax._src.state.indexing import NDIndexer
+
+try:
     from jax._src.state.types import BitcastTransform, ReshapeTransform
+except ImportError:  # JAX 0.8 and 0.9.0
+    from jax._src.state.types import RefBitcaster as BitcastTransform  # type: ignore[attr-defined, no-redef]
+    from jax._src.state.types import RefReshaper as ReshapeTransform  # type: ignore[attr-defined, no-redef]
 
 __all__ = ["_new_ir_context", "described_device", "ir", "races_found", "teach_interpreter_reshaped_refs"]
 
@@ -48,16 +54,51 @@ def races_found() -> bool:
 
 
 def teach_interpreter_reshaped_refs() -> None:
-    """Let TPU interpret mode load from and store to refs that are reshaped or bitcast. JAX 0.9 knows only indices.
+    """Let TPU interpret mode load from and store to refs that are reshaped or bitcast. JAX's own knows only indices.
 
     Without it the tests of test_pallas_tpu.py fail with "'ReshapeTransform' object has no attribute 'indices'".
     """
-    for name, wrap in (("get", _get), ("store", _store), ("swap", _swap)):
-        known = getattr(interpret_pallas_call, name)
-        if not getattr(known, "knows_reshaped_refs", False):
-            wrapped: Any = functools.partial(wrap, interpret_pallas_call.get, known)
-            wrapped.knows_reshaped_refs = True
-            setattr(interpret_pallas_call, name, wrapped)
+    names = {"get": _get, "store": _store, "swap": _swap}
+    known = {name: getattr(interpret_pallas_call, name) for name in names}
+    if getattr(known["get"], "knows_reshaped_refs", False):
+        return
+    plain = {name: _without_token(name, each) for name, each in known.items()}
+    for name, wrap in names.items():
+        taught = _like(name, known[name], functools.partial(wrap, plain["get"], plain[name]))
+        taught.knows_reshaped_refs = True
+        setattr(interpret_pallas_call, name, taught)
+
+
+def _takes_token(known: Any) -> bool:
+    """Whether a function of the interpreter takes a token before all else, and returns it before what it found.
+
+    They do from JAX 0.10 on. The interpreter calls them from programs, and without their guard, as ``__wrapped__``.
+    """
+    return next(iter(inspect.signature(known).parameters)) == "token"
+
+
+def _without_token(name: str, known: Any) -> Any:
+    """A function of the interpreter that takes and returns what those of JAX 0.9 do."""
+    if not _takes_token(known):
+        return known
+
+    def plain(*arguments: Any, **keywords: Any) -> Any:
+        found = known.__wrapped__(None, *arguments, **keywords)
+        return None if name == "store" else found[1]
+
+    return plain
+
+
+def _like(name: str, known: Any, plain: Any) -> Any:
+    """``plain``, which takes and returns what those of JAX 0.9 do, in the place of ``known``."""
+    if not _takes_token(known):
+        return plain
+
+    def function(token: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = plain(*arguments, **keywords)
+        return token if name == "store" else (token, found)
+
+    return interpret_pallas_call.fail_on_exception(function)
 
 
 def _cast_words(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.kernels import pallas_tpu
 from easydel_ragged_plugin.kernels.pallas_tpu import PallasTPU
 from easydel_ragged_plugin.kernels.pallas_tpu.blocks import Block, Blocks, choose
 from easydel_ragged_plugin.options import Options
@@ -47,6 +48,14 @@ class TestPallasTPUV2(KernelResults):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v2",)
     cases: ClassVar = tuple(dataclasses.replace(case, head_dim=128) for case in FEW)
+
+
+class TestPallasTPUInBrief(KernelResults):
+    """For other versions of JAX; in one version the two classes above have it."""
+
+    kernel: ClassVar = INTERPRETED
+    compiler_options: ClassVar = QUICK_TO_COMPILE
+    cases: ClassVar = tuple(dataclasses.replace(case, head_dim=128) for case in FEW[:2])
 
 
 @pytest.mark.long
@@ -192,3 +201,18 @@ def test_wrong_blocks_are_refused() -> None:
         Blocks(Block(2, 128, 2), Block(4, 128, 2))
     with pytest.raises(ValueError, match="at least 2 buffers"):
         Block(1, 128, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("absl", r"absl-py is not installed, which Pallas for TPUs of JAX [\d.]+ imports \(pip install absl-py\)"),
+        ("jax.experimental.pallas.tpu", r"JAX [\d.]+ has no Pallas for TPUs: No module named 'jax.experimental"),
+    ],
+)
+def test_modules_that_are_not_there_are_named(module: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(pallas_tpu, "import_module", missing)
+    assert re.match(reason, KernelDriver(INTERPRETED, "v3").missing(case_named("mixed")) or "")

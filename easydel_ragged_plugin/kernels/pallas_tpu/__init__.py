@@ -14,7 +14,7 @@ update.py   v3's new keys and values
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -151,11 +151,14 @@ class PallasTPU(Kernel):
 
 
 def unavailable() -> str | None:
-    """Why JAX can't lower this kernel, or None. Imports nothing."""
-    if importlib.util.find_spec("jax.experimental.pallas.tpu") is None:
-        return f"JAX {jax.__version__} has no Pallas backend for TPUs"
-    if importlib.util.find_spec("absl") is None:
-        return "absl-py is not installed, which JAX's Pallas for TPUs imports (pip install absl-py)"
+    """Why Pallas for TPUs can't be imported; or None. That of some versions of JAX imports absl-py, undeclared."""
+    version = jax.__version__
+    try:
+        import_module("jax.experimental.pallas.tpu")
+    except ModuleNotFoundError as error:
+        if error.name == "absl":
+            return f"absl-py is not installed, which Pallas for TPUs of JAX {version} imports (pip install absl-py)"
+        return f"JAX {version} has no Pallas for TPUs: {error}"
     return None
 
 
