@@ -61,8 +61,10 @@ ALLOWED: dict[str, set[str]] = {
     "operations": {"api", "config", "errors", "host", "model_config", "options", "views"},
     "testing": {"config", "errors", "host", "layout", "options", "reference", "request", "select", "types", "varying"},
     "workers": {"api", "config", "errors", "hooks", "host", "layout", "select", "startup"},
-    "terminal": set(),
-    "demo": {"config", "hooks", "host", "startup", "terminal"},
+    "encoding": set(),
+    "interrupt": set(),
+    "terminal": {"config", "encoding", "interrupt"},
+    "demo": {"config", "hooks", "host", "interrupt", "select", "startup", "terminal"},
     "bench": {
         "api",
         "config",
@@ -70,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "formats",
         "host",
+        "interrupt",
         "layout",
         "options",
         "reference",
@@ -80,10 +83,14 @@ ALLOWED: dict[str, set[str]] = {
         "workers",
     },
     "cli": {
+        "__init__",  # its version
         "api",
         "bench",
+        "config",
         "demo",
+        "encoding",
         "host",
+        "interrupt",
         "options",
         "select",
         "startup",
@@ -91,6 +98,7 @@ ALLOWED: dict[str, set[str]] = {
         "testing",
         "workers",
     },
+    "__main__": {"cli"},
     "__init__": {"api", "config", "errors", "hooks", "layout", "operations", "programs", "startup", "workers"},
 }
 # Imports that exist for type checkers only: they may point the other way.
