@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import invoke, run_command
@@ -416,6 +417,15 @@ def test_serving_names_an_unknown_kernel_first(monkeypatch: pytest.MonkeyPatch) 
         demo._check_kernel_variable()
     monkeypatch.setenv(KERNEL_VARIABLE, "xla")
     demo._check_kernel_variable()
+
+
+def test_an_answer_longer_than_the_model_is_refused() -> None:
+    config = SimpleNamespace(max_position_embeddings=100)
+    demo._check_length(config, [3, 40], 60)
+    expected = "--max-tokens 61: a prompt of 40 tokens and such an answer are 101, and the model has 100 positions"
+    with pytest.raises(CommandError, match=expected):
+        demo._check_length(config, [3, 40], 61)
+    demo._check_length(SimpleNamespace(), [40], 10**6)
 
 
 def test_demo_refuses_a_folder_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,10 +82,12 @@ ALLOWED: dict[str, set[str]] = {
         "types",
         "workers",
     },
+    "cache_folder": {"config", "demo", "terminal"},
     "cli": {
         "__init__",  # its version
         "api",
         "bench",
+        "cache_folder",
         "config",
         "demo",
         "encoding",
@@ -283,6 +285,7 @@ def test_the_checker_passes_what_is_right(path: str, source: str) -> None:
 
 
 OF_ALL_KERNELS = [
+    ROOT / "cache_folder.py",
     ROOT / "workers.py",
     *(path for part in ("cli", "bench", "demo") for path in sorted((ROOT / part).rglob("*.py"))),
     *sorted((Path(__file__).resolve().parents[1] / "benchmarks").rglob("*.py")),

@@ -1,7 +1,7 @@
 """The ``easydel-ragged`` command.
 
-What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``, ``cache.py``) and is imported when it runs,
-so ``--help`` costs nothing.
+What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``, ``cache_folder.py``) and is imported when it
+runs, so ``--help`` costs nothing.
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ def cache_command(
     easydel-ragged cache --clear
     """
     with _errors_shown():
-        from .cache import run
+        from easydel_ragged_plugin.cache_folder import run
 
         run(remove=clear, as_json=json)
 

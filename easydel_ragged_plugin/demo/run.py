@@ -92,11 +92,24 @@ def prepare_model(console: Console, model: str | None) -> str:
         raise CommandError(str(error) if model is None else f"--model {error}") from error
 
 
-def _head_dim(model: str) -> int:
+def _config(model: str) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _check_length(config: Any, prompt_tokens: Sequence[int], max_tokens: int) -> None:
+    """Raise CommandError where the model has no positions for the longest prompt and its answer."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max(prompt_tokens) + max_tokens > positions:
+        raise CommandError(
+            f"--max-tokens {max_tokens}: a prompt of {max(prompt_tokens)} tokens and such an answer are "
+            f"{max(prompt_tokens) + max_tokens}, and the model has {positions} positions."
+        )
 
 
 def _check_kernel_variable() -> None:
@@ -241,8 +254,10 @@ def run(
             )
         tokenizer = models.load_tokenizer(source)
         lengths = [len(tokenizer(Engine.as_chat(tokenizer, prompt))["input_ids"]) for prompt in prompts]
+        config = _config(source)
+        _check_length(config, lengths, max_tokens)
         base = _settings(lengths, max_tokens, page_size, dtype)
-        variants = _variants(mechanism, host_kernels, compare, _head_dim(source))
+        variants = _variants(mechanism, host_kernels, compare, _head_dim(config))
         console.print(
             f"[bold]{models.MODEL_NAME if model is None else model}[/bold] on EasyDeL {host.host_version()}, {dtype}"
         )
