@@ -68,16 +68,20 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def usable_cache_dir() -> Path:
-    """The cache folder, made where it is missing.
+def usable_cache_dir(*, make: bool = True) -> Path:
+    """The cache folder, after a check that files can be made in it.
+
+    Args:
+        make: make it where it is missing. Otherwise the check takes the folder that it would be made in.
 
     Raises:
         CommandError: it can't be made, or no file can be made in it.
     """
     folder = cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.absolute().parents) if each.exists())):
             pass
     except OSError as error:
         reason = "it is a file" if folder.is_file() else _why(error)

@@ -115,9 +115,10 @@ def _tunable(interpret: bool) -> list[tuple[Kernel, Tuning]]:
 def run(geometry: Geometry, *, interpret: bool = False) -> None:
     """See ``easydel-ragged tune --help``."""
     console = Console()
-    usable_cache_dir()  # the winners go there
     with interruptible(at_once=True):
-        for kernel, tuning in _tunable(interpret):
+        found = _tunable(interpret)
+        usable_cache_dir(make=False)  # the winners go there
+        for kernel, tuning in found:
             file = _tune(console, kernel, tuning, geometry, interpret)
             console.print(f"[green]✓[/green] {kernel.name}: written to {file}", highlight=False, soft_wrap=True)
     if interpret:
