@@ -8,10 +8,12 @@ terminal; when something fails, the file's last lines are shown.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +30,21 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-__all__ = ["CommandError", "Update", "count_compilations", "facts_as_text", "hushed", "stage"]
+from easydel_ragged_plugin import interrupt
+from easydel_ragged_plugin.config import CACHE_VARIABLE, cache_dir
+from easydel_ragged_plugin.encoding import PLAIN_ERRORS
+
+__all__ = [
+    "CommandError",
+    "Update",
+    "count_compilations",
+    "facts_as_text",
+    "full_disk",
+    "hushed",
+    "require_writable",
+    "stage",
+    "usable_cache_dir",
+]
 
 
 class CommandError(Exception):
@@ -41,6 +57,55 @@ class CommandError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def full_disk(error: OSError) -> bool:
+    """Whether ``error`` says that there is no room: on the disk, or in what the user may have of it."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def usable_cache_dir(*, make: bool = True) -> Path:
+    """The cache folder, after a check that files can be made in it.
+
+    Args:
+        make: make it where it is missing. Otherwise the check takes the folder that it would be made in.
+
+    Raises:
+        CommandError: it can't be made, or no file can be made in it.
+    """
+    folder = cache_dir()
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.absolute().parents) if each.exists())):
+            pass
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else _why(error)
+        raise CommandError(
+            f"the cache folder {folder} can't be used: {reason}. Set {CACHE_VARIABLE} to a folder that can be written."
+        ) from error
+    return folder
+
+
+def require_writable(option: str, file: Path) -> None:
+    """Raise CommandError where ``file`` can't be written later. Creates nothing, and leaves a present file as it is.
+
+    Args:
+        option: the one that names the file, for the message.
+    """
+    try:
+        if file.is_file() or file.is_dir():
+            with file.open("ab"):
+                pass
+        elif not file.exists():  # otherwise a pipe or a device, which opening may stop or end
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"{option} {file}: can't be written: {_why(error)}.") from error
 
 
 Update = Callable[[int, int], None]
@@ -129,8 +194,10 @@ def count_compilations(update: Update) -> Iterator[None]:
 def hushed(log: Path | None) -> Iterator[Console]:
     """Send both output streams of the process, and of those it starts, to ``log``; yields a console on the terminal.
 
+    What the process dies of shows the log's last lines. A CommandError says all itself.
+
     Args:
-        log: file to write; None leaves the streams alone.
+        log: file to write, in a folder that exists; None leaves the streams alone.
     """
     if log is None:
         yield Console()
@@ -141,20 +208,27 @@ def hushed(log: Path | None) -> Iterator[Console]:
     except (OSError, ValueError, AttributeError):  # captured by a test runner or a notebook: nothing to redirect
         yield Console()
         return
-    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved_out, saved_err = os.dup(1), os.dup(2)
+    encoding = sys.stdout.encoding
     failed = False
-    with log.open("w", encoding="utf-8") as file, os.fdopen(os.dup(saved_out), "w", encoding="utf-8") as terminal:
+    with (
+        log.open("w", encoding="utf-8") as file,
+        os.fdopen(os.dup(saved_out), "w", encoding=encoding, errors=PLAIN_ERRORS) as terminal,
+    ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        interrupt.error_output = saved_err
         try:
             yield Console(file=terminal, width=_width(saved_out))
+        except (CommandError, KeyboardInterrupt):
+            raise
         except BaseException:
             failed = True
             raise
         finally:
+            interrupt.error_output = 2
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(saved_out, 1)

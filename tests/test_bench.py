@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import invoke
+from command_line import invoke, run_command
 from conftest import RunPython
 
 from easydel_ragged_plugin import host
@@ -30,7 +30,7 @@ from easydel_ragged_plugin.bench.timing import Candidate
 from easydel_ragged_plugin.bench.work import work
 from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
-from easydel_ragged_plugin.terminal import CommandError
+from easydel_ragged_plugin.terminal import CommandError, require_writable
 from easydel_ragged_plugin.testing.batches import Case, Version
 
 
@@ -303,7 +303,7 @@ def test_bench_hands_its_options_to_the_engine_case(monkeypatch: pytest.MonkeyPa
         }
 
     monkeypatch.setattr(engine_case, "run", measured)
-    monkeypatch.setattr(bench, "check_environment", lambda *, converts: None)
+    monkeypatch.setattr(bench, "check_environment", lambda what, *, converts: None)
     file = tmp_path / "results.json"
     options = ("--engine-context", "0", "--engine-context", "500", "--engine-prompt", "64", "--json", str(file))
     result = invoke("bench", "--case", "engine", *options)
@@ -408,7 +408,7 @@ def test_bench_fails_for_drift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         }
 
     monkeypatch.setattr(soak_case, "run", soaked)
-    monkeypatch.setattr(bench, "check_environment", lambda *, converts: None)
+    monkeypatch.setattr(bench, "check_environment", lambda what, *, converts: None)
     file = tmp_path / "soak.json"
     result = invoke("bench", "--case", "soak", "--soak-requests", "200", "--version", "v2", "--json", str(file))
     assert result.exit_code == 0, result.output
@@ -466,6 +466,43 @@ def test_bench_lists_every_case() -> None:
     assert {bench.ENGINE_CASE, bench.SOAK_CASE} <= set(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--json", "{tmp}/missing/x.json"),
+            "--json {tmp}/missing/x.json: can't be written: No such file or directory.",
+        ),
+        (("--json", "{tmp}"), "--json {tmp}: can't be written: Is a directory."),
+        (("--figure", "{tmp}/missing/x.png"), "--figure {tmp}/missing/x.png: can't be written: No such file"),
+        (("--figure", "{tmp}/x.xyz"), "--figure {tmp}/x.xyz: got .xyz, wanted one of "),
+        (("--case", "tiny", "--figure", "{tmp}/x.png"), "--figure: got the cases tiny, none of which has a limit"),
+    ],
+)
+def test_bench_checks_its_files_first(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    if "--figure" in options:
+        pytest.importorskip("matplotlib")
+    result = invoke("bench", *(each.format(tmp=tmp_path) for each in options))  # without a fake machine: minutes
+    assert result.exit_code == 2
+    assert f"error: {said.format(tmp=tmp_path)}" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_checked_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("earlier")
+    require_writable("--json", file)
+    assert file.read_text() == "earlier"
+    require_writable("--json", Path("/dev/stdout"))
+
+
+def test_bench_in_an_ascii_terminal(report_file: Path) -> None:
+    result = run_command("bench", "--from-json", str(report_file), PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "100.0 us" in result.stdout
+    assert result.stdout.isascii()
+
+
 def test_bench_names_the_cases_when_one_is_unknown() -> None:
     result = invoke("bench", "--case", "decode-9x9k")
     assert result.exit_code == 2
@@ -484,7 +521,7 @@ def test_bench_names_the_kernels_when_one_is_unknown() -> None:
 @pytest.mark.slow
 def test_a_short_soak_finds_no_drift(run: RunPython, tmp_path: Path) -> None:
     file = tmp_path / "soak.json"
-    command = ("-m", "easydel_ragged_plugin.cli", "bench", "--case", "soak", "--soak-requests", "120")
+    command = ("-m", "easydel_ragged_plugin", "bench", "--case", "soak", "--soak-requests", "120")
     variables = {"JAX_PLATFORMS": "cpu", "EASYDEL_RAGGED_CACHE": str(tmp_path)}
     # EasyDeL 0.2.0.2 ends some answers early under such a load, with its own kernels, too.
     known = host.host_version() == "0.2.0.2"

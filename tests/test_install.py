@@ -140,3 +140,14 @@ def test_distributions_hold_what_they_need(distributions: Path, repository: Path
     }
     assert python_files <= in_wheel
     assert python_files <= in_sdist
+
+
+def test_the_contract_kits_say_what_they_need(bare_python: Path, run: RunPython) -> None:
+    for name in ("KernelContract", "RaggedPageAttentionContract"):
+        said = run(bare_python, "-c", f"from easydel_ragged_plugin.testing import {name}", status=1)
+        assert f"easydel_ragged_plugin.testing.{name} is a pytest class with hypothesis' tests" in said
+        assert "lacks pytest and hypothesis. Run: pip install pytest hypothesis (the extra 'testing' has both)" in said
+    extras = (
+        "from importlib.metadata import metadata; print(metadata('easydel-ragged-plugin').get_all('Provides-Extra'))"
+    )
+    assert "testing" in run(bare_python, "-c", extras)

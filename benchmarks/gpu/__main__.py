@@ -31,6 +31,10 @@ from report import draw, machine, ratio_to, show
 from rivals import CONTESTANTS, OURS
 from table import TABLE, shortened
 
+from easydel_ragged_plugin.bench import figure
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import CommandError, require_writable
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ragged page attention on a GPU: answers, times, limits.")
@@ -62,10 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.figure:
-        from easydel_ragged_plugin.bench import figure
-
-        figure.require()
+    try:
+        if options.figure:
+            figure.require(options.figure)
+        for option, file in (("--json", options.json), ("--figure", options.figure)):
+            if file:
+                require_writable(option, file)
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
     report: dict[str, Any] = {"dry_run": dry, "machine": machine()}
     first = limits(dry)
@@ -105,4 +114,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interruptible(at_once=True):
+        sys.exit(main())

@@ -21,7 +21,8 @@ from easydel_ragged_plugin import host
 from easydel_ragged_plugin.demo import model as models
 from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host, interleaved, median
-from easydel_ragged_plugin.terminal import hushed, stage
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import hushed, stage, usable_cache_dir
 
 __all__ = ["ABOUT", "Plan", "run", "show"]
 
@@ -158,8 +159,8 @@ def run(plan: Plan, *, repeats: int, with_host: bool) -> dict[str, Any]:
     workloads: list[dict[str, Any]] = []
     starts: dict[str, dict[str, float]] = {}
     kernels: dict[str, list[str]] = {}
-    log = models.cache_dir() / "bench.log"
-    with hushed(log) as console, contextlib.ExitStack() as stack:
+    log = usable_cache_dir() / "bench.log"
+    with interruptible(at_once=False), hushed(log) as console, contextlib.ExitStack() as stack:
         source = demo.prepare_model(console, None)
         with stage(console, "importing EasyDeL"):
             import_host()

@@ -27,12 +27,17 @@ GAP = 1.2
 """Between workloads, in bars."""
 
 
-def require() -> None:
-    """Raise CommandError, with what to install, when there is no matplotlib. Imports nothing."""
+def require(file: Path) -> None:
+    """Raise CommandError, with what to do, where there is no matplotlib, or it can't write such a file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError(
             "--figure needs matplotlib, which this environment lacks. Run: pip install 'easydel-ragged-plugin[bench]'"
         )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix and file.suffix[1:].lower() not in formats:
+        raise CommandError(f"--figure {file}: got {file.suffix}, wanted one of {', '.join(formats)}.")
 
 
 def _percent(share: float) -> str:
@@ -73,7 +78,7 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     Raises:
         CommandError: there is no matplotlib, or the report holds no workload with a limit.
     """
-    require()
+    require(file)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display, no global state
     from matplotlib.figure import Figure
 

@@ -24,7 +24,8 @@ from easydel_ragged_plugin.demo.model import MODEL_NAME
 from easydel_ragged_plugin.demo.run import check_environment
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.formats import PLAIN
-from easydel_ragged_plugin.terminal import CommandError
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import CommandError, require_writable
 from easydel_ragged_plugin.testing.batches import Case, Version
 from easydel_ragged_plugin.testing.tolerances import tolerance_for
 
@@ -231,7 +232,10 @@ def run(
             console.print(f"[bold]{name:28}[/bold] {about}; not part of 'all'", highlight=False)
         return 0
     if figure_file is not None:
-        figure.require()
+        figure.require(figure_file)
+    for option, file in (("--json", json_file), ("--figure", figure_file)):
+        if file is not None:
+            require_writable(option, file)
     if from_json is not None:
         report = reports.read(from_json)
         reports.show(console, report)
@@ -243,8 +247,13 @@ def run(
             _write_figure(console, report, figure_file)
         return 0
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
-    if SERVING.keys() & set(names):
-        check_environment(converts=ENGINE_CASE in names or soak.model == MODEL_NAME)
+    if figure_file is not None and all(case.name in CALL_BOUND for case in cases):
+        raise CommandError(
+            f"--figure: got the cases {', '.join(names)}, none of which has a limit to draw, wanted one that has."
+        )
+    for name in SERVING.keys() & set(names):
+        converts = name == ENGINE_CASE or soak.model == MODEL_NAME
+        check_environment(f"--case {name}", converts=converts)
     # Left alone, EasyDeL's kernel tunes itself on the first call of every shape: hundreds of runs of each candidate.
     os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
     results: list[Result] = []
@@ -259,7 +268,7 @@ def run(
         chosen = _chosen_kernels(kernels, all_kernels, with_host)
         if cases:
             say("measuring the machine")
-            with Machine() as machine:
+            with interruptible(at_once=True), Machine() as machine:
                 limits = machine.limits
                 results = [_run_case(case, version, chosen, repeats, machine, say) for case in cases]
         report = {

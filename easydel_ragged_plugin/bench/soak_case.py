@@ -30,7 +30,8 @@ from easydel_ragged_plugin.demo import model as models
 from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.demo import tiny
 from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
-from easydel_ragged_plugin.terminal import CommandError, Update, hushed, stage
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import CommandError, Update, hushed, stage, usable_cache_dir
 
 __all__ = ["ABOUT", "TINY", "Interval", "Plan", "Request", "requests_of", "run", "show", "verdict"]
 
@@ -281,10 +282,10 @@ def run(plan: Plan) -> dict[str, Any]:
             f"--soak-requests: got {plan.requests}, wanted at least {plan.intervals * (plan.references + 1)}: each of "
             f"the {plan.intervals} intervals has {plan.references} reference prompts and others."
         )
-    log = models.cache_dir() / "bench.log"
+    log = usable_cache_dir() / "bench.log"
     references, parts = requests_of(plan)
     intervals: list[Interval] = []
-    with hushed(log) as console, contextlib.ExitStack() as stack:
+    with interruptible(at_once=False), hushed(log) as console, contextlib.ExitStack() as stack:
         source = stack.enter_context(_model(console, plan))
         with stage(console, "importing EasyDeL"):
             import_host()

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from easydel_ragged_plugin import select
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.terminal import CommandError
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import CommandError, usable_cache_dir
 from easydel_ragged_plugin.testing.cases import Row
 from easydel_ragged_plugin.types import Kernel, Tuning
 
@@ -114,9 +115,12 @@ def _tunable(interpret: bool) -> list[tuple[Kernel, Tuning]]:
 def run(geometry: Geometry, *, interpret: bool = False) -> None:
     """See ``easydel-ragged tune --help``."""
     console = Console()
-    for kernel, tuning in _tunable(interpret):
-        file = _tune(console, kernel, tuning, geometry, interpret)
-        console.print(f"[green]✓[/green] {kernel.name}: written to {file}", highlight=False, soft_wrap=True)
+    with interruptible(at_once=True):
+        found = _tunable(interpret)
+        usable_cache_dir(make=False)  # the winners go there
+        for kernel, tuning in found:
+            file = _tune(console, kernel, tuning, geometry, interpret)
+            console.print(f"[green]✓[/green] {kernel.name}: written to {file}", highlight=False, soft_wrap=True)
     if interpret:
         console.print("  timed in an interpreter: these sizes say nothing about a GPU, and no GPU takes them")
 

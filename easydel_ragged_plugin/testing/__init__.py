@@ -28,25 +28,29 @@ if "pytest" in sys.modules:
     _MODULES = ("compare", "contract_base", "contract_calls", "contract_laws", "kernel_contract")
     sys.modules["pytest"].register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
-_FROM_CONTRACT = ("Capabilities", "RaggedPageAttentionContract")
+_KITS = {"KernelContract": "kernel_contract", "RaggedPageAttentionContract": "contract"}
+_HOMES = {**_KITS, "Capabilities": "capabilities", "oracle_operation": "oracle"}
+
+
+def _require_pytest(name: str) -> None:
+    """Raise ModuleNotFoundError, with what to install, where the kits can't run."""
+    import importlib.util
+
+    missing = [each for each in ("pytest", "hypothesis") if importlib.util.find_spec(each) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} is a pytest class with hypothesis' tests, and this environment lacks "
+            f"{' and '.join(missing)}. Run: pip install {' '.join(missing)} (the extra 'testing' has both)",
+            name=missing[0],
+        )
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: the cases are wanted without pytest, hypothesis and the host (by the benchmark, for one).
-    if name in _FROM_CONTRACT:
-        from . import contract
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(contract, name)
-    if name == "KernelContract":
-        from .kernel_contract import KernelContract
-
-        return KernelContract
-    if name == "oracle_operation":
-        from . import oracle
-
-        return oracle.oracle_operation
-    if name in __all__:
-        from . import cases
-
-        return getattr(cases, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _KITS:
+        _require_pytest(name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'cases')}"), name)

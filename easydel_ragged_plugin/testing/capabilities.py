@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .batches import Case
+from .batches import Case, Version
 
 __all__ = ["PASSED_OPTIONS", "Capabilities"]
 
@@ -19,6 +19,8 @@ class Capabilities:
     The defaults declare everything that the host may request. An operation that can do less sets the fields.
 
     Attributes:
+        version: the operation that it is, for one whose name is neither ``ragged_page_attention_v2`` nor
+            ``ragged_page_attention_v3``. None: the name says it.
         head_dims: head sizes; None for any.
         page_sizes: tokens in a page; None for any.
         dtypes: of queries, keys and values.
@@ -39,6 +41,7 @@ class Capabilities:
         updates_in_place: v3 puts the new pages into the view that it was called with.
     """
 
+    version: Version | None = None
     head_dims: frozenset[int] | None = None
     page_sizes: frozenset[int] | None = None
     dtypes: frozenset[str] = frozenset(("float32", "bfloat16", "float16"))

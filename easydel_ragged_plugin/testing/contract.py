@@ -23,7 +23,8 @@ class RaggedPageAttentionContract(LawTests, CallTests):
             def operation(self):
                 return MyAttention          # the OperationImpl class, not an instance
 
-    ``MyAttention.get_impl_name()`` decides whether it is tested as v2 or as v3. The operation is called as the host's
+    ``MyAttention.get_impl_name()`` decides whether it is tested as v2 or as v3; an operation of another name declares
+    it, with ``Capabilities(version="v2")``. The operation is called as the host's
     attention layer calls it: with the host's own cache view, metadata and arguments. The batches are hostile (see
     ``batches``), and results are compared with the float64 oracle (``reference``). Class attributes:
 
@@ -35,5 +36,5 @@ class RaggedPageAttentionContract(LawTests, CallTests):
     ``cases``
         the cases to run, :data:`~easydel_ragged_plugin.testing.cases.CASES` unless set.
 
-    Needs pytest and hypothesis, and a supported EasyDeL.
+    Needs pytest and hypothesis (the extra ``testing``), and a supported EasyDeL.
     """

@@ -10,7 +10,7 @@ import pytest
 
 from easydel_ragged_plugin import host
 
-from .batches import FAULTS, Batch, Case, Fault, spoil_row
+from .batches import FAULTS, Batch, Case, Fault, Version, spoil_row
 from .capabilities import Capabilities
 from .cases import case_named
 from .compare import assert_close, assert_same_pages, slot_bytes
@@ -21,9 +21,9 @@ __all__ = ["CallTests", "OperationBase"]
 
 
 @functools.lru_cache(maxsize=1)
-def _driver_for(operation: type[Any], contract: str) -> Driver:
+def _driver_for(operation: type[Any], contract: str, version: Version | None) -> Driver:
     """One driver at a time: pytest runs class by class, and outcomes hold whole caches."""
-    return Driver(operation)
+    return Driver(operation, version=version)
 
 
 class OperationBase(ContractBase):
@@ -41,7 +41,8 @@ class OperationBase(ContractBase):
     @pytest.fixture
     def driver(self, operation: type) -> Driver:
         """Calls the operation as the host does. Tests of one class share it, with its programs and outcomes."""
-        return _driver_for(operation, f"{type(self).__module__}.{type(self).__qualname__}")
+        contract = f"{type(self).__module__}.{type(self).__qualname__}"
+        return _driver_for(operation, contract, self.capabilities.version)
 
     @property
     def any_row_order(self) -> bool:  # type: ignore[override]
@@ -186,7 +187,11 @@ class CallTests(OperationBase):
 
     def test_name_and_metadata(self, driver: Driver) -> None:
         """The host has an operation of this name, and the object returns the metadata that it was made with."""
-        assert driver.name in ("ragged_page_attention_v2", "ragged_page_attention_v3")
+        if self.capabilities.version is None:
+            assert driver.name in host.OPERATION_NAMES, (
+                f"get_impl_name: got {driver.name!r}, wanted one of {', '.join(host.OPERATION_NAMES)}. An operation of "
+                "another name declares which of the two it is: Capabilities(version='v2') or 'v3'."
+            )
         assert issubclass(driver.operation, driver.host.OperationImpl)
         operation = driver.instance()
         assert operation.get_impl_metadata() is operation.metadata

@@ -82,10 +82,14 @@ class Driver:
         operation: the class to call.
         mesh_axes: sizes of the host's mesh axes, ``{"tp": 2}`` for example; axes that are not named have size 1.
             With ``dp`` above 1 each row's pages must lie in its shard's part of the cache (:func:`.cases.local_pages`).
+        version: whether it is called as v2 or as v3; None for what its name says.
     """
 
-    def __init__(self, operation: type[Any], mesh_axes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, operation: type[Any], mesh_axes: Mapping[str, int] | None = None, version: Version | None = None
+    ) -> None:
         self.operation = operation
+        self._version = version
         self.host = host_versions.load()
         sizes = {**dict.fromkeys(MESH_AXES, 1), **(mesh_axes or {})}
         devices = np.array(jax.devices()[: math.prod(sizes.values())])
@@ -103,7 +107,9 @@ class Driver:
 
     @property
     def version(self) -> Version:
-        """``"v2"`` or ``"v3"``, from the operation's name."""
+        """``"v2"`` or ``"v3"``, as it was given or from the operation's name."""
+        if self._version is not None:
+            return self._version
         return "v2" if self.name.endswith("v2") else "v3"
 
     def instance(self, dtype: Any = np.float32) -> Any:
