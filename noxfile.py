@@ -331,11 +331,11 @@ def tpu_in_brief(session: nox.Session, version: str) -> None:
     test_for_tpu(session, (OTHER_TPU_JAX[version],), "test_tpu_compile.py::test_own_kernel_compiles", *TPU_IN_BRIEF)
 
 
-@nox.session(default=False, tags=["all"])  # not for each change: it takes about half an hour
+@nox.session(default=False, tags=["all"])  # not for each change: it takes about 40 minutes
 def tpu_in_every_case(session: nox.Session) -> None:
-    """What `tpu` leaves out: the TPU kernel on all cases of the contract, in an interpreter."""
-    session.log("The TPU kernel, interpreted in every case: about half an hour")
-    test_for_tpu(session, TPU_JAX, "-m", "long", "test_pallas_tpu.py")
+    """What `tpu` leaves out: the TPU kernel on all cases of the contract, and programs for every pair of properties."""
+    session.log("The TPU kernel, compiled and interpreted in every case: about 40 minutes")
+    test_for_tpu(session, TPU_JAX, "-m", "long", "test_tpu_compile.py", "test_pallas_tpu.py")
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)
