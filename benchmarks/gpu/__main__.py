@@ -26,10 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from measure import limits, run_entry
-from report import draw, machine, ratio_to, show
-from rivals import CONTESTANTS, OURS
-from table import TABLE, shortened
+
+# `python benchmarks/gpu` finds the package, too.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from benchmarks.gpu.measure import run_entry
+from benchmarks.gpu.report import driver, show
+from benchmarks.gpu.rivals import CONTESTANTS, OURS
+from benchmarks.gpu.table import TABLE
+from benchmarks.limits import limits
+from benchmarks.workloads import draw, machine, ratio, shortened
+from easydel_ragged_plugin.kernels import pallas_gpu
 
 from easydel_ragged_plugin.bench import figure
 from easydel_ragged_plugin.interrupt import interruptible
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
 
-    report: dict[str, Any] = {"dry_run": dry, "machine": machine()}
+    report: dict[str, Any] = {"dry_run": dry, "machine": machine(pallas_gpu.KERNEL, driver())}
     first = limits(dry)
     facts = report["machine"]
     about = f"{facts['device']}, driver {facts['driver'] or 'unknown'}, JAX {facts['versions']['jax']}, {facts['date']}"
@@ -84,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dry:
         print("DRY RUN: short contexts, interpreted. Answers are checked; no time or rate in here means anything.")
     else:
-        rates = f"{first.copy_bytes_per_s / 1e9:.0f} GB/s copied, {first.matmul_flops_per_s / 1e12:.0f} TFLOP/s"
-        print(f"limits: {rates} (bfloat16, 8192^3)")
+        print(f"limits: {first.text()}")
     results = []
     for entry in TABLE:
         if options.case and entry.case.name not in options.case:
@@ -95,9 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(results[-1], dry)
     report["limits"] = [dataclasses.asdict(each) for each in (first, limits(dry))]  # before and after
     report["ratios"] = {
-        f"{each.name} {each.version}": ratio_to(results, each.name, each.version)
-        for each in CONTESTANTS
-        if each.name != OURS
+        f"{each.name} {each.version}": ratio(results, each, OURS) for each in CONTESTANTS if each.name != OURS
     }
     report["results"] = results
     wrong = [each["case"] for each in results if not any(t["kernel"] == OURS for t in each["timings"])]
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.figure:
-        draw(report, options.figure)
+        draw(results, CONTESTANTS, facts, first, dry, options.figure)
     if wrong:
         print(f"{OURS} has no right answer for: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0

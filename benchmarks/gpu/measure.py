@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from rivals import CONTESTANTS, OURS, Contestant
-from table import WIDER, Entry
 
+from benchmarks.contestants import Contestant
+from benchmarks.limits import Limits
+from benchmarks.workloads import geometry
 from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
 from easydel_ragged_plugin.bench.timing import Step, copies_beyond_cache, seconds_per_call
 from easydel_ragged_plugin.bench.work import Work, work
@@ -20,35 +18,8 @@ from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
 from easydel_ragged_plugin.rows import plausible_rows
 
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    copy_bytes_per_s: float
-    matmul_flops_per_s: float
-
-
-def rate(function: Callable[[Any], Any], start: jax.Array, trips: int, amount: float) -> float:
-    """Amount per second of ``function`` applied ``trips`` times in one program; the best of five."""
-    program = jax.jit(lambda value: jax.lax.fori_loop(0, trips, lambda _, carry: function(carry), value))
-    jax.block_until_ready(program(start))
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        jax.block_until_ready(program(start))
-        seconds.append(time.perf_counter() - started)
-    return trips * amount / min(seconds)
-
-
-def limits(dry: bool) -> Limits:
-    """What the card gives: bytes copied (read and written), and bfloat16 operations, in a second."""
-    size = 1 << (16 if dry else 30)
-    copied = rate(lambda array: -array, jnp.ones(size, jnp.bfloat16), 20, 2 * 2 * size)
-    side = 64 if dry else 8192
-    # Columns of norm 1, so that products neither grow nor vanish: their numbers decide what power a card draws.
-    matrix = (jax.random.normal(jax.random.key(0), (side, side)) * side**-0.5).astype(jnp.bfloat16)
-    start = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
-    product = rate(lambda array: jnp.dot(array, matrix).astype(jnp.bfloat16), start, 20, 2.0 * side**3)
-    return Limits(copied, product)
+from .rivals import CONTESTANTS, OURS
+from .table import WIDER, Entry
 
 
 def update_step(problem: Problem, dry: bool) -> Step:
@@ -141,7 +112,7 @@ def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str,
     case = entry.case
     return {
         "case": case.name,
-        "geometry": f"{case.q_heads}/{case.kv_heads}/{case.head_dim}, pages of {case.page_size}",
+        "geometry": geometry(case),
         "dtype": case.dtype,
         "version": "v2",
         "bound": "read" if needed.moved_bytes / found.copy_bytes_per_s >= needed.flops / found.matmul_flops_per_s

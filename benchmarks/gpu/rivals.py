@@ -3,52 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable
 from typing import Any
-
-# EasyDeL's kernels would time 100 runs of each of their candidates inside of the first call.
-os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.contestants import Contestant, of_kernel
 from easydel_ragged_plugin.bench.problem import Problem
 from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, xla
-from easydel_ragged_plugin.types import Kernel, Version
-
-Prepare = Callable[[Problem, bool], tuple[Problem, Step] | str]
-"""The problem with the cache in a contestant's own form, and the call; or why there is none."""
 
 OURS = pallas_gpu.KERNEL.name
 """Whom the table's targets are for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """A contestant. ``label`` and ``color`` are those of the picture."""
-
-    name: str
-    version: Version
-    label: str
-    color: str
-    prepare: Prepare
-
-
-def of_kernel(kernel: Kernel, config: RaggedPageConfig) -> Prepare:
-    def prepare(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
-        chosen, how = kernel, config
-        tuning = kernel.tuning()
-        if dry and tuning is not None and tuning.interpreted is not None:
-            chosen = tuning.interpreted
-        elif dry and config.platform == "triton":  # there is no interpreter for these: what EasyDeL has for a CPU
-            how = dataclasses.replace(config, platform="xla")
-        refusal = chosen.refuses(problem.request)
-        return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands)[:2])
-
-    return prepare
 
 
 def unified_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
@@ -119,14 +86,20 @@ def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
 
 
 EASYDEL = ejkernel.KERNEL.name
-AUTO, TRITON = RaggedPageConfig(), RaggedPageConfig(platform="triton")
+INTERPRETED = pallas_gpu.PallasGPU(interpret=True)
+TRITON, XLA = RaggedPageConfig(platform="triton"), RaggedPageConfig(platform="xla")
+OWN, HOSTS = (
+    of_kernel(pallas_gpu.KERNEL, interpreted=INTERPRETED),
+    # There is no interpreter for these: in a dry run it is what EasyDeL has for a CPU.
+    of_kernel(ejkernel.KERNEL, TRITON, dry_config=XLA),
+)
 CONTESTANTS = (
-    Contestant(OURS, "v2", "this package, v2", "#0f766e", of_kernel(pallas_gpu.KERNEL, AUTO)),
-    Contestant(OURS, "v3", "this package, v3", "#3aa99f", of_kernel(pallas_gpu.KERNEL, AUTO)),
-    Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL, AUTO)),
+    Contestant(OURS, "v2", "this package, v2", "#0f766e", OWN),
+    Contestant(OURS, "v3", "this package, v3", "#3aa99f", OWN),
+    Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL)),
     Contestant("unified_attention", "v2", "EasyDeL unified_attention", "#c9742b", unified_attention),
-    Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", of_kernel(ejkernel.KERNEL, TRITON)),
-    Contestant(EASYDEL, "v3", "EasyDeL, v3", "#f0d2b4", of_kernel(ejkernel.KERNEL, TRITON)),
+    Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", HOSTS),
+    Contestant(EASYDEL, "v3", "EasyDeL, v3", "#f0d2b4", HOSTS),
     Contestant("jax paged_attention", "v2", "JAX paged_attention", "#4f5d95", jax_paged_attention),
     Contestant("cudnn", "v2", "cuDNN, dense", "#8c6bb1", cudnn),
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+from benchmarks.workloads import GQA, OSS, K, decodes, heads
 from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row
@@ -35,17 +35,6 @@ class Entry:
         return 1e6 * seconds <= self.us if self.us is not None else seconds <= (self.floors or 0) * sum_of_floors
 
 
-def decodes(count: int, context: int) -> tuple[Row, ...]:
-    return (Row(context, 1),) * count
-
-
-def heads(q_heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    return {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
-
-
-K = 1024
-GQA = heads(32, 8, 128)
-OSS: dict[str, Any] = {**heads(64, 8, 64), "sinks": "heads"}
 TABLE = (
     Entry(workload("decode-64x2k", decodes(64, 2 * K), **GQA), share=0.80),
     Entry(workload("decode-16x4k-mha", decodes(16, 4 * K), **heads(32, 32, 128)), share=0.80),
@@ -64,12 +53,3 @@ TABLE = (
 WIDER = 8
 MOST_WIDER = 1.05
 """The same work with a block table ``WIDER`` times as wide may take this much longer."""
-
-
-def shortened(case: Case) -> Case:
-    """A workload of the same kind that an interpreter can do: tens of tokens, and a row or two of each kind."""
-    rows = [Row(max(2, row.context // 256), max(1, row.new // 256)) for row in case.rows]
-    rows = rows[:1] + (rows[-1:] if len(rows) > 1 else [])
-    lanes = heads(min(case.q_heads, 4), min(case.kv_heads, 2), min(case.head_dim, 128))
-    options = Options(sliding_window=None if case.window is None else 20)
-    return workload(case.name, tuple(rows), **lanes, page_size=16, options=options, sinks=case.sinks)

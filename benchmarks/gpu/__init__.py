@@ -1,0 +1,1 @@
+"""``python -m benchmarks.gpu``: ragged page attention on a GPU."""
