@@ -318,8 +318,8 @@ def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: st
 @nox.session(default=False, tags=REST)
 def tpu(session: nox.Session) -> None:
     """Programs for TPUs through libtpu, and the TPU kernel's contract in an interpreter: no TPU, no driver."""
-    session.log("The TPU kernel, compiled and interpreted: about 4 minutes")
-    files = ("test_tpu_compile.py", "test_pallas_tpu.py")
+    session.log("The TPU kernel, compiled and interpreted: about 5 minutes")
+    files = ("test_tpu_compile.py", "test_pallas_tpu.py", "test_tpu_tools.py")
     test_for_tpu(session, TPU_JAX, "-m", "not long", *files, *without(TPU_IN_BRIEF))
 
 

@@ -35,10 +35,9 @@ from benchmarks.gpu.rivals import CONTESTANTS, OURS
 from benchmarks.gpu.table import TABLE
 from benchmarks.limits import limits
 from benchmarks.workloads import draw, machine, ratio, shortened
-from easydel_ragged_plugin.kernels import pallas_gpu
-
 from easydel_ragged_plugin.bench import figure
 from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.kernels import pallas_gpu
 from easydel_ragged_plugin.terminal import CommandError, require_writable
 
 

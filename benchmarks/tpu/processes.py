@@ -1,0 +1,84 @@
+"""A process of its own for each thing that may hang or crash: what it is asked goes in as JSON, so does its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import easydel_ragged_plugin
+
+__all__ = ["answer", "started"]
+
+LAST_LINES = 15
+"""Of the output of a process that gives no answer: kept."""
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, for a process that is to import the same package."""
+    own = str(Path(easydel_ragged_plugin.__file__).parents[1])
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": own + (os.pathsep + before if before else "")}
+
+
+def started(
+    asked: Mapping[str, Any], limit_s: float, *, command: str | None = None, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The answer of a process that is ``asked`` something.
+
+    Args:
+        asked: what it is asked.
+        limit_s: seconds after which it is ended.
+        command: the subcommand of ``benchmarks/tpu`` that answers.
+        variables: environment variables beside those of this process.
+
+    Returns:
+        Its answer. Of a process that gives none: ``status`` "timed out" or "failed", ``why``, and the last lines of
+        its output as ``log``.
+    """
+    with tempfile.TemporaryDirectory(prefix="ragged-tpu-") as folder:
+        result, log = Path(folder, "result.json"), Path(folder, "log.txt")
+        request = json.dumps({**asked, "result": str(result)})
+        line = [sys.executable, str(Path(__file__).parent), *([command] if command else []), "--one", request]
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                line, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**environment(), **(variables or {})},
+            )  # fmt: skip
+            try:
+                code: int | None = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:  # its own group: what it has started, too
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if result.exists():
+            return json.loads(result.read_text(encoding="utf-8"))
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+        if code is None:
+            return {"status": "timed out", "why": f"no answer in {limit_s:g} s", "log": last}
+        return {"status": "failed", "why": f"exit code {code}: {reason(last)}", "log": last}
+
+
+def reason(lines: Sequence[str]) -> str:
+    """The line of a process's output that says most: that of an exception, else the last one."""
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Unsupported|Exit)\b", line)]
+    return (raised or list(lines) or ["no message"])[-1][:200]
+
+
+def answer(request: str, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """In that process: call ``function`` with what was asked, and leave its result as the answer."""
+    asked = json.loads(request)
+    found = json.dumps(function(asked))
+    file = Path(asked["result"])
+    beside = file.with_suffix(".new")
+    beside.write_text(found, encoding="utf-8")
+    beside.replace(file)
