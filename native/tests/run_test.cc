@@ -29,6 +29,10 @@ void* allocate(std::size_t bytes, std::size_t alignment) {
 
 }  // namespace
 
+#if !defined(__clang__)  // GCC sees the free of an operator that it has made inline, and not that new is replaced, too
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
+#endif
+
 void* operator new(std::size_t bytes) { return allocate(bytes == 0 ? 1 : bytes, alignof(std::max_align_t)); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) { return allocate(bytes, std::size_t(alignment)); }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
