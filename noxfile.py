@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,23 @@ def environment(session: nox.Session) -> dict[str, str]:
     }
 
 
+def compilers() -> list[str]:
+    """Paths of the oldest and the newest GCC and clang that PATH has, ``g++`` and ``g++-11`` alike."""
+    found: dict[str, dict[tuple[int, ...], str]] = {"g": {}, "clang": {}}
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for path in sorted(Path(folder).glob("*++*")):
+            named = re.fullmatch(r"(g|clang)\+\+(-\d+)?", path.name)
+            if named is None:
+                continue
+            asked = subprocess.run(
+                [path, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False
+            )
+            version = re.match(r"\d+(\.\d+)*", asked.stdout)
+            if version is not None:
+                found[named[1]].setdefault(tuple(map(int, version[0].split("."))), str(path))
+    return [of[version] for of in found.values() if of for version in sorted({min(of), max(of)})]
+
+
 def pytest(session: nox.Session, *arguments: str, dist: str = "loadscope", **variables: str) -> None:
     """Run pytest in ``tests/`` with ``arguments`` and those of nox's command line.
 
@@ -223,6 +241,8 @@ def easydel(session: nox.Session) -> None:
 def native(session: nox.Session) -> None:
     """The C++ alone, on random problems with metadata of every kind: under sanitizers, fuzzed, under valgrind.
 
+    So is what the oldest and the newest GCC and clang of the machine make of it.
+
     A tool that the machine does not have is named and passed over; wheels are tested without it.
     """
     builds = ROOT / ".nox" / "native"
@@ -275,12 +295,85 @@ def native(session: nox.Session) -> None:
                 continue
             session.run("qemu-aarch64", program, "30", external=True)
 
-    session.log("Sanitizers, fuzzer, valgrind and ARM, two at a time: about 3 minutes")
+    def every_compiler() -> None:
+        for compiler in compilers():
+            name = Path(compiler).name
+            session.log(f"{name}: every instruction set")
+            for program in build(name, compiler, tests, "-DCMAKE_CXX_FLAGS=-O0", targets=both):
+                session.run(program, "20")
+
+    session.log("Sanitizers, fuzzer, valgrind, ARM and other compilers, two at a time: about 5 minutes")
     # Two at a time, as two workers run the tests: one compiles while the other runs. The longest begin.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64)]
+        started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64, every_compiler)]
         for each in started:
             each.result()
+
+
+# Systems that `cross` builds for: zig's name, CMake's names, and the library's file. ARM's programs are linked with
+# another C library, so that they are whole and run in an emulator.
+CROSS = {
+    "x86_64-linux-gnu.2.17": ("Linux", "x86_64", "libeasydel_ragged.so"),
+    "aarch64-linux-gnu.2.17": ("Linux", "aarch64", "libeasydel_ragged.so"),
+    "aarch64-linux-musl": ("Linux", "aarch64", None),
+    "aarch64-macos": ("Darwin", "arm64", "libeasydel_ragged.so"),
+    "x86_64-macos": ("Darwin", "x86_64", "libeasydel_ragged.so"),
+    "x86_64-windows-gnu": ("Windows", "x86_64", "libeasydel_ragged.dll"),
+}
+CHOICE = "from easydel_ragged_plugin.kernels import cpu_native as n; print(n.isa(), *n.isa_levels())"
+
+
+@nox.session(default=False, tags=["all"])  # not for each change: zig makes a C++ library for each system first
+def cross(session: nox.Session) -> None:
+    """The native library for other systems, by zig's clang. What can run here is tested: Linux on x86-64, and ARM.
+
+    ``-- x86_64-macos`` builds for that system alone.
+    """
+    install(session, "", *group("test"), "cmake", "lief", "ninja", "ziglang==0.17.1")
+    # The FFI of the oldest jaxlib, as in a wheel.
+    oldest = re.search(r'^HEADERS = "(.+)"', (ROOT / "native" / "hatch_build.py").read_text(), re.MULTILINE)
+    assert oldest is not None
+    folder = ROOT / ".nox" / "cross"
+    session.install("--no-deps", "--target", str(folder / "headers"), oldest[1])
+    session.log("The library for five systems: about 15 minutes, and less where zig's C++ libraries are there already")
+    variables = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig")}
+    for target in session.posargs or CROSS:
+        system, processor, library = CROSS[target]
+        build = folder / target
+        headers = folder / "headers" / "jaxlib" / "include" if library else ""
+        tested = library is None or (system, processor) == (platform.system(), platform.machine())
+        configure = (
+            f"-DCMAKE_SYSTEM_NAME={system}",
+            f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+            f"-DCMAKE_CXX_COMPILER={session.bin}/python-zig;c++;-target;{target}",
+            f"-DXLA_FFI_INCLUDE_DIR={headers}",
+            f"-DRAGGED_TESTS={'ON' if tested else 'OFF'}",
+        )
+        command = ("cmake", "-S", str(ROOT / "native"), "-B", str(build), "-G", "Ninja", *configure)
+        session.run(*command, silent=True, env=variables)
+        session.run("cmake", "--build", str(build), silent=True, env=variables)
+        if library is not None:
+            session.run("python", str(TESTS / "exported_names.py"), str(build / library), target)
+        if not tested:
+            continue
+        emulator = () if library else ("qemu-aarch64",)
+        if emulator and shutil.which(*emulator) is None:
+            session.warn(f"{target}: built and not run, because there is no qemu-aarch64 here")
+            continue
+        session.run(*emulator, str(build / "ragged_unit"), external=True)
+        session.run(*emulator, str(build / "ragged_harness"), "30", external=True)
+        if library is None:
+            continue
+        session.chdir(TESTS)
+        loaded = {"EASYDEL_RAGGED_NATIVE_LIBRARY": str(build / library)}
+        of_wheel = session.run("python", "-c", CHOICE, silent=True)
+        of_zig = session.run("python", "-c", CHOICE, silent=True, env=loaded)
+        if of_zig != of_wheel:
+            session.error(
+                f"got the instruction sets {of_zig} in zig's library, wanted those in the wheel's: {of_wheel}"
+            )
+        selected = ("test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
+        session.run("pytest", "-n", "2", *selected, env={**environment(session), **loaded})
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

@@ -2,11 +2,13 @@
 
 With a C++ compiler the wheel is tagged ``py3-none-<platform>`` and carries ``easydel_ragged_plugin/lib/``. Without one
 it is a pure wheel, complete but for the kernel ``cpu_native``, and the build says so. An editable install gets the
-library beside the sources.
+library beside the sources. GCC has to be 11 or later. On Windows the compiler has to be clang++ for MinGW: GCC does not
+align vectors on the stack there, and the language of the kernels is not that of ``cl``.
 
 Environment:
     EASYDEL_RAGGED_NATIVE_BUILD: ``auto`` (the default, as above), ``off`` for a pure wheel, ``require`` to fail
         instead of building a pure wheel.
+    CXX: the compiler, with arguments if need be, in place of the first on PATH.
     XLA_FFI_INCLUDE_DIR: folder with ``xla/ffi/api/ffi.h``, in place of that of the jaxlib below.
 """
 
@@ -27,7 +29,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 VARIABLE = "EASYDEL_RAGGED_NATIVE_BUILD"
 HEADERS = "jaxlib==0.8.0"
 """The oldest supported: a library that was built for its FFI runs on it and on every later one."""
-LIBRARY = "libeasydel_ragged.so"
+WINDOWS = sys.platform == "win32"
+LIBRARY = "libeasydel_ragged.dll" if WINDOWS else "libeasydel_ragged.so"
+"""As ``easydel_ragged_plugin/kernels/cpu_native.py`` looks for it."""
 INSIDE = f"easydel_ragged_plugin/lib/{LIBRARY}"
 
 
@@ -42,18 +46,22 @@ def _mode() -> str:
     return mode
 
 
-def _compiler() -> str | None:
+def _compilers() -> list[str]:
+    """Names of compilers, the one to take first."""
     named = os.environ.get("CXX", "").split()
-    candidates = [named[0]] if named else ["c++", "g++", "clang++"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    return named[:1] or (["clang++"] if WINDOWS else ["c++", "g++", "clang++"])
 
 
-def _platform_problem() -> str | None:
-    if os.name != "posix":
-        return f"the native kernel has no build for {sys.platform}"
-    if _compiler() is None:
-        return "no C++ compiler on PATH"
-    return None
+def _compiler() -> str | None:
+    return next((found for name in _compilers() if (found := shutil.which(name))), None)
+
+
+def _compiler_problem() -> str | None:
+    if _compiler() is not None:
+        return None
+    if os.environ.get("CXX", "").split():
+        return f"no {_compilers()[0]} on PATH, which the environment variable CXX names"
+    return f"no C++ compiler on PATH: none of {', '.join(_compilers())}"
 
 
 def _headers() -> Path:
@@ -78,17 +86,21 @@ def _run(*command: str) -> None:
 
 def compile_library(source: Path, target: Path) -> None:
     """Build ``native/`` of the source tree into the file ``target``."""
-    problem = _platform_problem()
+    problem = _compiler_problem()
     if problem is not None:
         raise _CannotBuild(problem)
     cmake = shutil.which("cmake")
     if cmake is None:
         raise _CannotBuild("no cmake on PATH")
     headers = _headers()
+    # CMake would take Visual Studio's compiler, and its own generator, on Windows.
+    chosen = ["-G", "Ninja"] if WINDOWS else []
+    if WINDOWS and not os.environ.get("CXX", "").strip():
+        chosen.append(f"-DCMAKE_CXX_COMPILER={_compiler()}")
     with tempfile.TemporaryDirectory() as folder:
         _run(
             cmake, "-S", str(source / "native"), "-B", folder, "-DCMAKE_BUILD_TYPE=Release",
-            f"-DXLA_FFI_INCLUDE_DIR={headers}",
+            f"-DXLA_FFI_INCLUDE_DIR={headers}", *chosen,
         )  # fmt: skip
         _run(cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +116,14 @@ class NativeBuildHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def dependencies(self) -> list[str]:
-        if self.target_name != "wheel" or _mode() == "off" or _platform_problem() is not None:
+        if self.target_name != "wheel" or _mode() == "off" or _compiler_problem() is not None:
             return []
-        headers = [] if os.environ.get("XLA_FFI_INCLUDE_DIR") else [HEADERS]
-        return headers if shutil.which("cmake") else [*headers, "cmake>=3.18"]
+        needed = [] if os.environ.get("XLA_FFI_INCLUDE_DIR") else [HEADERS]
+        if shutil.which("cmake") is None:
+            needed.append("cmake>=3.18")
+        if WINDOWS and shutil.which("ninja") is None:
+            needed.append("ninja")
+        return needed
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel" or _mode() == "off":

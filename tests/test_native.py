@@ -220,6 +220,48 @@ def test_every_bit_pattern_of_short_floats_is_decoded() -> None:
         cpu_native.set_isa(None)
 
 
+def cancelling_call(context: int, new: int, head_dim: int) -> dict[str, Any]:
+    """A row in bfloat16 whose weighted values cancel for its last query, but for about 2**-9 of them.
+
+    So its result is small, its rounding to bfloat16 too, and an error of the weights is seen. Three query heads are
+    alike.
+    """
+    arguments = random_call("v2", [(context, new)], (3, 1), head_dim, (jnp.bfloat16, jnp.bfloat16), 16)
+    queries, pages, table = arguments["queries"], arguments["pages"], arguments["index"][1][0]
+    queries[:] = queries[:, :1]
+    slots = pages.reshape(-1, *pages.shape[2:])  # [slots, key and value, head_dim]
+    where = [int(table[position // 16]) * 16 + position % 16 for position in range(context)]
+    keys, values = slots[where].astype(np.float64).swapaxes(0, 1)
+    logits = keys @ queries[new - 1, 0].astype(np.float64) * head_dim**-0.5
+    weights = np.exp(logits - logits.max())
+    last = int(weights.argmax())
+    values[last] = 0
+    slots[where[last], 1] = (-(weights @ values) / weights[last]).astype(pages.dtype)
+    return arguments
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize(("context", "new"), [(40, 1), (300, 1), (40, 8), (300, 70)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_compute_dtype_float32_keeps_weights_in_float32(level: str, head_dim: int, context: int, new: int) -> None:
+    """Queries and keys of bfloat16 are exact in float32, so nothing is rounded before the result is."""
+    arguments = cancelling_call(context, new, head_dim)
+
+    def error(compute_dtype: Any) -> float:
+        """Of the last query; what the rounding of the result may take is not counted."""
+        expected, found = call_both("v2", arguments, compute_dtype=compute_dtype)
+        wanted, got = (each.output[new - 1].astype(np.float64) for each in (expected, found))
+        assert np.abs(wanted).max() < 0.02
+        return float((np.abs(got - wanted) - np.abs(wanted) * 2**-8).max())
+
+    assert error(jnp.float32) < 3e-6
+    assert error(jnp.float16) < 3e-6  # bfloat16 has fewer bits
+    if level.endswith("_bf16") and new > 1:  # for one query the products with the values are float32 anyway on vectors
+        assert error(jnp.bfloat16) > 2e-5
+        assert error(None) > 2e-5
+
+
 @needs_library
 @each_level
 @pytest.mark.parametrize("cache", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])

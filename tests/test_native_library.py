@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from native_library import LEVELS, needs_library
+
+from easydel_ragged_plugin.kernels import cpu_native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +72,42 @@ def test_environment_chooses_the_instruction_set(level_name: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("level_name", LEVELS)
+def test_blanks_around_the_name_of_an_instruction_set_do_not_count(level_name: str) -> None:
+    code = (
+        "from easydel_ragged_plugin.kernels import cpu_native as native\n"
+        "native.set_isa(native.isa_levels()[-1])\n"
+        "native.set_isa(None)\n"
+        "print(native.isa())"
+    )
+    assert in_new_process(code, EASYDEL_RAGGED_ISA=f"  {level_name} ") == level_name
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["baseline avx2", "baseline,", "BASELINE", "neon portable"])
+def test_what_is_not_the_name_of_an_instruction_set_is_a_reason(name: str) -> None:
+    assert f"EASYDEL_RAGGED_ISA is {name!r}, and this machine has " in in_new_process(REASON, EASYDEL_RAGGED_ISA=name)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="nm reads the names")
+def test_the_library_shows_no_names_but_its_own() -> None:
+    command = ["nm", "--dynamic", "--defined-only", "--format=posix", cpu_native.KERNEL.facts()["library"]]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = {line.split()[0] for line in listed.splitlines()}
+    assert names == {
+        "easydel_ragged_attention",
+        "easydel_ragged_ffi_version",
+        "easydel_ragged_interface",
+        "easydel_ragged_isa",
+        "easydel_ragged_isa_levels",
+        "easydel_ragged_other_interface",
+        "easydel_ragged_set_isa",
+        "easydel_ragged_threads",
+    }
+
+
+@needs_library
 def test_sharded_over_devices_equals_one_device() -> None:
     """Eight devices in one process share one thread pool, and their calls run at the same time."""
     code = """
@@ -107,3 +148,74 @@ def test_docs_list_the_instruction_sets_that_are_built() -> None:
 def test_the_library_has_no_instruction_set_that_is_not_listed() -> None:
     assert LEVELS
     assert set(LEVELS) <= set(instruction_sets())
+
+
+def test_the_build_makes_the_file_that_is_looked_for() -> None:
+    """`hatch_build.py` and `cpu_native.py` share no code: the first runs before there is a package."""
+    line = 'LIBRARY = "libeasydel_ragged.dll" if {} else "libeasydel_ragged.so"'
+    build = (ROOT / "native" / "hatch_build.py").read_text(encoding="utf-8")
+    kernel = Path(cpu_native.__file__).read_text(encoding="utf-8")
+    assert line.format("WINDOWS") in build
+    assert line.format('sys.platform == "win32"') in kernel
+
+
+def build_hook(monkeypatch: pytest.MonkeyPatch, platform: str, *tools: str) -> ModuleType:
+    """The build hook of a machine with these programs on PATH. The tests have no hatchling."""
+    interface = ModuleType("hatchling.builders.hooks.plugin.interface")
+    interface.BuildHookInterface = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/tools/{name}" if name in tools else None)
+    for variable in ("CXX", "XLA_FFI_INCLUDE_DIR", "EASYDEL_RAGGED_NATIVE_BUILD"):
+        monkeypatch.delenv(variable, raising=False)
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "native" / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("platform", "tools", "cxx", "problem"),
+    [
+        ("linux", ["g++"], "", None),
+        ("darwin", ["clang++"], "", None),
+        ("win32", ["clang++"], "", None),
+        ("win32", ["zig"], "zig c++ -target x86_64-windows-gnu", None),
+        ("win32", ["g++", "cl"], "", "no C++ compiler on PATH: none of clang++"),
+        ("linux", [], "", "no C++ compiler on PATH: none of c++, g++, clang++"),
+        ("linux", ["g++"], "clang++ -O2", "no clang++ on PATH, which the environment variable CXX names"),
+    ],
+)
+def test_the_build_says_which_compiler_it_misses(
+    monkeypatch: pytest.MonkeyPatch, platform: str, tools: list[str], cxx: str, problem: str | None
+) -> None:
+    hook = build_hook(monkeypatch, platform, *tools)
+    monkeypatch.setenv("CXX", cxx)
+    assert hook._compiler_problem() == problem
+
+
+def test_a_build_on_windows_takes_clang_and_ninja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hook = build_hook(monkeypatch, "win32", "clang++", "cmake")
+    commands: list[tuple[str, ...]] = []
+    headers = tmp_path / "xla" / "ffi" / "api"
+    headers.mkdir(parents=True)
+    (headers / "ffi.h").touch()
+    monkeypatch.setenv("XLA_FFI_INCLUDE_DIR", str(tmp_path))
+
+    def run(*command: str) -> None:
+        commands.append(command)
+        if "--build" in command:
+            Path(command[2], "libeasydel_ragged.dll").touch()
+
+    monkeypatch.setattr(hook, "_run", run)
+    target = tmp_path / "lib" / hook.LIBRARY
+    hook.compile_library(ROOT, target)
+    assert target.name == "libeasydel_ragged.dll"
+    assert target.is_file()
+    configure, _ = commands
+    assert {"-G", "Ninja", "-DCMAKE_CXX_COMPILER=/tools/clang++"} <= set(configure)
+    made = object.__new__(hook.NativeBuildHook)
+    made.target_name = "wheel"
+    assert made.dependencies() == ["ninja"]

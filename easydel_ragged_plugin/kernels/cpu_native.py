@@ -8,7 +8,8 @@ compared here, before registering, and whatever is wrong is a reason that :func:
 
 Environment:
     EASYDEL_RAGGED_NATIVE_LIBRARY: path of a library to load in place of the installed one.
-    EASYDEL_RAGGED_ISA: an instruction set below the best, one of those that :func:`isa_levels` lists.
+    EASYDEL_RAGGED_ISA: an instruction set below the best, one of those that :func:`isa_levels` lists. Blanks around the
+        name do not count. With any other name the kernel is not available.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import importlib.resources
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "se
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
 TARGETS = tuple(f"easydel_ragged_attention_v{version}" for version in range(1, INTERFACE + 1))
@@ -48,6 +50,9 @@ TARGET = TARGETS[-1]
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
+
+LIBRARY = "libeasydel_ragged.dll" if sys.platform == "win32" else "libeasydel_ragged.so"
+"""Name of the library's file in the installed package; ``native/CMakeLists.txt`` gives it."""
 
 MAX_HEAD_DIM = 4096
 """Above it the tiles of the products would not fit in a cache of any CPU."""
@@ -65,10 +70,9 @@ def _library_path() -> Path:
             raise _Unusable(f"{LIBRARY_VARIABLE} names {named!r}, which is not a file")
         return Path(named)
     # `files`, not `__file__`: an editable install may keep the package's files in more than one folder.
-    folder = importlib.resources.files("easydel_ragged_plugin") / "lib"
-    for name in ("libeasydel_ragged.so", "libeasydel_ragged.dylib"):
-        if (folder / name).is_file():
-            return Path(str(folder / name))
+    installed = importlib.resources.files("easydel_ragged_plugin") / "lib" / LIBRARY
+    if installed.is_file():
+        return Path(str(installed))
     raise _Unusable(
         "the native library is not installed: this package was built without a C++ compiler or CMake. "
         "Install both and reinstall the package from source to get it"
@@ -87,6 +91,11 @@ def _offered_ffi_version() -> tuple[int, int]:
     if major is None or minor is None:
         raise _Unusable(f"jaxlib's FFI version is unknown: {header} defines none")
     return int(major[1]), int(minor[1])
+
+
+def _isa_of_environment() -> bytes | None:
+    """The instruction set that the environment names, which the library takes or refuses; None for the best."""
+    return os.environ.get(ISA_VARIABLE, "").strip().encode() or None
 
 
 def _load() -> ctypes.CDLL:
@@ -108,10 +117,10 @@ def _load() -> ctypes.CDLL:
     library.easydel_ragged_isa.restype = ctypes.c_char_p
     library.easydel_ragged_isa_levels.restype = ctypes.c_char_p
     library.easydel_ragged_set_isa.argtypes = [ctypes.c_char_p]
-    wanted = os.environ.get(ISA_VARIABLE, "").strip()
-    levels = library.easydel_ragged_isa_levels().decode()
-    if wanted and wanted not in levels.split(","):
-        raise _Unusable(f"{ISA_VARIABLE} is {wanted!r}, and this machine has {levels}")
+    wanted = _isa_of_environment()
+    if not library.easydel_ragged_set_isa(wanted):
+        levels = library.easydel_ragged_isa_levels().decode()
+        raise _Unusable(f"{ISA_VARIABLE} is {os.environ[ISA_VARIABLE]!r}, and this machine has {levels}")
     return library
 
 
@@ -148,8 +157,15 @@ def isa_levels() -> tuple[str, ...]:
 
 
 def set_isa(name: str | None) -> None:
-    """Use another instruction set from the next call on, compiled functions included; None for the default."""
-    if not _require().easydel_ragged_set_isa(None if name is None else name.encode()):
+    """Use another instruction set from the next call on, compiled functions included.
+
+    Args:
+        name: one of :func:`isa_levels`, or None for the one that the environment names, else the best.
+
+    Raises:
+        ValueError: the library or this machine has no such instruction set. The one in use stays.
+    """
+    if not _require().easydel_ragged_set_isa(_isa_of_environment() if name is None else name.encode()):
         raise ValueError(f"instruction set: got {name!r}, wanted one of {', '.join(isa_levels())}.")
 
 
@@ -173,6 +189,8 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
         "v_scale": np.float32(request.v_scale),
         "sliding_window": np.int64(request.options.window or 0),
         "attention_chunk_size": np.int64(request.options.chunk or 0),
+        # Pairs of bfloat16 are multiplied only where the operands are to be bfloat16.
+        "float_products": np.int64(request.compute_dtype.name != "bfloat16"),
         "num_kv_heads": np.int64(request.num_kv_heads),
         "page_size": np.int64(layout.page_size),
         "token_stride": np.int64(layout.token_stride),
@@ -183,7 +201,7 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
 
 
 class CpuNativeKernel(Kernel):
-    """Ragged page attention v2 and v3 in C++ with SIMD, on all processors that XLA's thread pool has."""
+    """Ragged page attention v2 and v3 in C++ with SIMD, on as many of XLA's threads as a call pays for."""
 
     name = "cpu_native"
     platforms = frozenset({"cpu"})
@@ -221,8 +239,8 @@ class CpuNativeKernel(Kernel):
             "library": str(_library_path()),
             "isa": isa(),
             "isa_levels": list(isa_levels()),
-            # XLA's thread pool has one for each processor; the kernel takes no more than the process may use.
-            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            # XLA's thread pool has one for each processor of the affinity; a cgroup may leave fewer.
+            "threads": min(_require().easydel_ragged_threads(), os.cpu_count() or 1),
         }
 
     def fingerprint(self) -> str:

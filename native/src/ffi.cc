@@ -1,10 +1,9 @@
 // The binding to XLA: turns a call frame into a Problem. Built against the oldest supported jaxlib's headers.
 #include "xla/ffi/api/ffi.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <new>
 #include <optional>
 #include <string>
@@ -12,6 +11,7 @@
 
 #include "isa.h"
 #include "problem.h"
+#include "processors.h"
 #include "run.h"
 
 namespace ffi = xla::ffi;
@@ -57,15 +57,6 @@ bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shap
   return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
 }
 bool is_index(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::S32; }
-
-// Processors that this process may use. The pool is as wide as they were when JAX started.
-int usable_processors() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  return 1 << 20;
-}
 
 // A call that writes has keys, values and updated pages; others have none of them. Sinks, scales and lse of shape [0]
 // are not there.
@@ -135,12 +126,15 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
   p.live_rows = distribution.typed_data<int32_t>()[2];
 
   Executor executor;
+  // The pool is as wide as the process' affinity was when JAX started.
   executor.threads = int(std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), usable_processors())));
   executor.spawn = [&pool](std::function<void()> task) { pool.Schedule(std::move(task)); };
   try {
     run(p, executor);
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "cpu_native: no memory for temporary arrays");
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("cpu_native: ") + error.what());
   }
   return ffi::Error::Success();
 }
@@ -148,7 +142,11 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
 }  // namespace
 }  // namespace easydel_ragged
 
+#if defined(_WIN32)
+#define RAGGED_EXPORT __declspec(dllexport)
+#else
 #define RAGGED_EXPORT __attribute__((visibility("default")))
+#endif
 
 extern "C" {
 
@@ -195,7 +193,10 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_other_interface(XLA_FFI_CallFrame* f
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 // Version of what this library and cpu_native.py agree on: functions, arguments, results, attributes.
-RAGGED_EXPORT int easydel_ragged_interface() { return 3; }
+RAGGED_EXPORT int easydel_ragged_interface() { return 4; }
+
+// Threads that a call takes at most, however many XLA's pool has.
+RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_processors(); }
 
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }

@@ -1,7 +1,6 @@
 #include "isa.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -45,9 +44,7 @@ const Routines* find(const char* name) {
 const Routines& routines() {
   const Routines* now = chosen.load(std::memory_order_acquire);
   if (now == nullptr) {
-    const char* wanted = std::getenv("EASYDEL_RAGGED_ISA");
-    now = wanted != nullptr && *wanted != '\0' ? find(wanted) : nullptr;
-    if (now == nullptr) now = find(nullptr);
+    now = find(nullptr);
     chosen.store(now, std::memory_order_release);
   }
   return *now;

@@ -1,6 +1,7 @@
 #include "job.h"
 
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <new>
 #include <thread>
@@ -14,7 +15,10 @@
 namespace easydel_ragged {
 namespace {
 
-thread_local Scratch thread_scratch;
+Scratch& thread_scratch() {
+  thread_local Scratch of_thread;
+  return of_thread;
+}
 
 void pause() {
 #if defined(__x86_64__)
@@ -26,8 +30,8 @@ void pause() {
 
 // Threads take the items of a phase from a counter, and pass on to the next phase once all items of this one are done.
 // Nobody waits for a thread that has not started: a thread that comes late finds nothing left. Helpers hold the job
-// alive; they touch what `work` refers to only between taking and finishing an item, and the caller returns only when
-// all items are finished.
+// alive; they touch what `work` refers to only between taking and finishing an item, and the caller returns or throws
+// only when all items are finished.
 struct Job {
   struct Phase {
     int64_t size = 0;
@@ -37,17 +41,28 @@ struct Job {
   Phase phases[kPhases];
   const Work* work = nullptr;
   size_t scratch_bytes = 0;
+  std::thread::id caller = std::this_thread::get_id();
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // of whoever has set `failed`; the caller reads it when all items are finished
 
-  void run(char* scratch, bool caller) {
+  void do_item(int phase, int64_t item, char* scratch) {
+    try {
+      if (!failed.load(std::memory_order_relaxed)) (*work)(phase, item, scratch);
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
+    phases[phase].done.fetch_add(1, std::memory_order_acq_rel);
+  }
+
+  void run(char* scratch, bool is_caller) {
     for (int phase = 0; phase < kPhases; ++phase) {
       Phase& now = phases[phase];
       for (;;) {
         const int64_t item = now.next.fetch_add(1, std::memory_order_relaxed);
         if (item >= now.size) break;
-        (*work)(phase, item, scratch);
-        now.done.fetch_add(1, std::memory_order_acq_rel);
+        do_item(phase, item, scratch);
       }
-      if (phase == kPhases - 1 && !caller) return;
+      if (phase == kPhases - 1 && !is_caller) return;
       for (int spins = 0; now.done.load(std::memory_order_acquire) < now.size; ++spins) {
         if (spins < 4000)
           pause();
@@ -58,16 +73,17 @@ struct Job {
   }
 
   void help() {
+    // A full pool runs the task at once, in the caller, which is about to take part anyway.
+    if (std::this_thread::get_id() == caller) return;
     bool left = false;
     for (Phase& phase : phases) left |= phase.next.load(std::memory_order_relaxed) < phase.size;
     if (!left) return;
-    char* scratch;
     try {
-      scratch = thread_scratch.reserve(scratch_bytes);
+      const Scratch::Use scratch(thread_scratch(), scratch_bytes);
+      run(scratch.memory(), false);
     } catch (const std::bad_alloc&) {
-      return;  // the others do it
+      // No memory for the scratch: the others do it.
     }
-    run(scratch, false);
   }
 };
 
@@ -75,17 +91,18 @@ struct Job {
 
 void run_job(const std::array<int64_t, kPhases>& sizes, size_t scratch_bytes, const Work& work,
              const Executor& executor, int helpers) {
-  auto job = std::make_shared<Job>();
+  const auto job = std::make_shared<Job>();
   for (int phase = 0; phase < kPhases; ++phase) job->phases[phase].size = sizes[phase];
   job->work = &work;
   job->scratch_bytes = scratch_bytes;
-  char* scratch = thread_scratch.reserve(scratch_bytes);
+  const Scratch::Use scratch(thread_scratch(), scratch_bytes);
   try {
     for (int i = 0; i < helpers && executor.spawn; ++i) executor.spawn([job] { job->help(); });
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     // Those that have started may be at work, so the caller may not leave: it goes on with fewer.
   }
-  job->run(scratch, true);
+  job->run(scratch.memory(), true);
+  if (job->failure != nullptr) std::rethrow_exception(job->failure);
 }
 
 }  // namespace easydel_ragged

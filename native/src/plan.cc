@@ -13,8 +13,10 @@ constexpr double kBytesPerNs = 10.0;
 constexpr double kMultipliesPerNs = 40.0;
 constexpr double kItemNs = 500.0;
 
-// Waking a thread takes some microseconds: below about twice that, alone is faster.
+// A thread starts some microseconds after it was woken: below about twice that, alone is faster.
 constexpr double kLeastSharedNs = 30000.0;
+// Waking one keeps the caller busy for so long.
+constexpr double kWakeNs = 2000.0;
 
 constexpr int64_t kLeastSharedWrites = 256 * 1024;  // bytes
 constexpr int64_t kWriteTokens = 64;                // of a shared write
@@ -26,9 +28,14 @@ constexpr double kItemsPerThread = 8.0;
 // Keys and values of one token, in bytes of the cache.
 double token_bytes(const Problem& p) { return double(2 * p.num_kv_heads * p.head_dim) * element_size(p.cache_dtype); }
 
-void add_writes(const Problem& p, const Rows& rows, int threads, Plan& plan) {
+int64_t new_tokens(const Rows& rows) {
   int64_t tokens = 0;
   for (const Row& row : rows.live) tokens += row.count;
+  return tokens;
+}
+
+void add_writes(const Problem& p, const Rows& rows, int threads, Plan& plan) {
+  const int64_t tokens = new_tokens(rows);
   plan.shared_writes = tokens * token_bytes(p) > kLeastSharedWrites && threads > 1;
   if (!plan.shared_writes) plan.writes.reserve(rows.live.size());
   for (size_t r = 0; r < rows.live.size(); ++r) {
@@ -57,15 +64,29 @@ double add_prefill(const Problem& p, const Rows& rows, int64_t chunk, Plan& plan
   return all;
 }
 
-// Long contexts are cut so that there are about eight items for each thread.
-void add_decode(const Problem& p, const Rows& rows, double prefill_cost, int threads, Plan& plan) {
-  const double bytes = token_bytes(p);
-  double tokens = 0;
+double decode_cost(const Problem& p, const Rows& rows) {
+  double cost = 0;
   for (const Row& row : rows.live) {
-    const KeyRange keys = visible_keys(p, row.position, row.count);
-    if (row.count == 1) tokens += double(keys.end - keys.begin);
+    if (row.count != 1) continue;
+    const KeyRange keys = visible_keys(p, row.position, 1);
+    cost += kItemNs + double(keys.end - keys.begin) * token_bytes(p) / kBytesPerNs;
   }
-  const double all = tokens + prefill_cost * kBytesPerNs / bytes;  // prefill as if it were tokens that decode reads
+  return cost;
+}
+
+// Threads that a call of this cost is worth sharing between. The caller wakes them one after the other, so with n of
+// them it takes about cost / n + n * kWakeNs, which is least where n * n is cost / kWakeNs. (sqrt would need libm.)
+int useful_threads(double cost, int threads) {
+  int useful = 1;
+  if (cost < kLeastSharedNs) return useful;
+  while (useful < threads && double(useful + 1) * double(useful + 1) * kWakeNs <= cost) ++useful;
+  return useful;
+}
+
+// Long contexts are cut so that there are about eight items for each thread. `cost_of_call` counts everything.
+void add_decode(const Problem& p, const Rows& rows, double cost_of_call, int threads, Plan& plan) {
+  const double bytes = token_bytes(p);
+  const double all = cost_of_call * kBytesPerNs / bytes;  // as if it were tokens that decode reads
   const int64_t least = std::max(kLeastDecodeTokens, int64_t(kLeastDecodeBytes / bytes));
   const int64_t most = threads == 1 ? INT64_MAX : std::max(least, int64_t(all / (kItemsPerThread * threads)) + 1);
   for (size_t r = 0; r < rows.live.size(); ++r) {
@@ -90,17 +111,16 @@ Plan make_plan(const Problem& p, const Rows& rows, int64_t prefill_chunk, int th
   threads = rows.ordered ? std::max(1, threads) : 1;
   Plan plan;
   plan.partials.resize(rows.live.size());
+  const double attention = add_prefill(p, rows, prefill_chunk, plan) + decode_cost(p, rows);
+  const double writes = p.keys != nullptr ? double(new_tokens(rows)) * token_bytes(p) / kBytesPerNs : 0.0;
+  threads = useful_threads(attention + writes, threads);
   if (p.keys != nullptr) add_writes(p, rows, threads, plan);
-  const double prefill_cost = add_prefill(p, rows, prefill_chunk, plan);
-  add_decode(p, rows, prefill_cost, threads, plan);
+  add_decode(p, rows, attention, threads, plan);
   // The longest first: what is left for the end is short. Rows that overlap keep their order.
   std::stable_sort(plan.items.begin(), plan.items.end(),
                    [&rows](const Item& a, const Item& b) { return rows.ordered ? a.cost > b.cost : a.row < b.row; });
-
-  double cost = 0;
-  for (const Item& item : plan.items) cost += item.cost;
   const size_t widest = std::max(plan.shared_writes ? plan.writes.size() : 0, plan.items.size());
-  if (cost >= kLeastSharedNs) plan.helpers = int32_t(std::min<int64_t>(threads, int64_t(widest))) - 1;
+  plan.helpers = int32_t(std::min<size_t>(size_t(threads), std::max<size_t>(widest, 1))) - 1;
   return plan;
 }
 

@@ -25,6 +25,7 @@ enum class DType : int32_t { kF32, kBF16, kF16, kF8E4M3FN, kF8E5M2 };
   _(float, v_scale)                 /* 1 where it is an array */              \
   _(int64_t, sliding_window)        /* 0: none */                             \
   _(int64_t, attention_chunk_size)  /* 0: none */                             \
+  _(int64_t, float_products)        /* 1: none of their operands is rounded */ \
   _(int64_t, num_kv_heads)                                                    \
   _(int64_t, page_size)             /* in slots */                            \
   _(int64_t, token_stride)                                                    \

@@ -13,31 +13,29 @@
 namespace easydel_ragged {
 namespace {
 
-// Partials of a call, in memory of the calling thread.
-std::vector<Partial> make_partials(const Problem& p, int64_t count) {
-  thread_local Scratch scratch;
+Scratch& thread_scratch_for_partials() {
+  thread_local Scratch of_thread;
+  return of_thread;
+}
+
+int64_t partial_floats(const Problem& p) { return (p.num_q_heads * (partial_stride(p) + 2) + 15) / 16 * 16; }
+
+std::vector<Partial> make_partials(const Problem& p, int64_t count, char* memory_of_all) {
+  const int64_t stride = partial_stride(p), floats = partial_floats(p);
+  float* memory = reinterpret_cast<float*>(memory_of_all);
   std::vector<Partial> partials;
-  if (count == 0) return partials;
-  const int64_t stride = partial_stride(p);
-  const int64_t floats = (p.num_q_heads * (stride + 2) + 15) / 16 * 16;
-  float* memory = reinterpret_cast<float*>(scratch.reserve(size_t(floats * count) * sizeof(float)));
   partials.reserve(size_t(count));
   for (int64_t i = 0; i < count; ++i, memory += floats)
     partials.push_back({memory + p.num_q_heads * stride, memory + p.num_q_heads * (stride + 1), memory});
   return partials;
 }
 
-}  // namespace
-
-void run(const Problem& p, const Executor& executor) {
-  if (p.num_tokens == 0) return;
-  const Rows rows = live_rows(p);
-  clear_dead_tokens(p, rows);
-  if (rows.live.empty()) return;
-
+void run_rows(const Problem& p, const Rows& rows, const Executor& executor) {
   const Routines& isa = routines();
   const Plan plan = make_plan(p, rows, isa.prefill_chunk(p), executor.threads);
-  const std::vector<Partial> partials = make_partials(p, plan.num_partials);
+  const Scratch::Use memory(thread_scratch_for_partials(),
+                            size_t(partial_floats(p) * plan.num_partials) * sizeof(float));
+  const std::vector<Partial> partials = make_partials(p, plan.num_partials, memory.memory());
   // Of each row, partials that are not finished.
   std::vector<std::atomic<int32_t>> unfinished(plan.num_partials > 0 ? rows.live.size() : 0);
   for (size_t r = 0; r < unfinished.size(); ++r) unfinished[r].store(plan.partials[r].count, std::memory_order_relaxed);
@@ -71,6 +69,16 @@ void run(const Problem& p, const Executor& executor) {
       attend(plan.items[index], scratch);
   };
   run_job({writes, int64_t(plan.items.size())}, scratch_bytes, work, executor, plan.helpers);
+}
+
+}  // namespace
+
+void run(const Problem& p, const Executor& executor) {
+  if (p.num_tokens == 0) return;
+  const Rows rows = live_rows(p);
+  clear_dead_tokens(p, rows);
+  if (!rows.live.empty()) run_rows(p, rows, executor);
+  Scratch::end_call();
 }
 
 }  // namespace easydel_ragged

@@ -171,6 +171,30 @@ TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   CHECK(request.plan(32).helpers == 0);
 }
 
+TEST(a_thread_is_woken_where_its_share_pays_for_it) {
+  Request request(1);
+  request.problem.keys = request.problem.values = nullptr;
+  request.problem.sliding_window = request.problem.attention_chunk_size = 0;
+  request.problem.num_kv_heads = request.problem.num_q_heads = 8;
+  request.problem.head_dim = 128;
+  request.problem.cache_dtype = DType::kF32;  // 8 KiB for a token, less than a microsecond
+  const auto helpers = [&](int64_t context, int threads) {
+    request.rows = Rows{{{0, 0, 1, context - 1}}, true};
+    return request.plan(threads).helpers;
+  };
+  int32_t before = 0;
+  for (int64_t context = 1; context < 200000; context = context * 5 / 4 + 1) {
+    const int32_t now = helpers(context, 64);
+    CHECK(now >= before);
+    before = now;
+    CHECK(helpers(context, 2) <= 1);
+  }
+  CHECK(helpers(20, 64) == 0);
+  CHECK(helpers(2000, 64) >= 8 && helpers(2000, 64) <= 40);
+  CHECK(helpers(200000, 64) == 63);
+  CHECK(helpers(2000, 2) == 1);
+}
+
 TEST(a_plan_depends_on_rows_sizes_and_threads_alone) {
   const auto same = [](const Item& a, const Item& b) {
     return a.kind == b.kind && a.row == b.row && a.kv_head == b.kv_head && a.partial == b.partial &&

@@ -158,6 +158,7 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     static float no_lse;
     p.lse = a.lse.empty() ? &no_lse : a.lse.data();
   }
+  p.float_products = bytes.one_in(4);
   p.queries = a.queries.data();
   p.output = a.output.data();
   p.pages = a.pages.data();

@@ -16,7 +16,7 @@ bool available() {
   // A process has to request the tile registers from Linux.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = avx512_bf16::available() && cpuid_bit(7, 0, kEdx, 22) && cpuid_bit(7, 0, kEdx, 24) &&
-                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+                              system_saves(kSavesTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 #else
   return false;

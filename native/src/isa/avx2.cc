@@ -4,8 +4,8 @@
 namespace easydel_ragged::avx2 {
 
 bool available() {
-  const bool f16c = cpuid_bit(1, 0, kEcx, 29);
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+  const bool fma = cpuid_bit(1, 0, kEcx, 12), f16c = cpuid_bit(1, 0, kEcx, 29), avx2 = cpuid_bit(7, 0, kEbx, 5);
+  return fma && f16c && avx2 && system_saves(kSavesVectors);
 }
 bool preferred() { return true; }
 

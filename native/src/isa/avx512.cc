@@ -1,4 +1,7 @@
 // The subsets of AVX-512 that Intel has since Skylake's servers (2017) and AMD since Zen 4 (2022).
+#include <initializer_list>
+
+#include "isa/cpuid.h"
 
 namespace easydel_ragged::avx2 {
 bool available();
@@ -6,8 +9,10 @@ bool available();
 namespace easydel_ragged::avx512 {
 
 bool available() {
-  return avx2::available() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  constexpr int kF = 16, kDQ = 17, kBW = 30, kVL = 31;
+  for (int subset : {kF, kDQ, kBW, kVL})
+    if (!cpuid_bit(7, 0, kEbx, subset)) return false;
+  return avx2::available() && system_saves(kSavesWideVectors);
 }
 bool preferred() { return true; }
 

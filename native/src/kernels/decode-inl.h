@@ -283,8 +283,9 @@ void decode_row(const Problem& p, int64_t row, int64_t token, int64_t begin, int
 #include "kernels/decode_tiles-inl.h"
 #endif
 
+// Whether products are made in pairs of bfloat16, for which weights are rounded.
 RAGGED_INLINE bool pairs(const Problem& p) {
-  return kDotBF16 && p.query_dtype == DType::kBF16 && p.cache_dtype == DType::kBF16;
+  return kDotBF16 && p.float_products == 0 && p.query_dtype == DType::kBF16 && p.cache_dtype == DType::kBF16;
 }
 
 template <class T, class Dot>

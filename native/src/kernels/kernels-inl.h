@@ -14,6 +14,10 @@
 #include "routines.h"
 #include "visible.h"
 
+#if !defined(__clang__)  // GCC 11 compiles this, too: no builtin that came later
+#pragma GCC poison __builtin_shufflevector __builtin_assoc_barrier __builtin_dynamic_object_size
+#endif
+
 namespace easydel_ragged {
 namespace RAGGED_ISA {
 namespace {

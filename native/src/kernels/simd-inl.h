@@ -115,7 +115,11 @@ constexpr int block_lane(int width, bool high, int lane) {
 }
 template <int width, bool high, int... I>
 RAGGED_INLINE VecF interleave(VecF a, VecF b, Indices<I...>) {
+#if defined(__clang__)
   return __builtin_shufflevector(a, b, block_lane(width, high, I)...);
+#else
+  return __builtin_shuffle(a, b, VecI{block_lane(width, high, I)...});
+#endif
 }
 template <int width, bool high>
 RAGGED_INLINE VecF interleave(VecF a, VecF b) {
