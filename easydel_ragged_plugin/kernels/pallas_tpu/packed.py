@@ -42,20 +42,27 @@ def store_rows(ref: Any, words: jax.Array) -> None:
         ref[pl.ds(fold, words.shape[0], folds), :] = words[:, fold * LANES : (fold + 1) * LANES]
 
 
-def load_head(shapes: Shapes, buffer: Any, head: int, start: Any, keys: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def load_head(
+    shapes: Shapes, buffer: Any, head: int, start: Any, keys: int, dtype: Any, seen: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Keys and values ``[keys, lanes]`` of a kv head, from a buffer ``[slots * stride, lanes]`` of words.
 
     The first slot's first row is row ``start``. ``dtype`` is that of the cache. Both are one array where a key and its
-    value share a row.
+    value share a row. They are zero where ``seen [keys, lanes]`` is False: a slot may hold anything there.
     """
+
+    def load(row: int) -> jax.Array:
+        words = load_rows(buffer, start + row, keys, shapes.stride)
+        return words if seen is None else jnp.where(seen, words, jnp.uint32(0))
+
     row, part = shapes.words_of(head, value=False)
-    words = load_rows(buffer, start + row, keys, shapes.stride)
+    words = load(row)
     key = _part(shapes, words, part, dtype)
     if shapes.shares_rows:
         return key, key
     value_row, part = shapes.words_of(head, value=True)
     if value_row != row:
-        words = load_rows(buffer, start + value_row, keys, shapes.stride)
+        words = load(value_row)
     return key, _part(shapes, words, part, dtype)
 
 
