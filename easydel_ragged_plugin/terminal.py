@@ -277,7 +277,8 @@ def hushed(log: Path | None) -> Iterator[Console]:
 def _width(descriptor: int) -> int | None:
     """Columns of the terminal behind ``descriptor``. Rich would look at the streams, which lead to a file now."""
     try:
-        return os.get_terminal_size(descriptor).columns
+        # One that nobody gave a size, as in containers, says 0: rich would show nothing.
+        return os.get_terminal_size(descriptor).columns or 80
     except OSError:  # a pipe or a file
         return None if "COLUMNS" in os.environ else 120
 

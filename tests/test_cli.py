@@ -143,6 +143,11 @@ def test_a_mistake_shows_no_log(error: str, shown: bool, tmp_path: Path) -> None
     assert "a line of the host" not in result.stdout
 
 
+def test_a_terminal_without_a_size_shows_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+    assert terminal._width(1) == 80
+
+
 BUSY = """
 import hashlib, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where Ctrl-C is ignored
