@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -17,9 +18,9 @@ from rich.table import Table
 
 from easydel_ragged_plugin.config import CACHE_VARIABLE, cache_dir
 from easydel_ragged_plugin.demo.model import GGUF_NAME, MODEL_NAME
-from easydel_ragged_plugin.terminal import CommandError
+from easydel_ragged_plugin.terminal import CommandError, in_unit
 
-__all__ = ["Entry", "clear", "entries", "run"]
+__all__ = ["Entry", "as_fields", "clear", "entries", "run"]
 
 LOGS = ("bench.log", "demo.log")
 CONVERTED = re.compile(rf"{re.escape(MODEL_NAME.lower())}-\d+")
@@ -112,11 +113,9 @@ def clear(folder: Path, found: list[Entry]) -> None:
         raise CommandError(f"{error.filename}: can't be removed: {error.strerror}.") from error
 
 
-def _in_unit(size_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:.1f} {unit}"
-    return f"{size_bytes} bytes"
+def as_fields(found: list[Entry]) -> list[dict[str, Any]]:
+    """The entries as JSON has them, dates as text."""
+    return [{**dataclasses.asdict(each), "modified": each.modified.isoformat()} for each in found]
 
 
 def run(*, remove: bool, as_json: bool) -> None:
@@ -124,10 +123,10 @@ def run(*, remove: bool, as_json: bool) -> None:
     folder = cache_dir()
     found = entries(folder)
     ours = [each for each in found if each.kind is not None]
-    total = _in_unit(sum(each.size_bytes for each in ours))
+    total = in_unit(sum(each.size_bytes for each in ours))
     if as_json:
-        fields = [{**dataclasses.asdict(each), "modified": each.modified.isoformat()} for each in found]
-        sys.stdout.write(json.dumps({"folder": str(folder), "entries": fields, "cleared": remove}, indent=2) + "\n")
+        listed = {"folder": str(folder), "entries": as_fields(found), "cleared": remove}
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
     else:
         _show(Console(), folder, found)
     if remove and ours:
@@ -146,5 +145,5 @@ def _show(console: Console, folder: Path, found: list[Entry]) -> None:
         table.add_column(heading, justify="right" if heading == "size" else "left", overflow="fold")
     for each in found:
         what = each.kind or "not made by this package: stays"
-        table.add_row(what, _in_unit(each.size_bytes), f"{each.modified:%Y-%m-%d %H:%M}", each.name)
+        table.add_row(what, in_unit(each.size_bytes), f"{each.modified:%Y-%m-%d %H:%M}", each.name)
     console.print(table)

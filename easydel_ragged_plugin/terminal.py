@@ -29,6 +29,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from easydel_ragged_plugin import interrupt
 from easydel_ragged_plugin.config import CACHE_VARIABLE, cache_dir
@@ -39,8 +40,11 @@ __all__ = [
     "Update",
     "count_compilations",
     "facts_as_text",
+    "fields_as_text",
     "full_disk",
     "hushed",
+    "in_unit",
+    "markdown_block",
     "require_writable",
     "stage",
     "usable_cache_dir",
@@ -151,16 +155,47 @@ def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Up
             console.print(f"[green]✓[/green] {text} [dim]{elapsed:.1f} s[/dim]", highlight=False)
 
 
+def in_unit(size_bytes: int) -> str:
+    """A number of bytes as text: in GB, MB, kB or bytes, powers of ten."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def fields_as_text(fields: Mapping[str, Any]) -> str:
+    """One line: ``name value; name value``. What is None or empty is left out, sizes have a unit."""
+    shown = []
+    for name, value in fields.items():
+        if value is None or value in ([], ()):
+            continue
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes"), in_unit(value)
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        shown.append(f"{name.replace('_', ' ')} {text}")
+    return "; ".join(shown)
+
+
 def facts_as_text(facts: Mapping[str, Any]) -> str:
     """One line for what :meth:`.types.Kernel.facts` gives."""
     if not facts["available"]:
         return f"not available: {facts['reason']}"
-    shown = ["available"]
-    for name, value in facts.items():
-        if name != "available" and value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            shown.append(f"{name.replace('_', ' ')} {text}")
-    return "; ".join(shown)
+    further = fields_as_text({name: value for name, value in facts.items() if name != "available"})
+    return f"available; {further}" if further else "available"
+
+
+def markdown_block(sections: Mapping[str, list[str]], home: str) -> str:
+    """Titles with their lines, as a block of Markdown that is shown as it is: no marks, links or colors are made of it.
+
+    Args:
+        home: the user's home folder, in whose place ``~`` is written.
+    """
+    parts = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()]
+    text = Text.from_ansi("\n\n".join(parts)).plain  # what others write into their errors may have colors
+    if len(home) > 1:
+        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"
 
 
 class _CompilationCounter(logging.Handler):
@@ -242,7 +277,8 @@ def hushed(log: Path | None) -> Iterator[Console]:
 def _width(descriptor: int) -> int | None:
     """Columns of the terminal behind ``descriptor``. Rich would look at the streams, which lead to a file now."""
     try:
-        return os.get_terminal_size(descriptor).columns
+        # One that nobody gave a size, as in containers, says 0: rich would show nothing.
+        return os.get_terminal_size(descriptor).columns or 80
     except OSError:  # a pipe or a file
         return None if "COLUMNS" in os.environ else 120
 

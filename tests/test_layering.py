@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoding": set(),
     "interrupt": set(),
     "terminal": {"config", "encoding", "interrupt"},
+    "system": set(),
     "demo": {"config", "hooks", "host", "interrupt", "select", "startup", "terminal"},
     "bench": {
         "api",
@@ -78,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         "reference",
         "select",
+        "system",
         "terminal",
         "testing",
         "types",
@@ -97,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         "select",
         "startup",
+        "system",
         "terminal",
         "testing",
         "workers",

@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.system import last_level_cache
 from easydel_ragged_plugin.testing.batches import Case, Row
 
-from .machine import last_level_cache
 from .work import work
 
 __all__ = ["BENCH_CASES", "CALL_BOUND", "SCALED", "by_name", "with_dtype", "workload"]

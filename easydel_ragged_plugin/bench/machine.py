@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
-import platform
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Limits", "Machine", "facts", "last_level_cache", "processors"]
+from easydel_ragged_plugin import system
+
+__all__ = ["Limits", "Machine", "facts"]
 
 GEMM_FLOPS = 2.0 * 2048**3
 
@@ -30,47 +28,19 @@ class Limits:
     gemm_flops_per_s: float
 
 
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def last_level_cache() -> int | None:
-    """Bytes of the largest cache; None where Linux does not say, and elsewhere."""
-    largest = None
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KM]?)", file.read_text(encoding="ascii").strip())
-        if found:
-            size = int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]]
-            largest = max(largest or 0, size)
-    return largest
-
-
-def _model_name(kind: str) -> str:
-    """The processor's name: JAX calls every CPU ``cpu``."""
-    if kind == "cpu":
-        try:
-            found = re.search(
-                r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-            )
-        except OSError:  # not Linux
-            found = None
-        return found[1].strip() if found else platform.processor() or kind
-    return kind
-
-
 def facts() -> dict[str, Any]:
     """What a reader must know to judge a time: device, processors, caches, versions, date."""
     import jax
 
     from easydel_ragged_plugin import workers
 
+    kind = jax.devices()[0].device_kind
     return {
         "date": datetime.date.today().isoformat(),
         "platform": jax.default_backend(),
-        "device": _model_name(jax.devices()[0].device_kind),
-        "processors": processors(),
-        "last_level_cache_bytes": last_level_cache(),
+        "device": (system.processor_name() or kind) if kind == "cpu" else kind,  # JAX calls every CPU cpu
+        "processors": system.processors(),
+        "last_level_cache_bytes": system.last_level_cache(),
         "versions": {name: version for name, version in workers.versions().items() if version is not None},
     }
 
@@ -103,14 +73,14 @@ class Machine:
         import jax.numpy as jnp
 
         self._on_cpu = jax.default_backend() == "cpu"
-        self._pool = ThreadPoolExecutor(processors())
+        self._pool = ThreadPoolExecutor(system.processors())
         matrix = jnp.ones((2048, 2048), jnp.float32)
         product = jax.jit(lambda a: jnp.dot(a, a, precision=jax.lax.Precision.HIGHEST))
         self._multiply = lambda: product(matrix).block_until_ready()
         if self._on_cpu:
             # More than the last-level cache, but no more than a small machine can spare. NumPy requests huge
             # pages, which read faster than those that JAX gets: the limit is the machine's, not the allocator's.
-            size = min(max(1 << 28, 2 * (last_level_cache() or 0)), 1 << 30)
+            size = min(max(1 << 28, 2 * (system.last_level_cache() or 0)), 1 << 30)
             self._data: Any = np.ones(size // 4, np.float32)
         else:
             self._data = jnp.ones((1 << 31) // 4, jnp.float32)
@@ -132,7 +102,7 @@ class Machine:
         if not self._on_cpu:
             return rate(self._sum, self._data.nbytes)
         data = self._data if size is None else self._data[: size // 4]
-        parts = np.array_split(data, processors())
+        parts = np.array_split(data, system.processors())
 
         def read(function: Callable[[Any], Any]) -> None:
             for _ in self._pool.map(function, parts):

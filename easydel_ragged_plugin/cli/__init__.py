@@ -210,6 +210,9 @@ def demo_command(
 @_command("doctor")
 def doctor_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the whole report as Markdown, to paste into an issue.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of EasyDeL and JAX.")] = False,
 ) -> None:
     """Check this installation.
@@ -218,6 +221,10 @@ def doctor_command(
     typical decode step which kernel would run and why each other would not. Then computes a small case with v2 and
     v3 and compares it with a float64 reference.
 
+    With [bold]--json[/bold] or [bold]--markdown[/bold] the report also has the operating system, CPU, memory, further
+    packages, JAX's settings, the cache folder and the fingerprint of a worker. Of environment variables it has those of
+    this package, EasyDeL and JAX, without values that may be secrets.
+
     Exit code 0: it works (also where EasyDeL is not installed and the functions work, and without the fast kernel).
     1: EasyDeL is installed but the plugin is not active in it, no kernel takes the call, or the self-check failed.
 
@@ -225,12 +232,14 @@ def doctor_command(
 
     easydel-ragged doctor
 
+    easydel-ragged doctor --markdown > report.md
+
     easydel-ragged doctor --json > report.json
     """
     with _errors_shown():
         from .doctor import run
 
-        code = run(as_json=json, verbose=verbose)
+        code = run(as_json=json, markdown=markdown, verbose=verbose)
     raise typer.Exit(code)
 
 

@@ -1,4 +1,7 @@
-"""``easydel-ragged doctor``: what is installed, what is active, which kernel would run, and is its answer right."""
+"""``easydel-ragged doctor``: what is installed, what is active, which kernel would run, and is its answer right.
+
+Text shows what a user needs. ``--json`` and ``--markdown`` have the whole report, for support.
+"""
 
 from __future__ import annotations
 
@@ -15,52 +18,65 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from easydel_ragged_plugin import host, startup
-from easydel_ragged_plugin.config import KERNEL_VARIABLE
-from easydel_ragged_plugin.terminal import facts_as_text, hushed
+from easydel_ragged_plugin import cache_folder, host, startup, system
+from easydel_ragged_plugin.config import KERNEL_VARIABLE, cache_dir
+from easydel_ragged_plugin.terminal import CommandError, facts_as_text, fields_as_text, hushed, in_unit, markdown_block
 
 if TYPE_CHECKING:
     from easydel_ragged_plugin.select import Selection
 
-__all__ = ["Report", "examine", "run"]
+__all__ = ["Report", "as_markdown", "examine", "run"]
 
 IMPORTED_BY_EASYDEL = ("eformer", "transformers", "torch")
-OTHER_VARIABLES = ("EJKERNEL_AUTOTUNE_POLICY", "FORCE_NATIVE_RUNTIME", "JAX_PLATFORMS", "XLA_FLAGS")
-"""Shown where they are set, as are this package's own."""
+BESIDE = ("numpy", "flax", "ray", "libtpu")
+"""Further distributions of the whole report, as are the plugins of JAX."""
+
+Line = tuple[str, str | None]
+"""A line of text and its style in a terminal."""
 
 
 @dataclasses.dataclass
 class Report:
     """What the command found; ``--json`` prints these fields.
 
+    No value is in it that may be a secret: see :func:`.system.environment`.
+
     Attributes:
         versions: distribution to version, None where it is not installed.
-        devices: JAX's devices.
-        environment: the variables that are set.
-        activation: None without EasyDeL; else ``status()`` as text and the classes that serve the operations.
+        environment: the variables of this package, EasyDeL and JAX that are set.
+        activation: None without EasyDeL; else whether it can be imported, ``status()`` as text and the classes that
+            serve the operations.
+        hooks: registered hook plugins.
+        machine: see :func:`.system.machine`.
+        jax: JAX's settings, those that EasyDeL makes included.
+        cache: the cache folder, what of this package lies in it, and the number of other things; or why it can't be
+            read.
+        notes: what a user should know, none of it an error.
+        problems: why the exit code is not 0.
+        devices: JAX's devices. Where JAX does not start there are none, and what follows is empty.
         kernels: each kernel's own facts: whether it is available, else the reason, and what else it says of itself.
         selection: for v2 and v3, the kernel a typical decode step gets and why each other one is passed over.
         self_check: for v2 and v3, "ok" with the largest error, or what went wrong. Without a kernel it is not run.
         without: kernels that would be chosen, and are not available.
-        hooks: registered hook plugins.
-        fingerprint: what must be equal on all workers that serve one model.
-        notes: what a user should know, none of it an error.
-        problems: why the exit code is not 0.
+        fingerprint: what must be equal on all workers that serve one model. Empty where EasyDeL can't be imported.
     """
 
     python: str
     versions: dict[str, str | None]
-    devices: list[str]
     environment: dict[str, str]
     activation: dict[str, Any] | None
-    kernels: dict[str, dict[str, Any]]
-    selection: dict[str, dict[str, Any]]
-    self_check: dict[str, str]
-    without: list[str]
     hooks: list[str]
-    fingerprint: dict[str, str]
+    machine: dict[str, dict[str, Any]]
+    jax: dict[str, Any]
+    cache: dict[str, Any]
     notes: list[str]
     problems: list[str]
+    devices: list[str] = dataclasses.field(default_factory=list)
+    kernels: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    selection: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    self_check: dict[str, str] = dataclasses.field(default_factory=dict)
+    without: list[str] = dataclasses.field(default_factory=list)
+    fingerprint: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -87,11 +103,18 @@ def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
         return None
     if version not in host.SUPPORTED:
         notes.append(f"EasyDeL {version} is not one of the tested versions ({', '.join(host.SUPPORTED)}).")
-    registry = host.registry()
+    # Whatever EasyDeL raises here is a finding, too.
+    try:
+        registry = host.registry()
+    except Exception as error:
+        problems.append(f"EasyDeL {version} can't be imported: {type(error).__name__}: {error}")
+        text = "EasyDeL can't be imported, see problems"
+        return {"imported": False, "active": False, "status": text, "operations": {}, "replaced": {}, "failures": []}
     status = startup.status()
     if not status.active:
         problems.append(f"the plugin is not active in EasyDeL: {str(status).splitlines()[0]}")
     return {
+        "imported": True,
         "active": status.active,
         "status": str(status),
         "operations": {name: _path(registry.get(name)) for name in host.OPERATION_NAMES},
@@ -136,6 +159,17 @@ def _without(probes: Mapping[str, Selection | Exception]) -> list[str]:
             if not known[name].facts()["available"]:
                 names.append(name)
     return list(dict.fromkeys(names))
+
+
+def _cache() -> dict[str, Any]:
+    """What this package keeps on disk. Files of others are counted, their names are nobody's business."""
+    folder = cache_dir()
+    try:
+        found = cache_folder.entries(folder)
+    except CommandError as error:
+        return {"folder": str(folder), "error": str(error)}
+    ours = [each for each in found if each.kind is not None]
+    return {"folder": str(folder), "entries": cache_folder.as_fields(ours), "others": len(found) - len(ours)}
 
 
 def _self_check(version: Any) -> str:
@@ -198,99 +232,155 @@ def examine(say: Any = lambda text: None) -> Report:
     problems: list[str] = []
     notes: list[str] = []
     # Before EasyDeL is imported, which adds to XLA_FLAGS.
-    own = sorted(name for name in os.environ if name.startswith("EASYDEL_RAGGED_"))
-    environment = {name: os.environ[name] for name in (*own, *OTHER_VARIABLES) if name in os.environ}
+    environment = system.environment(os.environ)
     say("importing EasyDeL (10 to 20 seconds)" if host.host_version() else "importing JAX")
     activation = _activation(problems, notes)
     import jax
 
     from easydel_ragged_plugin import select, workers
 
+    versions = workers.versions((*workers.DISTRIBUTIONS, *IMPORTED_BY_EASYDEL, *BESIDE, *system.jax_plugins()))
+    report = Report(
+        python=platform.python_version(),
+        versions=versions,
+        environment=environment,
+        activation=activation,
+        hooks=workers.hook_plugins(),
+        machine=system.machine(),
+        jax=system.jax_settings(),
+        cache=_cache(),
+        notes=notes,
+        problems=problems,
+    )
+    try:
+        report.devices = [f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()]
+    except RuntimeError as error:  # of a platform that is named and not there, or a driver
+        problems.append(f"JAX does not start: {error}")
+        return report
     say("selecting kernels")
     kernels = select.kernels()
     probes = workers.explain_probes()
-    selection = _selection(probes, problems)
-    self_check = {}
+    report.selection = _selection(probes, problems)
     for version in ("v2", "v3"):
-        if selection[version]["kernel"] is None:
-            self_check[version] = "not run: no kernel takes the call"
+        if report.selection[version]["kernel"] is None:
+            report.self_check[version] = "not run: no kernel takes the call"
             continue
         say(f"checking {version} against the reference")
         # Whatever a kernel raises here is the finding that this command exists to report.
         try:
-            self_check[version] = _self_check(version)
+            report.self_check[version] = _self_check(version)
         except Exception as error:
-            self_check[version] = f"FAILED: {type(error).__name__}: {error}"
-        if not self_check[version].startswith("ok"):
-            problems.append(f"self-check of {version}: {self_check[version]}")
+            report.self_check[version] = f"FAILED: {type(error).__name__}: {error}"
+        if not report.self_check[version].startswith("ok"):
+            problems.append(f"self-check of {version}: {report.self_check[version]}")
+    report.kernels = {name: kernel.facts() for name, kernel in kernels.items()}
+    report.without = _without(probes)
+    if activation is None or activation["imported"]:
+        report.fingerprint = workers.fingerprint()
     platform_name = jax.default_backend()
-    kernel_notes = [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
-    return Report(
-        python=platform.python_version(),
-        versions=workers.versions((*workers.DISTRIBUTIONS, *IMPORTED_BY_EASYDEL)),
-        devices=[f"{device.platform}:{device.id} {device.device_kind}" for device in jax.devices()],
-        environment=environment,
-        activation=activation,
-        kernels={name: kernel.facts() for name, kernel in kernels.items()},
-        selection=selection,
-        self_check=self_check,
-        without=_without(probes),
-        hooks=workers.hook_plugins(),
-        fingerprint=workers.fingerprint(),
-        notes=notes + _notes(platform_name, host.host_version()) + kernel_notes,
-        problems=problems,
-    )
+    notes += _notes(platform_name, host.host_version())
+    notes += [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
+    return report
+
+
+def _sections(report: Report) -> dict[str, list[Line]]:
+    """What a user needs, by title."""
+    shown: dict[str, list[Line]] = {}
+
+    def add(title: str, *lines: str) -> None:
+        if lines:
+            shown[title] = [(line, None) for line in lines]
+
+    first = {name: report.versions[name] for name in report.versions if name not in _further(report)}
+    versions = (f"{name} {version or 'not installed'}" for name, version in first.items())
+    add("versions", f"python {report.python} ({sys.executable})", *versions)
+    add("devices", *report.devices)
+    add("environment", *(f"{name}={value}" for name, value in report.environment.items()))
+    active = report.activation
+    add("activation", *(["no EasyDeL: functions only"] if active is None else active["status"].splitlines()))
+    add("kernels", *(f"{name}: {facts_as_text(facts)}" for name, facts in report.kernels.items()))
+    choice = []
+    for versions_alike, chosen in _alike(report.selection).items():
+        choice.append(f"{versions_alike}: {chosen['kernel'] or 'none, see problems'}")
+        for name, reason in chosen["refusals"].items():
+            known = "not available" if reason == report.kernels[name].get("reason") else reason
+            choice.append(f"    not {name}: {known}")
+    add("chosen for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)", *choice)
+    if report.hooks:
+        add("hook plugins", ", ".join(report.hooks))
+    for version, outcome in report.self_check.items():
+        ok = outcome.startswith("ok")
+        known = outcome if ok else f"{outcome.partition(':')[0]}, see problems"
+        shown.setdefault("self-check", []).append((f"{version}: {known}", "green" if ok else "red"))
+    add("notes", *report.notes)
+    return shown
+
+
+def _further(report: Report) -> list[str]:
+    """Distributions that only the whole report shows."""
+    from easydel_ragged_plugin import workers
+
+    return [name for name in report.versions if name not in (*workers.DISTRIBUTIONS, *IMPORTED_BY_EASYDEL)]
+
+
+def _surroundings(report: Report) -> dict[str, list[str]]:
+    """The rest of the report, by title: what support asks for."""
+    cache = report.cache
+    if "error" in cache:
+        kept = [cache["error"]]
+    else:
+        kept = [f"{each['name']}: {each['kind']}, {in_unit(each['size_bytes'])}" for each in cache["entries"]]
+        kept += [f"things of others: {cache['others']}"] if cache["others"] else []
+    further = _further(report)
+    missing = [name for name in further if report.versions[name] is None]
+    installed = [f"{name} {report.versions[name]}" for name in further if name not in missing]
+    return {
+        "machine": [
+            f"{title.replace('_', ' ')}: {fields_as_text(fields) or 'not known'}"
+            for title, fields in report.machine.items()
+        ],
+        "further packages": [*installed, *([f"not installed: {', '.join(missing)}"] if missing else [])],
+        "JAX's settings": [f"{name}: {value}" for name, value in report.jax.items()],
+        f"cache folder {cache['folder']}": kept or ["nothing there"],
+        "fingerprint": [f"{name}: {value}" for name, value in report.fingerprint.items()],
+    }
 
 
 def _print(console: Console, report: Report) -> None:
-    def section(title: str) -> None:
-        console.print(f"\n[bold]{title}[/bold]")
-
     def line(text: str, style: str | None = None) -> None:
         console.print(f"  {text}", style=style, markup=False, highlight=False, soft_wrap=True)
 
-    section("versions")
-    line(f"python {report.python} ({sys.executable})")
-    for name, version in report.versions.items():
-        line(f"{name} {version or 'not installed'}")
-    section("devices")
-    for device in report.devices:
-        line(device)
-    if report.environment:
-        section("environment")
-        for name, value in report.environment.items():
-            line(f"{name}={value}")
-    section("activation")
-    if report.activation is None:
-        line("no EasyDeL: functions only")
-    else:
-        for text in report.activation["status"].splitlines():
-            line(text)
-    section("kernels")
-    for name, facts in report.kernels.items():
-        line(f"{name}: {facts_as_text(facts)}")
-    section("chosen for a decode step (8 requests, 32/8 heads, head_dim 128, pages of 128, bfloat16)")
-    for versions, chosen in _alike(report.selection).items():
-        line(f"{versions}: {chosen['kernel'] or 'none, see problems'}")
-        for name, reason in chosen["refusals"].items():
-            line(f"    not {name}: {'not available' if reason == report.kernels[name].get('reason') else reason}")
-    if report.hooks:
-        section("hook plugins")
-        line(", ".join(report.hooks))
-    section("self-check")
-    for version, outcome in report.self_check.items():
-        ok = outcome.startswith("ok")
-        shown = outcome if ok else f"{outcome.partition(':')[0]}, see problems"
-        line(f"{version}: {shown}", "green" if ok else "red")
-    if report.notes:
-        section("notes")
-        for note in report.notes:
-            line(note)
+    for title, lines in _sections(report).items():
+        console.print(f"\n[bold]{title}[/bold]")
+        for text, style in lines:
+            line(text, style)
     console.print()
     color = "red" if report.problems else "yellow" if report.without else "green"
     console.print(report.verdict, style=f"bold {color}", highlight=False, soft_wrap=True)
     for problem in report.problems:
         line(problem, "red")
+    console.print("\nto report a problem: easydel-ragged doctor --markdown", style="dim", highlight=False)
+
+
+def as_markdown(report: Report, home: str) -> str:
+    """The whole report, to paste into an issue: a heading, what a user needs, and the rest folded.
+
+    Args:
+        home: the user's home folder, whose name is not shown.
+    """
+    needed = {"problems": report.problems} if report.problems else {}
+    needed |= {title: [text for text, _ in lines] for title, lines in _sections(report).items()}
+    return f"""\
+### easydel-ragged doctor: {report.verdict}
+
+{markdown_block(needed, home)}
+
+<details><summary>machine, packages, settings, cache, fingerprint</summary>
+
+{markdown_block(_surroundings(report), home)}
+
+</details>
+"""
 
 
 def _alike(selection: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -314,13 +404,18 @@ def _scratch_log() -> Iterator[Path]:
         yield Path(os.devnull) if folder is None else folder / "doctor.log"
 
 
-def run(*, as_json: bool, verbose: bool) -> int:
+def run(*, as_json: bool, markdown: bool, verbose: bool) -> int:
     """See ``easydel-ragged doctor --help``. Returns the exit code."""
+    if as_json and markdown:
+        raise CommandError("--json and --markdown: got both, wanted one of them.")
     with _scratch_log() as log, hushed(None if verbose else log) as console:
-        if as_json:
+        if as_json or markdown:
             report = examine()
-            fields = {**dataclasses.asdict(report), "verdict": report.verdict}
-            console.file.write(json.dumps(fields, indent=2) + "\n")
+            if as_json:
+                text = json.dumps({**dataclasses.asdict(report), "verdict": report.verdict}, indent=2) + "\n"
+            else:
+                text = as_markdown(report, os.path.expanduser("~"))
+            console.file.write(text)
             console.file.flush()
         else:
             with console.status("starting") as status:

@@ -146,6 +146,15 @@ def _require() -> ctypes.CDLL:
     return library
 
 
+def _built_with() -> str | None:
+    """Compiler, C library and instruction sets of the library; None for one that was built before it said so."""
+    build = getattr(_require(), "easydel_ragged_build", None)
+    if build is None:
+        return None
+    build.restype = ctypes.c_char_p
+    return build().decode()
+
+
 def isa() -> str:
     """The instruction set in use."""
     return _require().easydel_ragged_isa().decode()
@@ -229,7 +238,7 @@ class CpuNativeKernel(Kernel):
     color = "#0f766e"
 
     def facts(self) -> dict[str, Any]:
-        """The library, its instruction sets, and the threads that a call may take."""
+        """The library, its instruction sets, the threads that a call may take, and how the library was built."""
         reason = availability()
         if reason is not None:
             return {"available": False, "reason": reason}
@@ -241,6 +250,7 @@ class CpuNativeKernel(Kernel):
             "isa_levels": list(isa_levels()),
             # XLA's thread pool has one for each processor of the affinity; a cgroup may leave fewer.
             "threads": min(_require().easydel_ragged_threads(), os.cpu_count() or 1),
+            "built_with": _built_with(),
         }
 
     def fingerprint(self) -> str:

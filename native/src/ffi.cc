@@ -148,6 +148,22 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
 #define RAGGED_EXPORT __attribute__((visibility("default")))
 #endif
 
+#define RAGGED_TEXT(number) RAGGED_TEXT_OF(number)
+#define RAGGED_TEXT_OF(number) #number
+#if defined(__clang__)
+#define RAGGED_COMPILER \
+  "Clang " RAGGED_TEXT(__clang_major__) "." RAGGED_TEXT(__clang_minor__) "." RAGGED_TEXT(__clang_patchlevel__)
+#elif defined(__GNUC__)
+#define RAGGED_COMPILER "GCC " __VERSION__
+#else
+#define RAGGED_COMPILER "a compiler without a name"
+#endif
+#if defined(__GLIBC__)
+#define RAGGED_LIBC ", glibc " RAGGED_TEXT(__GLIBC__) "." RAGGED_TEXT(__GLIBC_MINOR__)
+#else
+#define RAGGED_LIBC ""
+#endif
+
 extern "C" {
 
 RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) {
@@ -201,4 +217,10 @@ RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_proce
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }
 RAGGED_EXPORT int easydel_ragged_set_isa(const char* name) { return easydel_ragged::set_isa(name) ? 1 : 0; }
+
+// How this library was built, for reports: "compiler, C library for instruction sets".
+RAGGED_EXPORT const char* easydel_ragged_build() {
+  static const std::string text = std::string(RAGGED_COMPILER RAGGED_LIBC) + " for " + easydel_ragged::isa_built();
+  return text.c_str();
+}
 }

@@ -69,4 +69,13 @@ const char* isa_levels() {
   return names.c_str();
 }
 
+const char* isa_built() {
+  static const char names[] =
+#define RAGGED_INSTRUCTION_SET(name) "," #name
+#include "instruction_sets.inc"
+#undef RAGGED_INSTRUCTION_SET
+      ;
+  return names + 1;
+}
+
 }  // namespace easydel_ragged

@@ -11,6 +11,7 @@ const Routines& routines();
 
 const char* isa_name();    // of the one in use
 const char* isa_levels();  // all that the library and this machine have, best first, comma separated
+const char* isa_built();   // all that the library has, whatever the machine: in the same way
 
 // Uses another from the next call on; null for the best. False, and no change, if there is none of that name here.
 bool set_isa(const char* name);

@@ -53,6 +53,12 @@ TEST(the_instruction_sets_are_those_that_the_system_lists) {
 }
 #endif
 
+TEST(all_that_is_built_is_listed_best_first) {
+  std::string all;
+  for (const char* built : kBuilt) all += (all.empty() ? "" : ",") + std::string(built);
+  CHECK(isa_built() == all);
+}
+
 TEST(a_name_is_taken_as_it_is_or_not_at_all) {
   CHECK(set_isa(nullptr));
   const std::string best = isa_name();
