@@ -11,7 +11,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from command_line import invoke
 from easydel_ragged_plugin import reference
 from easydel_ragged_plugin.bench import figure, report
 from easydel_ragged_plugin.bench.cases import by_name, with_dtype, workload
-from easydel_ragged_plugin.bench.peers import PEERS, Form, Peer
+from easydel_ragged_plugin.bench.peers import PEERS, Form, Peer, vllm
 from easydel_ragged_plugin.bench.problem import Problem, build
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.options import Options
@@ -228,6 +230,40 @@ def test_a_vllm_without_operations_for_this_cpu_is_named(
     assert "vllm" not in sys.modules
     with pytest.raises(Unsupported, match=said):
         PEERS["vllm"].enter(build(by_name()["smoke"], "v3"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "has", "library", "kernel"),
+    [
+        ("x86_64", (), "_C_AVX2", "vec"),
+        ("x86_64", ("avx512",), "_C_AVX512", "vec"),
+        ("x86_64", ("avx512", "avx512_bf16"), "_C", "vec"),
+        ("x86_64", ("avx512", "avx512_bf16", "amx_tile"), "_C", "amx"),
+        ("aarch64", (), "_C", "neon"),
+    ],
+)
+def test_vllm_is_called_as_it_calls_itself(
+    machine: str, has: tuple[str, ...], library: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    asked: list[str] = []
+
+    def ask() -> bool:
+        asked.append("AMX")
+        return True
+
+    flags = {f"_is_{name}_supported": name in has for name in ("avx512", "avx512_bf16", "amx_tile")}
+    functions = {name: partial(bool, flag) for name, flag in flags.items()}
+    torch = SimpleNamespace(cpu=SimpleNamespace(**functions, _init_amx=ask))
+    assert vllm._library(Path("vllm"), torch) == Path("vllm", f"{library}.abi3.so")
+    wide = build(with_dtype(by_name()["tiny"], "bfloat16"), "v3").request
+    paged = dataclasses.replace(wide, layout=dataclasses.replace(wide.layout, page_size=128))
+    assert vllm._instructions(paged, torch) == kernel
+    assert asked == (["AMX"] if kernel == "amx" else [])  # Linux has to be asked for it
+    floats = dataclasses.replace(paged, query_dtype=np.dtype(np.float32))
+    assert vllm._instructions(floats, torch) == ("neon" if machine == "aarch64" else "vec")
+    if machine == "x86_64":
+        assert vllm._instructions(wide, torch) == "vec16"  # pages of 16
 
 
 def _small(name: str, *rows: Row, **changes: Any) -> Case:

@@ -19,7 +19,7 @@ from easydel_ragged_plugin.bench.problem import Problem
 from easydel_ragged_plugin.types import Features
 
 from .base import Form, Peer
-from .tensors import missing_torch, tensor, torch_of_bench, version_of
+from .tensors import facts_of, missing_torch, tensor, torch_of_bench
 
 __all__ = ["Sdpa"]
 
@@ -173,8 +173,7 @@ class Sdpa(Peer):
         return missing_torch()
 
     def facts(self) -> dict[str, Any]:
-        reason = self.unavailable()
-        return {"available": reason is None, "reason": reason, "version": version_of("torch")}
+        return facts_of(self.unavailable(), "torch")
 
     def forms(self, problem: Problem) -> list[Form]:
         torch_of_bench()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
+from easydel_ragged_plugin import workers
 from easydel_ragged_plugin.bench.machine import processors
 
-__all__ = ["missing_torch", "tensor", "torch_of_bench", "version_of"]
+__all__ = ["facts_of", "missing_torch", "tensor", "torch_of_bench"]
 
 
 def missing_torch() -> str | None:
@@ -20,14 +20,18 @@ def missing_torch() -> str | None:
     return None
 
 
-def version_of(*distributions: str) -> str | None:
-    """The version of the first of ``distributions`` that is installed."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def facts_of(reason: str | None, *distributions: str) -> dict[str, Any]:
+    """What a report holds of a peer.
+
+    Args:
+        reason: why it is not available, or None.
+        distributions: which may have installed it; the first that is there tells the version.
+    """
+    versions = workers.versions(distributions).values()
+    facts: dict[str, Any] = {"available": reason is None, "reason": reason}
+    if reason is None:
+        facts |= {"version": next(filter(None, versions), "unknown"), "threads": processors()}
+    return facts
 
 
 def torch_of_bench() -> Any:

