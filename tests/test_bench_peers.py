@@ -204,6 +204,13 @@ def test_a_peer_refuses_options_by_name(name: str) -> None:
     assert PEERS[name].refuses(request) == "takes no logits_soft_cap"
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_for_a_cpu(name: str) -> None:
+    problem = build(by_name()["smoke"], "v3", platform="gpu")
+    with pytest.raises(Unsupported, match="is measured on a CPU, and JAX runs on gpu here"):
+        PEERS[name].enter(problem)
+
+
 def test_vllm_names_the_geometry_that_it_does_not_have() -> None:
     narrow = build(workload("narrow", (Row(8, 1),), page_size=8, head_dim=128), "v3").request
     assert PEERS["vllm"].refuses(narrow) == "takes pages of a multiple of 16 tokens; got 8"

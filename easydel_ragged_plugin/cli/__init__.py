@@ -257,8 +257,8 @@ def bench_command(
         list[str] | None,
         typer.Option(
             "--peer",
-            help="Attention of another project, in the same run: sdpa (PyTorch's scaled_dot_product_attention) or vllm "
-            "(vLLM's, for CPUs); repeat it for both.",
+            help="Attention of another project, in the same run: sdpa (PyTorch's) or vllm (vLLM's, for CPUs); repeat "
+            "it for both.",
             show_default="none",
         ),
     ] = None,
@@ -315,7 +315,7 @@ def bench_command(
 ) -> None:
     """Check the answer, then time it.
 
-    Each case is first compared with an independent float32 computation. Then this package's kernels and EasyDeL's
+    Each case is first compared with an independent float64 computation. Then this package's kernels and EasyDeL's
     own take turns (A B A B), and the medians are shown beside what the machine could do: its read bandwidth for
     decoding, its float32 GEMM rate for prefill, both measured between the same runs. Pages are donated to v3, as
     they are in serving, so that no copy of the cache is counted.
