@@ -76,6 +76,24 @@ def _programs_of_a_module() -> Iterator[None]:
 
 
 @pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits take seconds to measure and are not what such tests are about."""
+    from easydel_ragged_plugin.bench import run
+    from easydel_ragged_plugin.bench.machine import Limits
+
+    class Machine(contextlib.nullcontext):
+        limits = Limits(1e10, 1e11)
+
+        def read_rate_for(self, size: float) -> float:
+            return 1e10
+
+        def gemm_rate(self) -> float:
+            return 1e11
+
+    monkeypatch.setattr(run, "Machine", lambda: Machine(Machine()))
+
+
+@pytest.fixture
 def quick_to_compile() -> Iterator[None]:
     """XLA optimizes little: for large programs that run once and whose code is not what is tested.
 

@@ -5,7 +5,6 @@ Some need seconds to compile and no host: one JAX runs them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -32,22 +31,6 @@ from easydel_ragged_plugin.demo import engine
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.terminal import CommandError, require_writable
 from easydel_ragged_plugin.testing.batches import Case, Version
-
-
-@pytest.fixture
-def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure and are not what these tests are about."""
-
-    class Machine(contextlib.nullcontext):
-        limits = Limits(1e10, 1e11)
-
-        def read_rate_for(self, size: float) -> float:
-            return 1e10
-
-        def gemm_rate(self) -> float:
-            return 1e11
-
-    monkeypatch.setattr(bench, "Machine", lambda: Machine(Machine()))
 
 
 @pytest.mark.usefixtures("quick_machine")

@@ -40,6 +40,7 @@ BENCH_CASES = (
     _case("decode-1x4k", "one request, 4096 tokens of context", _decodes(4096)),
     _case("decode-1x16k", "one request, 16384 tokens of context", _decodes(16384), pages_per_row=128),
     _case("decode-8x2k", "8 requests, 2048 tokens each", _decodes(*[2048] * 8)),
+    _case("decode-32x2k", "32 requests, 2048 tokens each", _decodes(*[2048] * 32)),
     _case("decode-skewed", "one long request among short ones", _decodes(8000, 100, 300, 50, 900, 20, 700, 333)),
     _case(
         "decode-8x4k-window128",
@@ -47,6 +48,8 @@ BENCH_CASES = (
         _decodes(*[4096] * 8),
         options=Options(sliding_window=128),
     ),
+    _case("verify-8x4-on-2k", "8 requests, 4 new tokens each at 2048: speculative decoding", (Row(2048, 4),) * 8),
+    _case("verify-4x8-on-2k", "4 requests, 8 new tokens each at 2048", (Row(2048, 8),) * 4),
     _case("prefill-1k", "one prompt of 1024 tokens", (Row(1024, 1024),)),
     _case("prefill-4k", "one prompt of 4096 tokens", (Row(4096, 4096),)),
     _case("prefill-256-on-4k", "a chunk of 256 tokens after 3840", (Row(4096, 256),)),

@@ -51,6 +51,16 @@ class Problem:
             reference.write_tokens(pages, table[index], row.context - row.new, keys[new], values[new])
         return pages
 
+    def gather(self, row: int, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a row in the order of its tokens, each ``[context, kv_heads, head_dim]``."""
+        layout, context = self.request.layout, self.case.rows[row].context
+        ids = np.asarray(self.tables[0])[row, : -(-context // layout.page_size)]
+        tokens = pages.reshape(len(pages), layout.page_size, layout.token_stride)[ids]
+        used = tokens.reshape(-1, layout.token_stride)[:context, : layout.num_kv_heads * layout.head_stride]
+        heads = used.reshape(context, layout.num_kv_heads, layout.head_stride)
+        values = heads[..., layout.value_offset : layout.value_offset + layout.head_dim]
+        return heads[..., : layout.head_dim], values
+
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:

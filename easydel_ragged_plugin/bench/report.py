@@ -16,6 +16,8 @@ from rich.table import Table
 from easydel_ragged_plugin.terminal import CommandError, facts_as_text
 from easydel_ragged_plugin.types import Kernel
 
+from .peers import Peer
+
 __all__ = ["Result", "Timing", "describe_kernels", "in_unit", "read", "show"]
 
 
@@ -29,6 +31,7 @@ class Timing:
         error: largest deviation of the answer from the float64 oracle, over the sampled queries; None: not finite.
         ratio: time / time on the case of the same work that ``Result.scaled_from`` names.
         samples_us: the timed runs.
+        form: how it was called, and what is not counted, where that is a choice.
     """
 
     kernel: str
@@ -37,6 +40,7 @@ class Timing:
     error: float | None
     ratio: float | None
     samples_us: tuple[float, ...]
+    form: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Result:
         bound: which limit binds: "read", "gemm", or "call" (none: the call's own cost counts).
         limit_us: the time that the machine's limit would allow; None for "call".
         read_bytes_per_s, gemm_flops_per_s: medians measured between the timed runs; the binding one alone.
-        timings: this package's kernels, then EasyDeL's.
+        timings: this package's kernels, peers, then EasyDeL's.
         notes: why a candidate is missing, or wrong.
     """
 
@@ -84,17 +88,20 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def describe_kernels(kernels: Iterable[Kernel]) -> dict[str, dict[str, Any]]:
-    """What a report holds of each kernel, EasyDeL's own last."""
-    ordered = sorted(kernels, key=lambda kernel: kernel.is_hosts)
+def describe_kernels(kernels: Iterable[Kernel], peers: Iterable[Peer] = ()) -> dict[str, dict[str, Any]]:
+    """What a report holds of each kernel and peer: this package's, peers, EasyDeL's own last."""
+    others = list(peers)
+    everyone: list[Kernel | Peer] = [*kernels, *others]
+    ordered = sorted(everyone, key=lambda each: (each.is_hosts, each in others))
     return {
-        kernel.name: {
-            "label": kernel.label or kernel.name,
-            "color": kernel.color,
-            "is_hosts": kernel.is_hosts,
-            "facts": kernel.facts(),
+        each.name: {
+            "label": each.label or each.name,
+            "color": each.color,
+            "is_hosts": each.is_hosts,
+            "is_peer": each in others,
+            "facts": each.facts(),
         }
-        for kernel in ordered
+        for each in ordered
     }
 
 
@@ -108,29 +115,38 @@ def _table(report: Mapping[str, Any], results: Sequence[Result]) -> Table:
     described = report["kernels"]
     kernels = _timed(report)
     of_host = next((name for name in kernels if described[name]["is_hosts"]), None)
-    ours = [name for name in kernels if name != of_host]
+    peers = [name for name in kernels if described[name].get("is_peer")]  # older files have no peers
+    ours = [name for name in kernels if name != of_host and name not in peers]
+    first = ours[0] if ours else None
     with_host = of_host is not None and len(ours) > 0
-    table = Table(title="medians; share: time at the machine's limit / time taken", box=box.SIMPLE_HEAD)
+    title = "medians; share: time at the machine's limit / time taken"
+    if peers and first is not None:
+        title += f"; ratio: time taken / that of {first}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("case", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
     for kernel in kernels:
-        name = described[kernel]["label"] if kernel == of_host else kernel
+        name = kernel if kernel in ours else described[kernel]["label"]
         table.add_column(name, justify="right", no_wrap=True)
         table.add_column("share", justify="right", no_wrap=True)
-        if with_host and kernel != of_host:
+        if with_host and kernel in ours:
             table.add_column("faster", justify="right", no_wrap=True)
+        if first is not None and kernel in peers:
+            table.add_column("ratio", justify="right", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
     for result in results:
         timings = {timing.kernel: timing for timing in result.timings}
-        host = timings.get(of_host or "")
+        host, own = timings.get(of_host or ""), timings.get(first or "")
         limit = f"{in_unit(result.limit_us)} {result.bound}" if result.limit_us is not None else "-"
         cells = [f"{result.case} {result.version} {result.dtype.replace('float', 'f')}", limit]
         for kernel in kernels:
             timing = timings.get(kernel)
             cells += ["-", "-"] if timing is None else [in_unit(timing.us), _percent(timing.share)]
-            if with_host and kernel != of_host:
+            if with_host and kernel in ours:
                 cells.append("-" if timing is None or host is None else f"{host.us / timing.us:.1f}x")
-        errors = [each.error for each in result.timings if each.error is not None and each.kernel != of_host]
+            if first is not None and kernel in peers:
+                cells.append("-" if timing is None or own is None else f"{timing.us / own.us:.2f}")
+        errors = [each.error for each in result.timings if each.error is not None and each.kernel in ours]
         table.add_row(*cells, f"{max(errors):.0e}" if errors else "-")
     return table
 
@@ -155,6 +171,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
         console.print(_table(report, results))
     for result in results:
         for timing in result.timings:
+            if timing.form:
+                label = report["kernels"][timing.kernel]["label"]
+                console.print(f"{result.case} {result.dtype} {label}: {timing.form}", highlight=False, soft_wrap=True)
             if timing.ratio is not None:
                 text = f"{timing.ratio:.3f} x the time of {result.scaled_from}, timed in turns"
                 console.print(f"{result.case} {result.dtype} {timing.kernel}: {text}", highlight=False, soft_wrap=True)

