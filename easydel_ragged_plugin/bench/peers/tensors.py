@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from easydel_ragged_plugin import workers
-from easydel_ragged_plugin.bench.machine import processors
+from easydel_ragged_plugin.system import processors
 
 __all__ = ["facts_of", "missing_torch", "tensor", "torch_of_bench"]
 
