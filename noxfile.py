@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,10 @@ def lint(session: nox.Session) -> None:
     session.run("typos", ".")
     sources = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".cc", ".h"))
     session.run("clang-format", "--dry-run", "--Werror", *map(str, sources))
+    workflows = sorted(map(str, (ROOT / ".github" / "workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    if shutil.which("actionlint") is not None:  # its package fetches it from elsewhere, so it is no requirement
+        session.run("actionlint", *workflows, external=True)
 
 
 @nox.session(tags=QUICK)
@@ -311,70 +316,109 @@ def native(session: nox.Session) -> None:
             each.result()
 
 
-# Systems that `cross` builds for: zig's name, CMake's names, and the library's file. ARM's programs are linked with
-# another C library, so that they are whole and run in an emulator.
-CROSS = {
-    "x86_64-linux-gnu.2.17": ("Linux", "x86_64", "libeasydel_ragged.so"),
-    "aarch64-linux-gnu.2.17": ("Linux", "aarch64", "libeasydel_ragged.so"),
-    "aarch64-linux-musl": ("Linux", "aarch64", None),
-    "aarch64-macos": ("Darwin", "arm64", "libeasydel_ragged.so"),
-    "x86_64-macos": ("Darwin", "x86_64", "libeasydel_ragged.so"),
-    "x86_64-windows-gnu": ("Windows", "x86_64", "libeasydel_ragged.dll"),
-}
 CHOICE = "from easydel_ragged_plugin.kernels import cpu_native as n; print(n.isa(), *n.isa_levels())"
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: zig makes a C++ library for each system first
-def cross(session: nox.Session) -> None:
-    """The native library for other systems, by zig's clang. What can run here is tested: Linux on x86-64, and ARM.
+def wheels(session: nox.Session) -> None:
+    """What an index takes, into dist/: the sdist, and a wheel for each system of native/targets.toml, by zig's clang.
 
-    ``-- x86_64-macos`` builds for that system alone.
+    Each is built twice, byte for byte the same, and looked at. What can run here is tested: the wheel for this machine,
+    installed into an empty environment, and for Linux on ARM the C++ in an emulator. ``-- x86_64-macos.11.0`` builds
+    for that system alone.
     """
-    install(session, "", *group("test"), "cmake", "lief", "ninja", "ziglang==0.17.1")
-    # The FFI of the oldest jaxlib, as in a wheel.
-    oldest = re.search(r'^HEADERS = "(.+)"', (ROOT / "native" / "hatch_build.py").read_text(), re.MULTILINE)
-    assert oldest is not None
-    folder = ROOT / ".nox" / "cross"
-    session.install("--no-deps", "--target", str(folder / "headers"), oldest[1])
-    session.log("The library for five systems: about 15 minutes, and less where zig's C++ libraries are there already")
-    variables = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig")}
-    for target in session.posargs or CROSS:
-        system, processor, library = CROSS[target]
-        build = folder / target
-        headers = folder / "headers" / "jaxlib" / "include" if library else ""
-        tested = library is None or (system, processor) == (platform.system(), platform.machine())
-        configure = (
-            f"-DCMAKE_SYSTEM_NAME={system}",
-            f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
-            f"-DCMAKE_CXX_COMPILER={session.bin}/python-zig;c++;-target;{target}",
-            f"-DXLA_FFI_INCLUDE_DIR={headers}",
-            f"-DRAGGED_TESTS={'ON' if tested else 'OFF'}",
-        )
-        command = ("cmake", "-S", str(ROOT / "native"), "-B", str(build), "-G", "Ninja", *configure)
-        session.run(*command, silent=True, env=variables)
-        session.run("cmake", "--build", str(build), silent=True, env=variables)
-        if library is not None:
-            session.run("python", str(TESTS / "exported_names.py"), str(build / library), target)
-        if not tested:
-            continue
-        emulator = () if library else ("qemu-aarch64",)
-        if emulator and shutil.which(*emulator) is None:
-            session.warn(f"{target}: built and not run, because there is no qemu-aarch64 here")
-            continue
-        session.run(*emulator, str(build / "ragged_unit"), external=True)
-        session.run(*emulator, str(build / "ragged_harness"), "30", external=True)
-        if library is None:
-            continue
-        session.chdir(TESTS)
-        loaded = {"EASYDEL_RAGGED_NATIVE_LIBRARY": str(build / library)}
-        of_wheel = session.run("python", "-c", CHOICE, silent=True)
-        of_zig = session.run("python", "-c", CHOICE, silent=True, env=loaded)
-        if of_zig != of_wheel:
-            session.error(
-                f"got the instruction sets {of_zig} in zig's library, wanted those in the wheel's: {of_wheel}"
-            )
-        selected = ("test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
-        session.run("pytest", "-n", "2", *selected, env={**environment(session), **loaded})
+    targets = nox.project.load_toml(ROOT / "native" / "targets.toml")
+    unknown = [target for target in session.posargs if target not in targets]
+    if unknown:
+        session.error(f"got the systems {', '.join(unknown)}, wanted some of {', '.join(targets)}")
+    session.install(*group("wheels"))
+    session.log("Wheels for five systems: about 30 minutes, and less where zig's C++ libraries are there already")
+    dist, folder = ROOT / "dist", ROOT / ".nox" / "wheels-made"
+    for earlier in dist.glob("easydel_ragged_plugin-*"):
+        earlier.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    zig = {"ZIG_GLOBAL_CACHE_DIR": str(ROOT / ".nox" / "zig")}
+
+    def build(kind: str, source: Path, **variables: str) -> Path:
+        """One distribution into dist/, built twice."""
+        made = []
+        for out in (folder / "first", folder / "second"):
+            shutil.rmtree(out, ignore_errors=True)
+            command = ("uv", "build", "--quiet", f"--{kind}", "--out-dir", str(out), str(source))
+            session.run(*command, env={**zig, **variables})
+            made += [path for path in out.iterdir() if path.suffix in (".whl", ".gz")]
+        first, second = made
+        if first.name != second.name or first.read_bytes() != second.read_bytes():
+            session.error(f"{first} and {second}: got different bytes from the same sources, wanted the same")
+        dist.mkdir(exist_ok=True)
+        return Path(shutil.copy(first, dist / first.name))
+
+    sdist = build("sdist", ROOT)
+    for target in session.posargs or targets:
+        system, processor, tag = (targets[target][key] for key in ("system", "processor", "tag"))
+        session.log(f"{target}: the wheel {tag}")
+        made = build("wheel", sdist, EASYDEL_RAGGED_NATIVE_TARGET=target)
+        session.run("python", str(TESTS / "wheel_check.py"), str(made))
+        if system == "Linux":
+            said = session.run("auditwheel", "show", str(made), silent=True)
+            if tag not in re.sub(r"\s+", " ", str(said)).partition("is consistent with")[2]:
+                session.error(f"got from auditwheel, wanted {tag}:\n{said}")
+        if (system, processor) == (platform.system(), platform.machine()):
+            session.notify("tried", posargs=[])
+        if system == "Linux":
+            # On ARM the programs are linked with another C library, so that they are whole and run in an emulator.
+            emulated = {"aarch64": "qemu-aarch64"} if processor != platform.machine() else {}
+            programs = target.replace("gnu.2.17", "musl") if emulated else target
+            run_native_programs(session, programs, system, processor, emulated.get(processor), zig)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("easydel_ragged_plugin-*"))))
+
+
+@nox.session(default=False)
+def tried(session: nox.Session) -> None:
+    """The wheel of dist/ for this machine, in an empty environment: its native library. `wheels` asks for it."""
+    system, machine = platform.system(), platform.machine()
+    targets = nox.project.load_toml(ROOT / "native" / "targets.toml").values()
+    tags = [each["tag"] for each in targets if (each["system"], each["processor"]) == (system, machine)]
+    found = [path for tag in tags for path in (ROOT / "dist").glob(f"easydel_ragged_plugin-*-{tag}.whl")]
+    if len(found) != 1:
+        session.error(f"got {len(found)} wheels for {system} on {machine} in dist/, wanted one. Run: nox -s wheels")
+    session.install("--reinstall-package=easydel-ragged-plugin", str(found[0]), *group("test"))
+    session.chdir(TESTS)
+    variables = environment(session)
+    of_found = session.run("python", "-c", CHOICE, silent=True, env=variables)
+    if system == "Linux":  # the same instruction sets as with the compiler of this machine
+        folder = Path(session.virtualenv.location, "local")
+        with zipfile.ZipFile(wheel()) as archive:
+            local = [name for name in archive.namelist() if name.startswith("easydel_ragged_plugin/lib/")]
+            archive.extractall(folder, local)
+        for library in local:
+            loaded = {**variables, "EASYDEL_RAGGED_NATIVE_LIBRARY": str(folder / library)}
+            of_local = session.run("python", "-c", CHOICE, silent=True, env=loaded)
+            if of_found != of_local:
+                session.error(f"got the instruction sets {of_found} in {found[0].name}, wanted those here: {of_local}")
+    pytest(session, "test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
+
+
+def run_native_programs(
+    session: nox.Session, target: str, system: str, processor: str, emulator: str | None, zig: dict[str, str]
+) -> None:
+    """The C++ alone, compiled by zig for ``target``: its unit tests, and random problems against an oracle."""
+    if emulator is not None and shutil.which(emulator) is None:
+        session.warn(f"{target}: not run, because there is no {emulator} here")
+        return
+    build = ROOT / ".nox" / "native" / target
+    configure = (
+        f"-DCMAKE_SYSTEM_NAME={system}",
+        f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        f"-DCMAKE_CXX_COMPILER={session.bin}/python-zig;c++;-target;{target}",
+        "-DRAGGED_TESTS=ON",
+    )
+    command = ("cmake", "-S", str(ROOT / "native"), "-B", str(build), "-G", "Ninja", *configure)
+    session.run(*command, silent=True, env=zig)
+    session.run("cmake", "--build", str(build), silent=True, env=zig)
+    first = () if emulator is None else (emulator,)
+    session.run(*first, str(build / "ragged_unit"), external=True)
+    session.run(*first, str(build / "ragged_harness"), "30", external=True)
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)
@@ -470,6 +514,19 @@ def host(session: nox.Session, version: str) -> None:
         return
     with measured(session) as variables:
         pytest(session, *arguments, *without(SERVED), **QUICK_TO_COMPILE, **variables)
+    if not session.posargs:
+        as_another_author(session)
+
+
+def as_another_author(session: nox.Session) -> None:
+    """The package of docs/examples, installed and tested as its author would."""
+    example = ROOT / "docs" / "examples" / "dense-attention"
+    session.install(f"dense-attention[test,easydel] @ {example.as_uri()}")
+    session.chdir(example)
+    try:
+        session.run("pytest", "-n", "2", "tests", env={**environment(session), **QUICK_TO_COMPILE})
+    finally:  # its kernel comes before all others
+        session.run("uv", "pip", "uninstall", "--quiet", "dense-attention")
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: it is about EasyDeL's classes, which do not change

@@ -16,3 +16,9 @@ def test_pre_commit_has_the_versions_of_the_lint_group(repository: Path) -> None
 def test_ci_begins_with_the_command_of_the_readme(repository: Path) -> None:
     (command,) = re.findall(r"^python3 (-m venv .*\bnox\b.*)$", (repository / "README.md").read_text(), re.MULTILINE)
     assert f'"$python" {command}\n' in (repository / ".ci" / "run").read_text()
+
+
+def test_wheels_are_built_and_tested_with_one_zig(repository: Path) -> None:
+    groups = tomllib.loads((repository / "pyproject.toml").read_text())["dependency-groups"]
+    (zig,) = (each for each in groups["wheels"] if each.startswith("ziglang"))
+    assert f'ZIG = "{zig}"\n' in (repository / "native" / "hatch_build.py").read_text()
