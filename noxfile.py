@@ -359,6 +359,13 @@ def wheels(session: nox.Session) -> None:
         session.log(f"{target}: the wheel {tag}")
         made = build("wheel", sdist, EASYDEL_RAGGED_NATIVE_TARGET=target)
         session.run("python", str(TESTS / "wheel_check.py"), str(made))
+        older = re.sub(r"_\d+_\d+_", "_10_9_" if system == "Darwin" else "_2_5_", tag)
+        if older != tag:  # the same wheel as if it were for an older system: the check has to refuse it
+            renamed = shutil.copy(made, folder / made.name.replace(tag, older))
+            check = ("python", str(TESTS / "wheel_check.py"), str(renamed))
+            said = session.run(*check, silent=True, success_codes=[1])
+            if f"that of {older}" not in str(said):
+                session.error(f"wheel_check.py: got {said} for {older}, wanted the libraries of {tag} refused")
         if system == "Linux":
             said = session.run("auditwheel", "show", str(made), silent=True)
             if tag not in re.sub(r"\s+", " ", str(said)).partition("is consistent with")[2]:
@@ -521,7 +528,7 @@ def host(session: nox.Session, version: str) -> None:
 def as_another_author(session: nox.Session) -> None:
     """The package of docs/examples, installed and tested as its author would."""
     example = ROOT / "docs" / "examples" / "dense-attention"
-    session.install(f"dense-attention[test,easydel] @ {example.as_uri()}")
+    session.install("--reinstall-package=dense-attention", f"dense-attention[test,easydel] @ {example.as_uri()}")
     session.chdir(example)
     try:
         session.run("pytest", "-n", "2", "tests", env={**environment(session), **QUICK_TO_COMPILE})
