@@ -60,7 +60,9 @@ def of_macos(library: lief.MachO.Binary, tag: str) -> list[str]:
         found.append(f"oldest macOS: got {oldest}, wanted that of {tag}")
     if not library.has_code_signature:
         found.append("no signature, without which macOS loads nothing on ARM")
-    loaded = [each.name for each in library.libraries if each.command != lief.MachO.LoadCommand.TYPE.ID_DYLIB]
+    own, *loaded = (each.name for each in library.libraries)
+    if own != "@rpath/libeasydel_ragged.dylib":
+        found.append(f"its own name: got {own}, wanted no path of the machine that built it")
     return found + [f"needs {name}" for name in loaded if MACOS.fullmatch(name) is None]
 
 
