@@ -24,6 +24,9 @@ PAGES = {
 }
 """Pages of the root, by their names in the site."""
 
+NO_PAGES = ("docs/changes/", "docs/examples/")
+"""Folders that `.mkdocs.yml` excludes."""
+
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?://|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?(?:[\w.]+\.)?([\w]+)`")
 ENTRY = re.compile(r"^(?P<indent> +)(?P<names>[*\w]+(?:, [*\w]+)+): (?P<rest>.*)$")
@@ -46,7 +49,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
         if path in PAGES:
             uri = PAGES[path]
-        elif path.startswith("docs/") and not path.startswith("docs/changes/"):
+        elif path.startswith("docs/") and not path.startswith(NO_PAGES):
             uri = path.removeprefix("docs/")
         else:
             return text if text.startswith("`") else f"{text} (`{path}`)"
