@@ -48,7 +48,12 @@ _FINITE_POISON = 320.0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One request of a batch: ``context`` tokens in all, the last ``new`` of them new. ``new=0`` is an idle row."""
+    """One request of a batch.
+
+    Attributes:
+        context: its tokens, the new ones included.
+        new: how many of them, the last ones, are new. 0 is an idle row.
+    """
 
     context: int
     new: int
@@ -140,10 +145,17 @@ class Case:
 class Batch:
     """The arrays of one call, in NumPy.
 
-    ``pages`` is the cache before the new tokens, ``updated_pages`` after them. ``live_tokens`` marks tokens that
-    belong to a live row, ``written_slots`` (``[pages, page_size]``) the slots that the new tokens fill.
-    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes. ``k_scale`` and
-    ``v_scale`` are float32 ``[kv_heads]`` where the case has them as arrays.
+    Attributes:
+        case: what it was built from.
+        version: the layout of the pages.
+        queries, keys, values: of the new tokens, ``[tokens, heads, head_dim]``.
+        pages, updated_pages: the cache before the new tokens, and after them.
+        context_lens, block_tables, query_start_loc, num_seqs, distribution: the index arrays of the functions, int32.
+        sinks: the logits for ``softmax_aux``, or None.
+        live_tokens: bool ``[tokens]``: those that belong to a live row.
+        written_slots: bool ``[pages, page_size]``: those that the new tokens fill.
+        slot_mapping, num_kv_update_slices: the v2 host's description of the same writes.
+        k_scale, v_scale: float32 ``[kv_heads]`` where the case has them as arrays; else None.
     """
 
     case: Case

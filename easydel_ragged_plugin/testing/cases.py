@@ -298,7 +298,14 @@ CASES: tuple[Case, ...] = (
 
 
 def case_named(name: str) -> Case:
-    """The case of :data:`CASES` with this name."""
+    """The case of :data:`CASES` with this name.
+
+    Args:
+        name: such as ``"mixed"``.
+
+    Raises:
+        ValueError: there is no such case. The text has all names.
+    """
     for case in CASES:
         if case.name == name:
             return case
