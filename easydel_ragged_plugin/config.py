@@ -155,6 +155,12 @@ def override_config(**fields: Any) -> Iterator[None]:
     those that were compiled outside are taken again after the block. That is so for all functions, those without
     attention included. What ``jit(f).lower(...).compile()`` has made stays as it is.
 
+    Args:
+        **fields: fields of :class:`RaggedPageConfig`.
+
+    Raises:
+        TypeError, ValueError: a field that does not exist, or a value that it can't have.
+
     Example:
         >>> with override_config(kernel="xla"):
         ...     pass
