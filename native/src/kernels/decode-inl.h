@@ -538,6 +538,7 @@ void decode_blocks(const Problem& p, int64_t row, const Query* queries, int64_t 
   const int64_t lines_each = find_lines<T>(p, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
+  for (Ahead first{s.slot, s.lines, lines_each, 0, count * lines_each}; first.budget > 0;) first.request();
   while (count > 0) {
     for (int64_t t = count; t < count + kDecodePadding; ++t) s.slot[t] = s.slot[count - 1];
     const int64_t ahead_count = min64(block, end - begin - count);
