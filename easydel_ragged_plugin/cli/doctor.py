@@ -215,6 +215,11 @@ def _notes(backend: str, host_version: str | None) -> list[str]:
         notes.append(
             "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
         )
+    if backend == "cpu" and host_version:
+        notes.append(
+            "On CPU EasyDeL's page update for v2 converts the whole bfloat16 cache to float32 and back in each layer of "
+            "each step. Serve with v3, or with a float16 or float32 cache."
+        )
     if backend == "cpu" and host_version == "0.2.0.2":
         notes.append(
             "EasyDeL 0.2.0.2 can't size its cache on CPU (per_device_hbm_budget_bytes raises AttributeError); "

@@ -21,7 +21,7 @@ constexpr double kWakeNs = 2000.0;
 constexpr int64_t kLeastSharedWrites = 256 * 1024;  // bytes
 constexpr int64_t kWriteTokens = 64;                // of a shared write
 
-constexpr int64_t kLeastFewTokens = 64;  // of a part of a context, and the same in bytes
+constexpr int64_t kLeastFewTokens = 128;  // of a part of a context, and the same in bytes
 constexpr double kLeastFewBytes = 65536;
 constexpr int64_t kLeastManyTokens = 512;
 constexpr double kItemsPerThread = 8.0;

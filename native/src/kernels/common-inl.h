@@ -129,6 +129,16 @@ RAGGED_INLINE float value_scale(const Problem& p, int64_t kv_head) {
   return p.v_scales ? p.v_scale * p.v_scales[kv_head] : p.v_scale;
 }
 
+RAGGED_INLINE bool all_finite(const float* from, int64_t count) {  // a multiple of kLanes
+  VecF sum = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VecF v = load(from + i);
+    sum = sum + (v - v);  // 0 where finite, else NaN
+  }
+  const float total = sum_of(sum);
+  return total == total;
+}
+
 // A sink as a base-2 logit. It is never infinity, which minus itself is no number.
 RAGGED_INLINE float base2_sink(float sink) {
   const float logit = sink * kLog2E;

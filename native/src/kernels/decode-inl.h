@@ -538,6 +538,7 @@ void decode_blocks(const Problem& p, int64_t row, const Query* queries, int64_t 
   const int64_t lines_each = find_lines<T>(p, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
+  for (Ahead first{s.slot, s.lines, lines_each, 0, count * lines_each}; first.budget > 0;) first.request();
   while (count > 0) {
     for (int64_t t = count; t < count + kDecodePadding; ++t) s.slot[t] = s.slot[count - 1];
     const int64_t ahead_count = min64(block, end - begin - count);
@@ -574,9 +575,16 @@ RAGGED_INLINE bool pairs(const Problem& p) {
 void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64_t count, int64_t begin, int64_t end,
                       void* scratch, HeadRange kv_heads) {
 #if defined(__AMX_BF16__)
-  if (pairs(p) && p.cache_dtype == DType::kBF16 && tiles_fit(p) && count == 1)
-    return p.logits_soft_cap > 0 ? decode_tiles<true>(p, row, queries, begin, end, scratch, kv_heads)
-                                 : decode_tiles<false>(p, row, queries, begin, end, scratch, kv_heads);
+  if (pairs(p) && p.cache_dtype == DType::kBF16 && tiles_fit(p) && count == 1) {
+    if (p.logits_soft_cap > 0)
+      decode_tiles<true>(p, row, queries, begin, end, scratch, kv_heads);
+    else
+      decode_tiles<false>(p, row, queries, begin, end, scratch, kv_heads);
+    // A tile multiplies an element of the neighboring column by 0, which is NaN where that element is not finite.
+    const float* sums = queries->partial.weighted;
+    const int64_t stride = p.group() * partial_stride(p);
+    if (all_finite(sums + kv_heads.begin * stride, (kv_heads.end - kv_heads.begin) * stride)) return;
+  }
 #endif
   with_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -109,16 +109,6 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
     finish_heads(p, &alone.partial, 1, query.token, {kv_head * p.group(), (kv_head + 1) * p.group()});
 }
 
-RAGGED_INLINE bool all_finite(const float* from, int64_t count) {  // a multiple of kLanes
-  VecF sum = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const VecF v = load(from + i);
-    sum = sum + (v - v);  // 0 where finite, else NaN
-  }
-  const float total = sum_of(sum);
-  return total == total;
-}
-
 // Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
 template <class Step, bool kCapped, bool kMasked>
 RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
