@@ -137,6 +137,11 @@ class Code:
         return len(re.findall(r"\bfma\.rn\.f32\b", self.ptx))
 
     @property
+    def loads(self) -> int:
+        """Loads from the card's memory into registers."""
+        return len(re.findall(r"\bld\.global\b", self.ptx))
+
+    @property
     def copied_bytes(self) -> int:
         """Bytes that a thread copies to shared memory asynchronously."""
         copies = re.findall(r"\bcp\.async\.c[ag]\..*\], (\w+)", self.ptx)

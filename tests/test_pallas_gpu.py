@@ -175,7 +175,7 @@ SPLIT = [
 def test_split_contexts_are_merged(case: Case) -> None:
     sizes = dataclasses.replace(SMALL, programs=200) if "63" in case.name else SMALL
     batch = build_batch(case, "v3")
-    parts = np.asarray(decode_parts(batch, sizes).parts)
+    parts = np.asarray(decode_parts(batch, sizes))
     assert parts[:, work.Column.PARTS].max() > (32 if "63" in case.name else 4)
     check(batch, config_with(sizes), return_lse=True)
 
