@@ -24,7 +24,7 @@ from described_cards import described_gpu
 from gpu_requests import in_two_loops
 from jax.sharding import PartitionSpec as P
 
-from easydel_ragged_plugin import CUSTOM_CALLS, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin import CUSTOM_CALLS, api, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels.pallas_gpu import attend, softmax
 from easydel_ragged_plugin.layout import Version
 
@@ -207,6 +207,27 @@ def test_lowers_inside_of_shard_map(version: Version, varying: str) -> None:
     around = functools.partial(jax.shard_map, in_specs=specs, out_specs=P() if varying == "nothing" else P("x"))
     lowered = lower(version, sinks=True, return_lse=True, donate=False, sliding_window=300, around=around)
     assert names(lowered) == KERNELS[version]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_loop_over_layers_makes_no_lists_of_what_is_prepared(share: bool) -> None:
+    def scanned(call: Callable[..., Any]) -> Callable[..., Any]:
+        def layers(queries: Any, pages: Any, *index: Any) -> Any:
+            options = {"platform": "cuda"}
+            prepared = api.prepare(ragged_page_attention_v2, queries, pages, *index, **options) if share else None
+            body = functools.partial(ragged_page_attention_v2, prepared=prepared, **options)
+            return jax.lax.scan(lambda carry, _: (body(carry, pages, *index), None), queries, length=2)[0]
+
+        return layers
+
+    lowered = lower("v2", around=scanned)
+    assert sorted(names(lowered)) == sorted(KERNELS["v2"])
+    (loop,) = [each for each in operations(lowered.compiler_ir().operation) if each.name == "stablehlo.while"]
+    called = {each.attributes["callee"].value for each in operations(loop) if each.name == "func.call"}
+    functions = [each for each in operations(lowered.compiler_ir().operation) if each.name == "func.func"]
+    bodies = [loop, *(each for each in functions if each.attributes["sym_name"].value in called)]
+    reductions = [each for body in bodies for each in operations(body) if each.name == "stablehlo.reduce"]
+    assert bool(reductions) == (not share)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

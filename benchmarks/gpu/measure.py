@@ -20,15 +20,15 @@ from .rivals import CONTESTANTS, OURS
 from .table import WIDER, Entry
 
 
-def update_step(problem: Problem, dry: bool) -> Step:
+def update_step(problem: Problem, dry: bool) -> tuple[Problem, Step]:
     kernel = PallasGPU(interpret=dry)
+    work = jax.jit(lambda operands: kernel.prepare(problem.request, AUTO, operands))(problem.operands)
     sizes = tiles.choose(problem.request, AUTO)
 
     def step(operands: Any) -> Any:
-        work = kernel.prepare(problem.request, AUTO, operands)
-        return operands.queries, kernel.update(problem.request, sizes, work, operands)
+        return operands.queries, kernel.update(problem.request, sizes, operands.work, operands)
 
-    return step
+    return dataclasses.replace(problem, operands=problem.operands._replace(work=work)), step
 
 
 def floors(entry: Entry, found: Limits) -> tuple[Work, float]:
@@ -52,7 +52,7 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
     # Whatever another kernel raises is what this script is to report.
     try:
         if entry.update_only:
-            adapted, step = problem, update_step(problem, dry)
+            adapted, step = update_step(problem, dry)
         else:
             prepared = contestant.prepare(problem, dry)
             if isinstance(prepared, str):
