@@ -377,6 +377,18 @@ def cross(session: nox.Session) -> None:
         session.run("pytest", "-n", "2", *selected, env={**environment(session), **loaded})
 
 
+@nox.session(default=False, tags=REST)
+def docs(session: nox.Session) -> None:
+    """The documentation site, in .nox/site: a link or anchor that leads nowhere fails. And the next release notes."""
+    session.install(*group("docs"))
+    session.chdir(ROOT)
+    site = ROOT / ".nox" / "site"
+    # Material announces the future of MkDocs at each start.
+    variables = {"NO_MKDOCS_2_WARNING": "true"}
+    session.run("mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml", "--site-dir", str(site), env=variables)
+    session.run("towncrier", "build", "--draft", "--version", "next")
+
+
 @nox.session(python=newest_python(), default=False, tags=REST)
 def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""

@@ -98,7 +98,7 @@ def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
     if version is None:
         notes.append(
             "EasyDeL is not installed: the functions work, there is no engine to serve with. "
-            "Run: pip install 'easydel-ragged-plugin[host]'"
+            f"Run: pip install {' '.join(host.PACKAGES)}"
         )
         return None
     if version not in host.SUPPORTED:

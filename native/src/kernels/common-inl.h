@@ -92,11 +92,13 @@ struct Cache {
         token_stride(p.token_stride) {}
 
   // Addresses of the slots that hold positions [begin, begin + count).
-  void slots(int64_t begin, int64_t count, const T** slot) const {
+  template <class Address>
+  void slots(int64_t begin, int64_t count, Address* slot) const {
     int64_t entry = begin / page_size, offset = begin % page_size;
     for (int64_t i = 0; i < count; ++entry, offset = 0) {
       const T* at = pages + table[entry] * page_stride + offset * token_stride;
-      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride) slot[i] = at;
+      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride)
+        slot[i] = reinterpret_cast<Address>(at);
     }
   }
 };
