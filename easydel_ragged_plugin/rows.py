@@ -36,6 +36,7 @@ __all__ = [
     "needed_entries",
     "plausible_rows",
     "report_bad_rows",
+    "report_other_rows",
     "visible_keys",
 ]
 
@@ -149,6 +150,13 @@ def report_bad_rows(
         problem = None if start == end else _problem(request, start, end, context, tables[row])
         if problem is not None:
             logger.error("%s: row %d of %s is skipped: %s", CHECK_VARIABLE, row, request.describe(), problem)
+
+
+def report_other_rows(prepared: Any, given: Any) -> None:
+    """Log the index arrays of a call that are not those which its ``prepared`` was made of. Takes values in NumPy."""
+    for name, wanted, got in zip(("context_lens", "query_start_loc", "distribution"), prepared, given, strict=True):
+        if not np.array_equal(wanted, got):
+            logger.error("%s: prepared= was made of %s %s, the call has %s", CHECK_VARIABLE, name, wanted, got)
 
 
 def _problem(request: AttentionRequest, start: int, end: int, context: int, table: np.ndarray) -> str | None:
