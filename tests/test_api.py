@@ -419,7 +419,8 @@ def test_what_is_prepared_for_another_call_is_refused_by_name() -> None:
     others: list[tuple[dict[str, Any], str]] = [
         ({"config": "xla", "return_lse": True}, "it is for return_lse False and not True, which this call has"),
         ({"config": "xla", "sliding_window": 3}, "it is for options .* and not sliding_window=3"),
-        ({"config": "ejkernel", "softmax_scale": 1.0}, "it is for kernel xla and not ejkernel; config"),
+        ({"config": RaggedPageConfig(kernel="xla", num_kv_pages_per_block=2)}, "it is for config "),
+        ({"platform": "tpu"}, "it is for kernel xla and not pallas_tpu; "),
     ]
     for options, message in others:
         with pytest.raises(ValueError, match=f"prepared: {message}"):
