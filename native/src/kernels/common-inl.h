@@ -78,6 +78,11 @@ struct Carver {
   }
 };
 
+// Heads [begin, end): kv heads or query heads.
+struct HeadRange {
+  int64_t begin, end;
+};
+
 template <class T>
 struct Cache {
   const T* pages;

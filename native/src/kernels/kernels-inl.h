@@ -27,9 +27,13 @@ namespace {
 #include "kernels/simd-inl.h"
 #include "kernels/common-inl.h"
 #include "kernels/update-inl.h"
-#include "kernels/decode-inl.h"
-#include "kernels/prefill_products-inl.h"
-#include "kernels/prefill-inl.h"
+#include "kernels/finish-inl.h"
+#include "kernels/few_block-inl.h"
+#include "kernels/few_products-inl.h"
+#include "kernels/few_stage-inl.h"
+#include "kernels/few-inl.h"
+#include "kernels/many_products-inl.h"
+#include "kernels/many-inl.h"
 // clang-format on
 
 }  // namespace
