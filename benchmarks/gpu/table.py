@@ -41,6 +41,12 @@ def decodes(count: int, context: int) -> tuple[Row, ...]:
     return tuple(Row(context - 1 - 37 * row % (context // 4), 1) for row in range(count))
 
 
+def of_size(case: Case, gib: float) -> Case:
+    """The case in a cache of so many GiB, of which its rows own pages all over."""
+    page = 2 * case.page_size * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+    return dataclasses.replace(case, num_pages=int(gib * 2**30) // page)
+
+
 TABLE = (
     Entry(workload("decode-64x2k", decodes(64, 2 * K), **GQA), share=0.80),
     Entry(workload("decode-16x4k-mha", decodes(16, 4 * K), **heads(32, 32, 128)), share=0.80),
@@ -51,6 +57,8 @@ TABLE = (
     Entry(workload("decode-1x8k", decodes(1, 8 * K), **GQA), us=20),
     Entry(workload("decode-64x8k-sinks", decodes(64, 8 * K), **OSS), share=0.75),
     Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), options=Options(sliding_window=128), **OSS), us=15),
+    Entry(workload("decode-64x2k-float8", decodes(64, 2 * K), cache_dtype="float8_e4m3fn", **GQA), share=0.70),
+    Entry(of_size(workload("decode-8x8k-of-4gib", decodes(8, 8 * K), **GQA), 4.25), share=0.75),
     Entry(workload("prefill-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), share=0.36),
     Entry(workload("chunk-2k-on-32k", (Row(34 * K - 37, 2 * K - 1),), **GQA), share=0.36),
     Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K - 37, K - 1)), **GQA), floors=1.3),
