@@ -224,7 +224,7 @@ class Prepared:
     index: tuple[jax.Array, jax.Array, jax.Array]
     kernel: str
     request: AttentionRequest
-    config: RaggedPageConfig
+    config: Any  # RaggedPageConfig, which is imported for type checkers alone
 
     def differences(self, kernel: str, request: AttentionRequest, config: RaggedPageConfig) -> list[str]:
         """What another call has that this is not for, as text."""

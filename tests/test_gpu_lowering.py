@@ -223,9 +223,15 @@ def test_a_loop_over_layers_makes_no_lists_of_what_is_prepared(share: bool) -> N
     lowered = lower("v2", around=scanned)
     assert sorted(names(lowered)) == sorted(KERNELS["v2"])
     (loop,) = [each for each in operations(lowered.compiler_ir().operation) if each.name == "stablehlo.while"]
-    called = {each.attributes["callee"].value for each in operations(loop) if each.name == "func.call"}
-    functions = [each for each in operations(lowered.compiler_ir().operation) if each.name == "func.func"]
-    bodies = [loop, *(each for each in functions if each.attributes["sym_name"].value in called)]
+    functions = {
+        each.attributes["sym_name"].value: each
+        for each in operations(lowered.compiler_ir().operation)
+        if each.name == "func.func"
+    }
+    bodies = [loop]
+    for body in bodies:  # it grows by what is called from it
+        callees = (functions[each.attributes["callee"].value] for each in operations(body) if each.name == "func.call")
+        bodies += [each for each in callees if each not in bodies]
     reductions = [each for body in bodies for each in operations(body) if each.name == "stablehlo.reduce"]
     assert bool(reductions) == (not share)
 
@@ -465,6 +471,8 @@ def check_no_output_is_made_beforehand(lowered: Any) -> None:
         each.name
         for each in operations(lowered.compiler_ir().operation)
         if output in {str(result.type) for result in each.results}
+        # One branch is no choice: of those for several platforms this is the one for the platform that is lowered for.
+        and not (each.name == "stablehlo.case" and len(each.regions) == 1)
     }
     assert made <= {"stablehlo.custom_call", "func.call"}, f"arrays of the output's type: {made}"
 

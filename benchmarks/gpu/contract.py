@@ -1,4 +1,4 @@
-"""The contract of `pallas_gpu` on the card, compiled: every case and law against the float64 oracle.
+"""The contract of the Triton kernel on the card, compiled: every case and law against the float64 oracle.
 
     python -m pytest benchmarks/gpu/contract.py -k "Results and v3"
 

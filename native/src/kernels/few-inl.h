@@ -11,7 +11,6 @@ struct Count {
 template <class T, class Dot, bool kStaged>
 struct VectorHeads {
   using Element = typename Dot::Element;
-  static constexpr int64_t kTokens = 16;
   static_assert(kStaged || is_same<T, Element>, "what is converted is staged");
   const Problem& p;
   const FewScratch& s;
@@ -29,10 +28,6 @@ struct VectorHeads {
       }
   }
   VectorHeads(const VectorHeads&) = delete;
-
-  RAGGED_INLINE int64_t most_tokens(const Problem& p, const FewScratch& s) {
-    return kStaged ? s.staged_block(p, sizeof(Element)) : kMostBlock;
-  }
 
   void start(int64_t begin, int64_t count) {
     all_seen = true;
@@ -141,9 +136,7 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   });
 
   Heads heads(p, s, queries, number, kv_heads);
-  const int64_t bytes = p.num_kv_heads * p.head_dim * 2 * int64_t(sizeof(T));
-  const int64_t tokens = min64(Heads::most_tokens(p, s), kMostBlockBytes / bytes / Heads::kTokens * Heads::kTokens);
-  const int64_t block = max64(Heads::kTokens, tokens);
+  const int64_t block = FewScratch::most_tokens(p);
   const int64_t lines_each = find_lines<T>(p, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);

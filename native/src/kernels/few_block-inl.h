@@ -3,11 +3,15 @@
 
 constexpr int kMostBlock = 128;               // most tokens of one block
 constexpr int64_t kMostBlockBytes = 1 << 17;  // and most bytes of it: with the next, they fit a second-level cache
-constexpr int64_t kStagedBytes = 1 << 14;     // of a block for one kv head, beside its queries
 constexpr int64_t kStagedStride = 2048;       // bytes between tokens that are far apart
-constexpr int kBlockPadding = 32;             // addresses after a block's, of tokens that may be read as well
-constexpr int kMostQueries = 8;               // rows of queries whose weights are held at a time
-constexpr int64_t kMostFew = 16;              // queries of a call
+#if defined(__AMX_BF16__)
+constexpr int kLeastBlock = 32;
+#else
+constexpr int kLeastBlock = 16;
+#endif
+constexpr int kBlockPadding = 32;  // addresses after a block's, of tokens that may be read as well
+constexpr int kMostQueries = 8;    // rows of queries whose weights are held at a time
+constexpr int64_t kMostFew = 16;   // queries of a call
 
 // Queries of a call: with the heads of a group, 64 rows for a kv head at most.
 int64_t most_few(const Problem& p) { return max64(1, min64(kMostFew, 64 / p.group())); }
@@ -71,14 +75,14 @@ struct FewScratch {
     next = carver.take<const char*>(kMostBlock + kBlockPadding);
     staged_slot = carver.take<const char*>(kMostBlock + kBlockPadding);
     lines = carver.take<int32_t>(most_lines(p));
-    staged = carver.take<char>(max64(kStagedBytes, 16 * 2 * query_stride * int64_t(sizeof(float))));
+    staged = carver.take<char>(most_tokens(p) * 2 * query_stride * int64_t(sizeof(float)));
     rest = carver.take<char>(0);
     size = carver.used;
   }
-  // Tokens of a block that is staged as elements of so many bytes: for one kv head they fit a first-level cache.
-  RAGGED_INLINE int64_t staged_block(const Problem& p, int64_t element_size) {
-    const int64_t tokens = kStagedBytes / (2 * round_up(p.head_dim, 64) * element_size) / 16 * 16;
-    return max64(16, min64(kMostBlock, tokens));
+  // Tokens of a block. It is the same for all ways to attend, so that the order of sums is.
+  RAGGED_INLINE int64_t most_tokens(const Problem& p) {
+    const int64_t bytes = p.num_kv_heads * p.head_dim * 2 * int64_t(element_size(p.cache_dtype));
+    return max64(kLeastBlock, min64(kMostBlock, kMostBlockBytes / bytes / kLeastBlock * kLeastBlock));
   }
   template <class T>
   RAGGED_INLINE_MEMBER T* queries_of(int64_t row) const {

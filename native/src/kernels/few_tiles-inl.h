@@ -75,7 +75,6 @@ struct TileScratch {
 
 template <int kQueries, bool kCapped>
 struct TileHeads {
-  static constexpr int64_t kTokens = 32;
   const Problem& p;
   const FewScratch& s;
   const Partial partial;
@@ -109,8 +108,6 @@ struct TileHeads {
     config.load();
   }
   TileHeads(const TileHeads&) = delete;
-
-  RAGGED_INLINE int64_t most_tokens(const Problem&, const FewScratch&) { return kMostBlock; }
 
   void start(int64_t, int64_t count) {
     for (int64_t t = 0; t < round_up(count, 32); t += 16) {
