@@ -39,8 +39,8 @@ namespace {
 }  // namespace
 
 extern const Routines kRoutines;
-const Routines kRoutines = {RAGGED_ISA_NAME, write,      most_few,     few_scratch, attend_few,
-                            most_many,       least_many, many_scratch, attend_many, finish};
+const Routines kRoutines = {RAGGED_ISA_NAME, write,        most_few,    few_scratch, attend_few,
+                            most_many,       many_scratch, attend_many, finish};
 
 }  // namespace RAGGED_ISA
 }  // namespace easydel_ragged

@@ -272,16 +272,6 @@ int64_t most_many(const Problem& p) {
   return max64(1, rows / p.group());
 }
 
-// Packing pays from about so many rows on.
-int64_t least_many(const Problem& p) {
-#if defined(__AMX_BF16__)
-  const int64_t rows = 32;
-#else
-  const int64_t rows = pairs(p) ? 48 : 24;
-#endif
-  return max64(2, rows / p.group());
-}
-
 void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
                  int64_t end, void* scratch) {
   const bool capped = p.logits_soft_cap > 0;
