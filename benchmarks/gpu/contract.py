@@ -43,3 +43,6 @@ class TestLaws(KernelContract):
 
     kernel: ClassVar = KERNEL
     cases: ClassVar = IN_DRY_RUN if DRY_RUN else one_of_each(CASES)
+    known_failures: ClassVar = (
+        {"test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes"} if DRY_RUN else {}
+    )
