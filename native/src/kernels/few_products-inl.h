@@ -215,17 +215,5 @@ RAGGED_INLINE float few_softmax(const Logits& logits, float* row, Weight* weight
     store(row + t, x);
     most = maximum(x, most);
   }
-  const float block_maximum = max_of(most);
-  const float updated = block_maximum > maximum_seen ? block_maximum : maximum_seen;
-  const float reference = updated == -kInfinity ? 0.0f : updated;
-  VecF sum = {};
-  for (int64_t t = 0; t < count; t += kLanes) {
-    const VecF weight = exp2_nonpositive(load(row + t) - splat(reference));
-    store_weights(weights + t, weight);
-    sum = sum + weight;
-  }
-  const float factor = exp2_nonpositive(maximum_seen - reference);
-  total = total * factor + sum_of(sum);
-  maximum_seen = updated;
-  return factor;
+  return add_weights(row, weights, 0, count, most, maximum_seen, total);
 }

@@ -103,6 +103,9 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
                     char* scratch) {
   Carver carver{scratch};
   Query alone = query;
+  const KeyRange keys = visible_keys(p, query.position, 1);
+  begin = max64(begin, keys.begin);
+  end = min64(end, keys.end);
   if (query.partial.weighted == nullptr) alone.partial = exact_partial(p, carver);
   attend_few_heads(p, row, &alone, 1, begin, end, carver.base + carver.used, {kv_head, kv_head + 1});
   if (query.partial.weighted == nullptr)
@@ -126,21 +129,10 @@ RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weig
     store(scores + t, x);
     most = maximum(x, most);
   }
-  const float tile_maximum = max_of(most);
-  const float updated = tile_maximum > maximum_seen ? tile_maximum : maximum_seen;
-  const float reference = updated == -kInfinity ? 0.0f : updated;
-  VecF sum = {};
-  for (int64_t t = from; t < to; t += kLanes) {
-    const VecF weight = exp2_nonpositive(load(scores + t) - splat(reference));
-    if constexpr (Step::kElements == 2)
-      store_weights(reinterpret_cast<BF16*>(weights) + t, weight);
-    else
-      store_weights(weights + t, weight);
-    sum = sum + weight;
-  }
-  factor = exp2_nonpositive(maximum_seen - reference);
-  total = total * factor + sum_of(sum);
-  maximum_seen = updated;
+  if constexpr (Step::kElements == 2)
+    factor = add_weights(scores, reinterpret_cast<BF16*>(weights), from, to, most, maximum_seen, total);
+  else
+    factor = add_weights(scores, weights, from, to, most, maximum_seen, total);
 }
 
 // Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
