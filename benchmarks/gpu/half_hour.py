@@ -12,13 +12,13 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import ended
 
 from .table import TABLE
 
@@ -79,25 +79,13 @@ def missed(file: Path) -> bool:
 
 def run(command: Command, out: Path, limit_s: float) -> dict[str, Any]:
     """What became of a command: its status, seconds and last lines. Its output is in ``NAME.log``."""
-    log, begin = out / f"{command.name}.log", time.monotonic()
-    before = os.environ.get("PYTHONPATH")
-    path = str(ROOT) + (os.pathsep + before if before else "")
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, *command.arguments], stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-            cwd=out, env={**os.environ, "PYTHONPATH": path, **dict(command.variables)},
-        )  # fmt: skip
-        try:
-            code: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:  # its own group: what it has started, too
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    begin = time.monotonic()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {"PYTHONPATH": path, **dict(command.variables)}
+    line = (sys.executable, *command.arguments)
+    code, lines = ended(line, out / f"{command.name}.log", limit_s, variables=variables, folder=out)
     status = "timed out" if code is None else "ok" if code == 0 else f"exit code {code}"
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "last": last}
+    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "last": lines[-3:]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
