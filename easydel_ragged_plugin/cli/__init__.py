@@ -28,6 +28,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 ENGINE, SOAK = "Case 'engine'", "Case 'soak'"
 """Panels of options in the help of ``bench``."""
 
+SERVER = "With '--serve'"
+"""Panel of options in the help of ``demo``."""
+
 
 def _help(function: F) -> str:
     """The docstring, each paragraph in one line: a terminal has other widths than a source file."""
@@ -167,7 +170,22 @@ def demo_command(
         ),
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of a comparison.")] = 3,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="64")
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Start EasyDeL's OpenAI-compatible server, with a page to talk to."),
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.", rich_help_panel=SERVER)
+    ] = 8000,
+    context: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="Longest conversation, in tokens.", rich_help_panel=SERVER)
+    ] = 2048,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the cache.")] = 128,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights, activations and cache.")] = Dtype.float32,
     verbose: Annotated[
@@ -180,6 +198,9 @@ def demo_command(
     (540 MB) stays in the cache folder; see [bold]easydel-ragged cache[/bold]. Answers are greedy, so they are the same
     each time. The first start compiles for a minute or so; EasyDeL keeps the programs for the next one.
 
+    With [bold]--serve[/bold] it answers programs that know OpenAI's API, and people at a page for browsers, until
+    Ctrl-C. The printed kernel is the one that answers.
+
     [bold]Examples[/bold]
 
     easydel-ragged demo
@@ -189,16 +210,35 @@ def demo_command(
     easydel-ragged demo --model ./my-llama --dtype bfloat16
 
     easydel-ragged demo --compare
+
+    easydel-ragged demo --serve --port 8080
     """
     with _errors_shown():
-        from easydel_ragged_plugin.demo.run import run
+        from easydel_ragged_plugin.demo.run import run, run_server
+        from easydel_ragged_plugin.terminal import CommandError
 
+        if serve:
+            given = {"--compare": compare, "--prompt": prompt, "--max-tokens": max_tokens}
+            for option in (name for name, value in given.items() if value):
+                raise CommandError(f"{option}: does not go with --serve, where each request says what it wants.")
+            run_server(
+                mechanism=mechanism.value,
+                model=model,
+                host_kernels=host_kernels,
+                context=context,
+                page_size=page_size,
+                dtype=dtype.value,
+                verbose=verbose,
+                host_name=host,
+                port=port,
+            )
+            return
         run(
             mechanism=mechanism.value,
             prompts=prompt or (),
             model=model,
             host_kernels=host_kernels,
-            max_tokens=max_tokens,
+            max_tokens=64 if max_tokens is None else max_tokens,
             compare=compare,
             repeats=repeats,
             page_size=page_size,

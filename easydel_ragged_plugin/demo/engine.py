@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 
 from easydel_ragged_plugin import host, startup
 from easydel_ragged_plugin.hooks import hookimpl, register, unregister
+from easydel_ragged_plugin.interrupt import at_leaving
 
 __all__ = ["Answer", "Engine", "Measurement", "Settings", "Workers", "import_host", "interleaved", "median"]
 
@@ -152,8 +154,12 @@ class Workers:
         self._error: BaseException | None = None
         self._starting = threading.Thread(target=self._start, daemon=True)
         self._starting.start()
+        at_leaving.append(self._kill)
 
     def _start(self) -> None:
+        # A terminal sends Ctrl-C to them, too. They would end at once, and EasyDeL wait for their answer for ever.
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and of processes that it starts
         try:
             self._manager.start(detokenizer_max_states=1 << 12, tokenizer_endpoint=None, detokenizer_endpoint=None)
         except BaseException as error:  # raised again where the endpoints are read
@@ -170,10 +176,22 @@ class Workers:
             "detokenizer_endpoint": self._manager.detokenizer_endpoint,
         }
 
+    def _processes(self) -> list[Any]:
+        found = (getattr(self._manager, f"_{name}_process", None) for name in ("tokenizer", "detokenizer"))
+        return [process for process in found if process is not None]
+
+    def _kill(self) -> None:
+        for process in self._processes():
+            process.kill()
+
     def close(self) -> None:
         """End the processes."""
         self._starting.join()
-        self._manager.shutdown()
+        at_leaving.remove(self._kill)
+        if all(process.poll() is None for process in self._processes()):
+            self._manager.shutdown()
+        else:  # one has ended, or was ended by somebody, and would not answer
+            self._kill()
 
     def __enter__(self) -> Workers:
         return self
@@ -435,6 +453,16 @@ class Engine:
             return prompt
         message = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    @property
+    def esurge(self) -> Any:
+        """EasyDeL's engine itself, for what takes one."""
+        return self._engine
+
+    def abort(self) -> None:
+        """End the requests that the scheduler has, each with the answer that it has so far."""
+        for request in tuple(self._engine.scheduler.requests):
+            self._engine.abort_request(request)
 
     def pause(self) -> None:
         """Stop the scheduler thread until :meth:`resume`. It polls when there is nothing to do, and takes a core."""

@@ -19,8 +19,9 @@ from easydel_ragged_plugin.terminal import CommandError, count_compilations, hus
 
 from . import model as models
 from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
+from .serve import About, ends_like_ctrl_c, listen, serve
 
-__all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "start_engine"]
+__all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "run_server", "start_engine"]
 
 DEFAULT_PROMPTS = (
     "What is the capital of France?",
@@ -29,6 +30,12 @@ DEFAULT_PROMPTS = (
     "List five animals that live in the forest.",
 )
 """The first is the default; a comparison takes all of them, in one batch."""
+
+SERVED_AT_ONCE = 4
+"""Requests that the server answers at once; others wait."""
+
+PROMPT_TOKENS_PER_STEP = 64
+"""Tokens of the server's largest step: conversations are longer than the demo's prompts."""
 
 
 def _power_of_two(least: int) -> int:
@@ -220,6 +227,30 @@ def _compare(
     console.print(table)
 
 
+@contextlib.contextmanager
+def _console(verbose: bool) -> Iterator[Console]:
+    log = usable_cache_dir() / "demo.log"
+    with interruptible(at_once=False), hushed(None if verbose else log) as console:
+        yield console
+
+
+def _import_host(console: Console) -> None:
+    with stage(console, "importing EasyDeL"):
+        import_host()
+    if not startup.status().active:
+        console.print(
+            "[yellow]note:[/yellow] the plugin was not active in this process; this run activates it by hand. "
+            "'easydel-ragged doctor' says why.",
+            highlight=False,
+        )
+
+
+def _introduce(console: Console, model: str | None, dtype: str) -> None:
+    console.print(
+        f"[bold]{models.MODEL_NAME if model is None else model}[/bold] on EasyDeL {host.host_version()}, {dtype}"
+    )
+
+
 def run(
     *,
     mechanism: str,
@@ -236,30 +267,16 @@ def run(
     """See ``easydel-ragged demo --help``."""
     check_environment("the demo", converts=model is None)
     prompts = list(prompts) or list(DEFAULT_PROMPTS if compare else DEFAULT_PROMPTS[:1])
-    log = usable_cache_dir() / "demo.log"
-    with (
-        interruptible(at_once=False),
-        hushed(None if verbose else log) as console,
-        contextlib.ExitStack() as running,
-    ):
+    with _console(verbose) as console, contextlib.ExitStack() as running:
         source = prepare_model(console, model)
-        with stage(console, "importing EasyDeL"):
-            import_host()
-        if not startup.status().active:
-            console.print(
-                "[yellow]note:[/yellow] the plugin was not active in this process; this run activates it by hand. "
-                "'easydel-ragged doctor' says why.",
-                highlight=False,
-            )
+        _import_host(console)
         tokenizer = models.load_tokenizer(source)
         lengths = [len(tokenizer(Engine.as_chat(tokenizer, prompt))["input_ids"]) for prompt in prompts]
         config = _config(source)
         _check_length(config, lengths, max_tokens)
         base = _settings(lengths, max_tokens, page_size, dtype)
         variants = _variants(mechanism, host_kernels, compare, _head_dim(config))
-        console.print(
-            f"[bold]{models.MODEL_NAME if model is None else model}[/bold] on EasyDeL {host.host_version()}, {dtype}"
-        )
+        _introduce(console, model, dtype)
         workers = running.enter_context(Workers(source))
         engines = {}
         for label, changes in variants.items():
@@ -272,6 +289,66 @@ def run(
             _compare(console, engines, prompts, max_tokens, repeats)
         else:
             _serve(console, next(iter(engines.values())), prompts, max_tokens)
+
+
+def run_server(
+    *,
+    mechanism: str,
+    model: str | None,
+    host_kernels: bool,
+    context: int,
+    page_size: int,
+    dtype: str,
+    verbose: bool,
+    host_name: str,
+    port: int,
+) -> None:
+    """See ``easydel-ragged demo --help``: ``--serve``."""
+    check_environment("the server", converts=model is None)
+    with (
+        ends_like_ctrl_c(),
+        _console(verbose) as console,
+        contextlib.ExitStack() as running,
+    ):
+        # First, because it may fail, and what follows takes a minute.
+        listening = running.enter_context(listen(host_name, port))
+        source = prepare_model(console, model)
+        _import_host(console)
+        tokenizer = models.load_tokenizer(source)
+        config = _config(source)
+        ((label, changes),) = _variants(mechanism, host_kernels, False, _head_dim(config)).items()
+        settings = _server_settings(config, context, page_size, dtype).replace(**changes)
+        _introduce(console, model, dtype)
+        workers = running.enter_context(Workers(source))
+        engine = running.enter_context(start_engine(console, label, source, settings, tokenizer, workers))
+        with stage(console, "warming up"):
+            engine.chat(DEFAULT_PROMPTS[:1], 2)
+        console.print()
+        name = models.MODEL_NAME if model is None else _name(model)
+        serve(console, engine, About.of(engine, name, _kernel(engine)), listening)
+        with stage(console, "stopping"):
+            running.close()
+
+
+def _server_settings(config: Any, context: int, page_size: int, dtype: str) -> Settings:
+    """Engine settings for conversations: ``context`` tokens, or as many as the model has positions."""
+    positions = getattr(config, "max_position_embeddings", None) or context
+    return Settings(
+        mechanism="ragged_page_attention_v3",
+        # Whole pages: more than was wanted, and never more than the model has.
+        max_model_len=max(page_size, min(-(-context // page_size), positions // page_size) * page_size),
+        max_requests=SERVED_AT_ONCE,
+        decode_bucket=SERVED_AT_ONCE,
+        tokens_per_step=PROMPT_TOKENS_PER_STEP,
+        page_size=page_size,
+        dtype=dtype,
+        prefix_caching=True,  # each message comes with all that was said before
+    )
+
+
+def _name(model: str) -> str:
+    """What requests call a model: its hub id, or the name of its folder."""
+    return Path(model).expanduser().resolve().name if models.looks_like_path(model) else model
 
 
 def _variants(mechanism: str, host_kernels: bool, compare: bool, head_dim: int) -> dict[str, dict[str, Any]]:
