@@ -117,6 +117,9 @@ Update = Callable[[int, int], None]
 
 _COUNT = re.compile(r"\[(\d+)/(\d+)\]")
 
+_MEANS_NOTHING = re.compile(r"cpu_aot_loader\.cc.* Target machine feature \+prefer-no-(gather|scatter) ")
+"""XLA's complaint about each program that it reads on a CPU with AVX-512: docs/troubleshooting.md."""
+
 
 @contextlib.contextmanager
 def stage(console: Console, text: str, *, in_bytes: bool = False) -> Iterator[Update]:
@@ -285,6 +288,6 @@ def _width(descriptor: int) -> int | None:
 
 def _show_tail(log: Path, lines: int = 15) -> None:
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-    text = [line for line in text if line and "%|" not in line]  # no progress bars
+    text = [line for line in text if line and "%|" not in line and not _MEANS_NOTHING.search(line)]  # no progress bars
     if text:
         print("\n".join([f"last lines of {log}:", *(f"  {line[:300]}" for line in text[-lines:])]), file=sys.stderr)

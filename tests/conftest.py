@@ -23,6 +23,7 @@ LONGEST = (
     "test_xla.py",
     "test_turboquant.py",
     "test_demo.py",
+    "test_serving.py",
     "test_sharding.py",
     "test_startup_host.py",
     "test_processes.py",

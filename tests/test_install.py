@@ -121,7 +121,7 @@ def test_distributions_hold_what_they_need(distributions: Path, repository: Path
     (wheel,) = distributions.glob("*.whl")
     (sdist,) = distributions.glob("*.tar.gz")
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    assert in_wheel >= START_UP_FILES | {"easydel_ragged_plugin/py.typed"}
+    assert in_wheel >= START_UP_FILES | {"easydel_ragged_plugin/py.typed", "easydel_ragged_plugin/demo/chat.html"}
     assert {name.partition("/")[0] for name in in_wheel} == {
         "easydel_ragged_plugin",
         *START_UP_FILES,

@@ -170,9 +170,7 @@ def demo_command(
         ),
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of a comparison.")] = 3,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="64")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="64")] = None,
     serve: Annotated[
         bool,
         typer.Option("--serve", help="Start EasyDeL's OpenAI-compatible server, with a page to talk to."),
@@ -219,8 +217,9 @@ def demo_command(
 
         if serve:
             given = {"--compare": compare, "--prompt": prompt, "--max-tokens": max_tokens}
-            for option in (name for name, value in given.items() if value):
-                raise CommandError(f"{option}: does not go with --serve, where each request says what it wants.")
+            for option, value in given.items():
+                if value:
+                    raise CommandError(f"{option} does not go with --serve: each request says what it wants.")
             run_server(
                 mechanism=mechanism.value,
                 model=model,

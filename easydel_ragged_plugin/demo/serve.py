@@ -1,4 +1,4 @@
-"""``easydel-ragged demo --serve``: EasyDeL's OpenAI-compatible server on this package's operation, and a page to talk to.
+"""``easydel-ragged demo --serve``: EasyDeL's OpenAI-compatible server on this package's operation, and a page for it.
 
 The server is EasyDeL's own application, run by uvicorn, which EasyDeL requires. Two addresses are added to it: ``/`` is
 the page (``chat.html``), ``/about`` says what it shows of the server.
@@ -110,8 +110,8 @@ def _refusal(error: OSError) -> str:
 def _server_class() -> type:
     """EasyDeL's server, which ends a streamed answer whose reader has gone.
 
-    EasyDeL looks for that between two tokens, but its handler is cancelled before; then the engine generates what nobody
-    reads, for as long as the context lets it.
+    EasyDeL looks for that between two tokens, but its handler is canceled before; then the engine goes on, unread,
+    until the context is full.
     """
     base = importlib.import_module("easydel.inference.esurge.server").eSurgeApiServer
     handlers = ("chat_completions", "completions", "responses")
