@@ -17,6 +17,7 @@ __all__ = [
     "PACKAGES",
     "SUPPORTED",
     "host_version",
+    "streams_whole_answers",
     "load",
     "loaded_operations",
     "operations_module",
@@ -89,6 +90,17 @@ def host_version() -> str | None:
         return metadata.version("easydel")
     except metadata.PackageNotFoundError:
         return None
+
+
+def streams_whole_answers() -> bool:
+    """Whether the installed EasyDeL's server streams a chat in full.
+
+    0.2.0.2 sends the newest part of an answer each time, also where there have been several since the last time.
+    """
+    import re
+
+    numbers = re.match(r"(\d+)\.(\d+)", host_version() or "")
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= (0, 3)
 
 
 def operations_module() -> "ModuleType":

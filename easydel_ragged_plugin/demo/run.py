@@ -305,6 +305,11 @@ def run_server(
 ) -> None:
     """See ``easydel-ragged demo --help``: ``--serve``."""
     check_environment("the server", converts=model is None)
+    if not host.streams_whole_answers():
+        raise CommandError(
+            f"--serve needs EasyDeL 0.3.0 or newer: the server of {host.host_version()} leaves words out of answers "
+            "that it streams. Run: pip install --upgrade easydel"
+        )
     with (
         ends_like_ctrl_c(),
         _console(verbose) as console,

@@ -152,7 +152,6 @@ def application(engine: Engine, about: About) -> Any:
         engine.tokenizer.chat_template = CHAT_TEMPLATE
     server = _server_class()(
         {about.model: engine.esurge},
-        enable_function_calling=False,  # EasyDeL 0.2.0.2 would start a further process for it
         enable_persistence=False,  # no keys, and no file for them in the user's home
         enable_audit_logging=False,
         enable_cors=False,  # pages of other origins have no business here
