@@ -484,6 +484,8 @@ def test_the_programs_of_the_page(
         names["main"]()
     finally:
         unregister(watcher)
+        for engine in engines:  # it ends them with the engine alone, which much refers to
+            engine._worker_manager.shutdown()
     assert watcher.seen == {"cpu_native"}
     assert WORD.findall(found["own"]) == WORD.findall(found["printed"]) == words
     # What the page says of /v1/completions: with stream, the text is where a chat has it.
