@@ -12,7 +12,7 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import cpu_native, ejkernel, pallas_gpu, pallas_tpu, turboquant, xla
+from .kernels import cpu_native, ejkernel, pallas_gpu, pallas_mosaic_gpu, pallas_tpu, turboquant, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
@@ -24,6 +24,7 @@ BUILT_IN: dict[str, Kernel] = {
     for kernel in (
         cpu_native.KERNEL,
         pallas_gpu.KERNEL,
+        pallas_mosaic_gpu.KERNEL,
         pallas_tpu.KERNEL,
         xla.KERNEL,
         turboquant.KERNEL,
@@ -34,6 +35,7 @@ BUILT_IN: dict[str, Kernel] = {
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
     # The host's kernels come after the portable one: in their v3 padding tokens can overwrite live pages.
+    # pallas_mosaic_gpu runs where it is named: no GPU has run it, and it stops for good where a barrier is wrong.
     "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
     # The host's kernels run there when they are named: what they get wrong is not known before the call.
     "tpu": ("pallas_tpu", "xla", "turboquant"),
