@@ -44,6 +44,8 @@ KERNELS = (
     "test_turboquant.py::TestTurboQuantInBrief",
     "test_xla.py::TestXlaInBrief",
 )
+MOSAIC = ("test_pallas_mosaic_gpu.py::TestMosaicInBrief",)
+MOSAIC_THREADS = {"NPROC": "8"}
 TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 # Compiling is most of the time. The quick sessions compile as users do. In `alone` and `host` tests with the fixture
@@ -221,9 +223,11 @@ def types(session: nox.Session) -> None:
 @nox.session(python=newest_python(), tags=QUICK)
 def kernels(session: nox.Session) -> None:
     """All kernels on the newest JAX, the GPU kernel in an interpreter."""
-    install(session, "", *group("test"))
+    install(session, "", *group("test"), "absl-py")
     session.log("Kernels against the float64 oracle: about 4 minutes, the GPU kernel first")
     pytest(session, *KERNELS)
+    # The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
+    pytest(session, *MOSAIC, **MOSAIC_THREADS)
 
 
 @nox.session(tags=QUICK)
@@ -382,7 +386,8 @@ def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""
     install(session, "", *group("test"))
     session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 12 minutes")
-    pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS), **QUICK_TO_COMPILE)  # `tpu` has it
+    ignored = ("--ignore=test_pallas_tpu.py", *without(KERNELS + MOSAIC))  # `tpu` has it
+    pytest(session, "-m", "not long", *ignored, **QUICK_TO_COMPILE)
 
 
 @nox.session(default=False, tags=REST)
@@ -393,11 +398,14 @@ def gpu(session: nox.Session) -> None:
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
-    install(session, "", *group("test"), "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
+    # Pallas' Mosaic GPU backend of JAX 0.9.2 imports absl-py, and does not declare it.
+    plugin = ("jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12", "absl-py")
+    install(session, "", *group("test"), *plugin)
     session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 4 minutes")
     # What the compilers print is read: each program has to be compiled.
     variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    pytest(session, "test_gpu_compile.py", dist="worksteal", **variables)
+    files = ("test_gpu_compile.py", "test_mosaic_compile.py")
+    pytest(session, "-m", "not long", *files, dist="worksteal", **variables)
 
 
 def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: str) -> None:
@@ -430,6 +438,14 @@ def tpu_in_every_case(session: nox.Session) -> None:
     """What `tpu` leaves out: the TPU kernel on all cases of the contract, and programs for every pair of properties."""
     session.log("The TPU kernel, compiled and interpreted in every case: about 40 minutes")
     test_for_tpu(session, TPU_JAX, "-m", "long", "test_tpu_compile.py", "test_pallas_tpu.py")
+
+
+@nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
+def mosaic_in_every_case(session: nox.Session) -> None:
+    """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract."""
+    install(session, "", *group("test"), "absl-py")
+    session.log("The Mosaic kernel, interpreted in every case: about 30 minutes")
+    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_THREADS, **QUICK_TO_COMPILE)
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

@@ -96,6 +96,18 @@ def missing() -> str | None:
     return None
 
 
+def compiles_mosaic() -> str | None:
+    """Why Mosaic GPU compiles nothing here, or None. It leaves PTX and what ptxas says by itself, with every JAX."""
+    found = missing()
+    if found is not None and jax.__version_info__ < (0, 11):
+        return found
+    if jax.__version_info__ >= (0, 11) and (importlib.util.find_spec("jax_plugins") is None or ptxas() is None):
+        return "JAX's CUDA plugin or ptxas is not installed; pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
+    if importlib.util.find_spec("absl") is None:
+        return "Mosaic GPU imports absl-py and does not declare it; pip install absl-py"
+    return None
+
+
 @functools.cache
 def ptxas() -> Path | None:
     """NVIDIA's assembler, from the package that the plugin brings with it."""

@@ -1,6 +1,6 @@
 """The Mosaic kernel's numbers without a GPU, in JAX's interpreter for GPUs, and what it refuses.
 
-The interpreter runs the barriers, the copies and the rings of the real program, one program after the other. What NVIDIA's
+The interpreter runs the barriers, the copies and the rings of the real program, one program after the other. What the
 compilers make of it is in test_mosaic_compile.py.
 """
 
@@ -159,7 +159,7 @@ def test_assemblers_that_miscompile(
     """The version of the package that brings ptxas; without one, that of CUDA, as JAX's client has it."""
 
     class Device:
-        class client:  # noqa: N801
+        class client:
             platform_version = f"PJRT C API\ncuda {version}"
 
     def version_of(name: str) -> str:

@@ -24,15 +24,15 @@ import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.kernels import pallas_gpu
+from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.rows import Rows, live_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 
-from .. import pallas_gpu
-from ..pallas_gpu import tiles
 from . import sizes
 
 if TYPE_CHECKING:
-    from ..pallas_gpu.attend import Results
+    from easydel_ragged_plugin.kernels.pallas_gpu.attend import Results
 
 __all__ = ["KERNEL", "LongRows", "PallasMosaicGPU"]
 
@@ -165,9 +165,10 @@ class PallasMosaicGPU(Kernel):
         self, request: AttentionRequest, config: RaggedPageConfig, others: tiles.Tiles, rows: Rows, operands: Operands
     ) -> Results:
         """Attention over pages that are up to date; anything in the output of tokens of no live row."""
-        from ..pallas_gpu.attend import Extras, Results, attend_decode
-        from ..pallas_gpu.merge import merge_parts
-        from ..pallas_gpu.work import decode_work, query_work
+        from easydel_ragged_plugin.kernels.pallas_gpu.attend import Extras, Results, attend_decode
+        from easydel_ragged_plugin.kernels.pallas_gpu.merge import merge_parts
+        from easydel_ragged_plugin.kernels.pallas_gpu.work import decode_work, query_work
+
         from .attend import attend_long_rows
         from .settle import settle
 

@@ -30,10 +30,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from easydel_ragged_plugin.base2 import LOG2_E
+from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
 from easydel_ragged_plugin.rows import first_visible, needed_entries, visible_keys
 from easydel_ragged_plugin.types import SATURATED, AttentionRequest
 
-from ..pallas_gpu.work import Column
 from .sizes import COMPUTE_WARPGROUPS, OUTPUT_LANES, QUERIES, Sizes
 
 __all__ = ["attend_long_rows"]
@@ -147,10 +147,10 @@ def stored_slots(
     """A view of the keys or values of one kv head in ``size`` slots of a page, ``[size, head_dim]``."""
     slots = pl.ds(slot, size)
     if request.version == "v2":
-        return pages.at[page, slots, 2 * kv_head + value]
+        return pages.at[page, slots, 2 * kv_head + int(value)]
     _, _, _, pack, lanes = pages.shape
     in_one = request.layout.head_stride == lanes  # keys and values share the lanes of a stored head
-    stored = kv_head if in_one else 2 * kv_head + value
+    stored = kv_head if in_one else 2 * kv_head + int(value)
     begin = request.head_dim if in_one and value else 0
     return pages.at[
         page, slots, lax.div(stored, jnp.int32(pack)), lax.rem(stored, jnp.int32(pack)), pl.ds(begin, request.head_dim)
@@ -381,6 +381,7 @@ def compute(
 
         if interpreted:
             values = scratch.values[stage]
+            plgpu.commit_smem()  # orders this read, which wgmma does not do, before the copy that comes next
             weighted += lax.dot(operand, values, preferred_element_type=jnp.float32)
             wait_for_next_keys()
         else:
@@ -505,8 +506,8 @@ def attend_long_rows(
 
     Returns:
         Output ``[tokens, q_heads, head_dim]``, where no row in ``work`` has a token: anything. And the logsumexp
-        ``[kv_heads, parts, 2, 64]`` of the queries of each part, in the order of ``sizes``; NaN for those that are to be
-        attended to again, and anything where there is no query.
+        ``[kv_heads, parts, 2, 64]`` of the queries of each part, in the order of ``sizes``; NaN for those that are
+        to be attended to again, and anything where there is no query.
     """
     shapes = (
         jax.ShapeDtypeStruct(queries.shape, request.query_dtype),
@@ -536,5 +537,5 @@ def attend_long_rows(
 
 
 def interpreter() -> Any:
-    """JAX's interpreter for GPUs. Queries past the last token read nothing, as with TMA."""
-    return plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
+    """JAX's interpreter for GPUs. Queries past the last token read nothing, as with TMA; a race is an error."""
+    return plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized", detect_races=True)

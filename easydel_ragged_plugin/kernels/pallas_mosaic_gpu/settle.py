@@ -16,9 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from easydel_ragged_plugin.types import AttentionRequest
-
-from ..pallas_gpu.attend import (
+from easydel_ragged_plugin.kernels.pallas_gpu.attend import (
     Extras,
     Places,
     Queries,
@@ -30,7 +28,9 @@ from ..pallas_gpu.attend import (
     launch,
     store_results,
 )
-from ..pallas_gpu.work import Column
+from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
+from easydel_ragged_plugin.types import AttentionRequest
+
 from .sizes import COMPUTE_WARPGROUPS, QUERIES, Sizes
 
 __all__ = ["settle"]
