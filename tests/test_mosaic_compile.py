@@ -108,7 +108,7 @@ def check_in_place(program: Program) -> None:
     [
         ("v3", (32, 8), 128, {}),
         ("v3", (64, 8), 64, {"sliding_window": 128, "sinks": True}),
-        ("v2", (16, 8), 256, {"sliding_window": 1024, "logits_soft_cap": 50.0}),
+        pytest.param("v2", (16, 8), 256, {"sliding_window": 1024, "logits_soft_cap": 50.0}, marks=pytest.mark.long),
         pytest.param("v2", (32, 8), 128, {"attention_chunk_size": 512}, marks=pytest.mark.long),
         pytest.param("v3", (16, 1), 128, {"logits_soft_cap": 30.0}, marks=pytest.mark.long),
     ],
@@ -149,12 +149,13 @@ def test_whole_call_leaves_the_cache_in_place(tmp_path: Path, monkeypatch: pytes
     found = CARDS["H100"]
     card = tiles.Card(found.multiprocessors, found.shared_bytes, found.capability)
     monkeypatch.setattr(tiles, "card", lambda: (found.kind, card))
-    made = dataclasses.replace(request("v3", (32, 8), 128), return_lse=True)
+    # Another geometry than above: a kernel that the process has compiled is not compiled again, and leaves no file.
+    made = dataclasses.replace(request("v3", (40, 8), 128), return_lse=True)
     array = functools.partial(jax.ShapeDtypeStruct, sharding=on("H100"))
     index = functools.partial(array, dtype=jnp.int32)
     pages = array(page_shape("v3", 256, 128, 8, 128, made.cache_dtype), made.cache_dtype)
     new = array((512, 8, 128), jnp.bfloat16)
-    others = [array((512, 32, 128), jnp.bfloat16), new, new, index((8,)), index((8, 64)), index((9,)), index((3,))]
+    others = [array((512, 40, 128), jnp.bfloat16), new, new, index((8,)), index((8, 64)), index((9,)), index((3,))]
 
     def call(pages: Any, queries: Any, keys: Any, values: Any, lens: Any, tables: Any, starts: Any, last: Any) -> Any:
         operands = Operands(queries, keys, values, pages, lens, tables, starts, last, None)

@@ -7,8 +7,12 @@ compilers make of it is in test_mosaic_compile.py.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from importlib import metadata
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_calls import QUICK_TO_COMPILE
@@ -89,8 +93,8 @@ def request(**changes: Any) -> AttentionRequest:
         "version": "v3", "q_heads": 32, "kv_heads": 8, "head_dim": 128, "page_size": 128, "dtype": "bfloat16",
         "cache": None, "tokens": 512, **changes,
     }  # fmt: skip
-    dtype = np.dtype(tiles.jax.numpy.dtype(fields["dtype"]))
-    cache = np.dtype(tiles.jax.numpy.dtype(fields["cache"] or fields["dtype"]))
+    dtype = np.dtype(jnp.dtype(fields["dtype"]))
+    cache = np.dtype(jnp.dtype(fields["cache"] or fields["dtype"]))
     version, kv_heads, head_dim = fields["version"], fields["kv_heads"], fields["head_dim"]
     shape = page_shape(version, 64, fields["page_size"], kv_heads, head_dim, cache)
     layout = PageLayout.of(version, shape, kv_heads, head_dim, cache)
@@ -105,7 +109,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "card", lambda: ("NVIDIA H100 80GB HBM3", Card(132, 227 * 1024, (9, 0))))
     monkeypatch.setattr(pallas_mosaic_gpu, "miscompiles", lambda: None)
     monkeypatch.setattr(pallas_mosaic_gpu, "OLDEST_JAX", (0, 8))
-    monkeypatch.setattr(pallas_mosaic_gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 @pytest.mark.once
@@ -164,11 +168,11 @@ def test_assemblers_that_miscompile(
 
     def version_of(name: str) -> str:
         if name != package:
-            raise pallas_mosaic_gpu.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(pallas_mosaic_gpu.metadata, "version", version_of)
-    monkeypatch.setattr(pallas_mosaic_gpu.jax, "local_devices", lambda: [Device])
+    monkeypatch.setattr(metadata, "version", version_of)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
     reason = pallas_mosaic_gpu.miscompiles()
     assert (reason is None) == trusted
     assert trusted or "miscompile" in str(reason)

@@ -82,7 +82,8 @@ class Scratch(NamedTuple):
     def types(cls, request: AttentionRequest, sizes: Sizes) -> Scratch:
         """What to allocate."""
         dtype, lanes = request.compute_dtype, request.head_dim
-        swizzled = (plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128))
+        tiling, swizzle = plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+        swizzled = (tiling, swizzle)
         block = plgpu.SMEM((sizes.stages, sizes.keys, lanes), dtype, transforms=swizzled)
         copies = sizes.keys // span(request, sizes)
         query_copies = request.group_size if sizes.heads_first else sizes.tokens
@@ -113,7 +114,7 @@ class Tile(NamedTuple):
     tokens: jax.Array
     """Tokens that there are; zero where the program has no work."""
     context: jax.Array
-    count: jax.Array
+    new: jax.Array
     """New tokens of the row."""
     first: jax.Array
     """Position of the first token."""
@@ -162,7 +163,7 @@ def copy_blocks(
 ) -> None:
     """What the memory warpgroup does: all blocks of a tile, each as soon as its place is free."""
     size = span(request, sizes)
-    first_entry, last_entry = needed_entries(request, tile.context, tile.count)
+    first_entry, last_entry = needed_entries(request, tile.context, tile.new)
     seen_begin, _ = visible_keys(request, tile.first, tile.last)
 
     def copy(block: jax.Array, value: bool, to: Any, barrier: Any) -> None:
@@ -344,7 +345,7 @@ def compute(
             found: jax.Array = accumulator[...]
             return found
 
-        products = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        products = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         plgpu.barrier_arrive(scratch.keys_free.at[stage])
 
         logits, factor = base2(request, products)
@@ -390,7 +391,7 @@ def compute(
                 plgpu.wgmma(accumulator, operand, scratch.values.at[stage])
                 wait_for_next_keys()
 
-            weighted = pl.run_state(add)(plgpu.ACC.init(weighted))
+            weighted = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(weighted))
         plgpu.barrier_arrive(scratch.values_free.at[stage])
         return State(weighted, maximum, total)
 
