@@ -299,6 +299,12 @@ def native(session: nox.Session) -> None:
                 continue
             session.run("qemu-aarch64", program, "30", external=True)
 
+    def tiles() -> None:
+        # On machines with AVX-512 that multiplies bfloat16; elsewhere the harness leaves the instruction set out.
+        emulated = ("-DRAGGED_EMULATE_AMX=ON", "-DRAGGED_LEVELS=avx2;amx_bf16", "-DCMAKE_CXX_FLAGS=-O2")
+        for program in build("tiles", "g++", tests, *emulated):
+            session.run(program, "500")
+
     def every_compiler() -> None:
         others = [each for each in compilers() if Path(each).resolve() != Path(shutil.which("g++") or "").resolve()]
         for compiler in others:  # g++ has built all that comes before
@@ -309,8 +315,9 @@ def native(session: nox.Session) -> None:
 
     session.log("Sanitizers, fuzzer, valgrind, ARM and other compilers, two at a time: about 4 minutes")
     # Two at a time, as two workers run the tests: one compiles while the other runs. The longest begin.
+    tools = (addresses, fuzzed, races, uninitialized, tiles, aarch64, every_compiler)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        started = [pool.submit(tool) for tool in (addresses, fuzzed, races, uninitialized, aarch64, every_compiler)]
+        started = [pool.submit(tool) for tool in tools]
         for each in started:
             each.result()
 
@@ -379,6 +386,18 @@ def cross(session: nox.Session) -> None:
             )
         selected = ("test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
         session.run("pytest", "-n", "2", *selected, env={**environment(session), **loaded})
+
+
+@nox.session(default=False, tags=REST)
+def docs(session: nox.Session) -> None:
+    """The documentation site, in .nox/site: a link or anchor that leads nowhere fails. And the next release notes."""
+    session.install(*group("docs"))
+    session.chdir(ROOT)
+    site = ROOT / ".nox" / "site"
+    # Material announces the future of MkDocs at each start.
+    variables = {"NO_MKDOCS_2_WARNING": "true"}
+    session.run("mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml", "--site-dir", str(site), env=variables)
+    session.run("towncrier", "build", "--draft", "--version", "next")
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

@@ -4,7 +4,7 @@ Every public name is imported when it is first used: the start-up line imports t
 environment, so the package imports nothing itself, not even ``typing`` and ``__future__``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 TYPE_CHECKING = False  # type checkers treat it as typing.TYPE_CHECKING
 if TYPE_CHECKING:

@@ -199,7 +199,10 @@ def ragged_page_attention_v3(  # type: ignore[misc]
         distribution: int32 ``[decode_end, prefill_end, total]``; see ``types.Distribution``.
         update_pages: whether to write the new keys and values.
         softmax_scale: factor on ``query . key``; None for ``head_dim ** -0.5``. ejkernel's own v3 takes 1.0 for None.
-        logits_soft_cap ... in_specs: as for :func:`ragged_page_attention_v2`.
+        logits_soft_cap, compute_dtype, optimized, sliding_window, attention_chunk_size: as for
+            :func:`ragged_page_attention_v2`.
+        mask_value, vmem_limit_bytes, q_scale, k_scale, v_scale: as for :func:`ragged_page_attention_v2`.
+        return_lse, config, platform, mesh, in_specs: as for :func:`ragged_page_attention_v2`.
 
     Returns:
         The attention output in the queries' dtype, and the updated pages (the given ones where nothing is written);

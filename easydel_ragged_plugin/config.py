@@ -147,6 +147,12 @@ _override: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.Contex
 def override_config(**fields: Any) -> Iterator[None]:
     """Replace fields of the config for every call that is traced inside the ``with`` block.
 
+    Args:
+        **fields: fields of :class:`RaggedPageConfig`.
+
+    Raises:
+        TypeError, ValueError: a field that does not exist, or a value that it can't have.
+
     Example:
         >>> with override_config(kernel="xla"):
         ...     pass

@@ -34,6 +34,7 @@ ENTRY_POINT_GROUP = "easydel_ragged_plugin.hooks"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin: it implements the hook that has its name. It can be used as a decorator."""
 
 
 class HookWarning(UserWarning):
@@ -74,6 +75,10 @@ def manager() -> pluggy.PluginManager:
 def register(plugin: Any, name: str | None = None) -> str:
     """Register a plugin and return its name.
 
+    Args:
+        plugin: a module, or an object, with functions that are marked with :data:`hookimpl`.
+        name: its name; None for one that pluggy makes.
+
     Raises:
         ValueError: it implements a hook that does not exist, takes an argument that the hook does not have, or
             is registered already. The text names plugin, hook and argument. Nothing is registered then.
@@ -83,7 +88,10 @@ def register(plugin: Any, name: str | None = None) -> str:
 
 
 def unregister(plugin: Any) -> None:
-    """Remove a plugin, given as the object or as its name.
+    """Remove a plugin.
+
+    Args:
+        plugin: the object, or its name.
 
     Raises:
         ValueError: no such plugin is registered.

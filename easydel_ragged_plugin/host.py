@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OPERATIONS_PACKAGES",
     "OPERATION_NAMES",
+    "PACKAGES",
     "SUPPORTED",
     "host_version",
     "load",
@@ -30,6 +31,9 @@ OPERATION_NAMES = ("ragged_page_attention_v2", "ragged_page_attention_v3")
 
 SUPPORTED = ("0.2.0.2", "0.3.0")
 """Host versions that the tests cover in full."""
+
+PACKAGES = ("easydel", "pillow", "torch")
+"""What to install for the host, by names for pip: it imports the last two and does not declare them."""
 
 PASSED_ARGUMENTS = frozenset(
     (
@@ -72,7 +76,7 @@ def _first_importable(names: tuple[str, ...]) -> "ModuleType":
             return importlib.import_module(name)
     raise ModuleNotFoundError(
         f"none of {', '.join(names)} can be imported: EasyDeL is not installed in this environment, or its version is "
-        f"not one of {', '.join(SUPPORTED)}. Run: pip install 'easydel-ragged-plugin[host]'",
+        f"not one of {', '.join(SUPPORTED)}. Run: pip install {' '.join(PACKAGES)}",
         name=names[0],
     )
 

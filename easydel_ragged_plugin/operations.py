@@ -189,7 +189,7 @@ class _RaggedPageAttention(_host.OperationImpl):  # type: ignore[name-defined]
         if unknown:
             raise TypeError(
                 f"{type(self).__qualname__}: got unknown arguments {', '.join(unknown)}. This package supports EasyDeL "
-                f"{' and '.join(host.SUPPORTED)}; with a newer host, update it: pip install -U easydel-ragged-plugin"
+                f"{' and '.join(host.SUPPORTED)}; with a newer host, install a newer version of this package."
             )
         if arguments.get("bias") is not None:
             raise Unsupported(

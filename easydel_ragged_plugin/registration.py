@@ -74,7 +74,14 @@ class Registration:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """One entry point that was left out, and why."""
+    """One entry point that was left out, and why.
+
+    Attributes:
+        distribution: the distribution that has it.
+        name: what it claims: an operation's name in the host.
+        value: what it loads, as ``module:Class``.
+        reason: why it was left out.
+    """
 
     distribution: str
     name: str

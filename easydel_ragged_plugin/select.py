@@ -48,7 +48,12 @@ ELSEWHERE = ("xla", "turboquant")
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A kernel that did not run, and why."""
+    """A kernel that did not run, and why.
+
+    Attributes:
+        kernel: its name.
+        reason: as text.
+    """
 
     kernel: str
     reason: str

@@ -38,29 +38,37 @@ INDEX_LEVELS = 16
 
 
 class TurboQuantConstants(NamedTuple):
-    """Constants of a layer, the same for all tokens; float32."""
+    """Constants of a layer, the same for all tokens; float32.
+
+    Attributes:
+        rotation: ``[head_dim, head_dim]``, orthogonal.
+        projection: ``[signs, head_dim]``.
+        key_codebook, value_codebook: the numbers that indices stand for.
+    """
 
     rotation: jax.Array
-    """``[head_dim, head_dim]``, orthogonal."""
     projection: jax.Array
-    """``[signs, head_dim]``."""
     key_codebook: jax.Array
     value_codebook: jax.Array
 
 
 class TurboQuantPages(NamedTuple):
-    """The cache of a layer. The five arrays begin with ``[pages, page_size, kv_heads]``."""
+    """The cache of a layer. The five arrays begin with ``[pages, page_size, kv_heads]``.
+
+    Attributes:
+        key_indices: ``[..., head_dim / 2]`` uint8: two indices in a byte, the first in its low half.
+        key_signs: ``[..., signs / 8]`` uint8: the first sign in the lowest bit, 1 for a number that is not negative.
+        key_norms: ``[..., 2]``: of the key, and of the residual of its rotated direction.
+        value_indices: ``[..., head_dim / 2]`` uint8.
+        value_norms: ``[...]``.
+        constants: of the layer.
+    """
 
     key_indices: jax.Array
-    """``[..., head_dim / 2]`` uint8: two indices in a byte, the first in its low half."""
     key_signs: jax.Array
-    """``[..., signs / 8]`` uint8: the first sign in the lowest bit, 1 for a number that is not negative."""
     key_norms: jax.Array
-    """``[..., 2]``: of the key, and of the residual of its rotated direction."""
     value_indices: jax.Array
-    """``[..., head_dim / 2]`` uint8."""
     value_norms: jax.Array
-    """``[...]``."""
     constants: TurboQuantConstants
 
     @property

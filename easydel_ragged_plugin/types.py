@@ -32,9 +32,13 @@ SATURATED = 32.0
 class Distribution(NamedTuple):
     """The three row bounds of the v3 metadata, in the order in which they are stored.
 
-    Rows ``[0, decode_end)`` decode one token each, ``[decode_end, prefill_end)`` are chunked prefill,
-    ``[prefill_end, total)`` are mixed, rows ``>= total`` are dead. Versions of the host fill the first two differently
-    (and not by position under data parallelism), so this package's own kernels read only ``total``.
+    Versions of the host fill the first two differently (and not by position under data parallelism), so this package's
+    own kernels read only ``total``.
+
+    Attributes:
+        decode_end: rows before it decode one token each.
+        prefill_end: rows from ``decode_end`` up to it are chunked prefill; those from it up to ``total`` are mixed.
+        total: rows in use; those from it on are dead.
     """
 
     decode_end: int

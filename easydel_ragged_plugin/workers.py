@@ -119,7 +119,7 @@ def check_fingerprints(fingerprints: Mapping[Any, Mapping[str, str] | None] | No
 
 def _difference(got: Mapping[str, str] | None, wanted: Mapping[str, str]) -> str:
     if got is None:
-        return "has no easydel-ragged-plugin; run 'pip install easydel-ragged-plugin' in its environment"
+        return "has no easydel-ragged-plugin; install it there, from the same checkout or wheel as on the others"
     names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
     return "; ".join(f"{name} is {got.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in names)
 

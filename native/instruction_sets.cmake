@@ -8,7 +8,7 @@
 instruction_set(baseline     x86_64        nothing)
 instruction_set(avx2         x86_64        baseline     -mavx2 -mfma -mf16c)
 instruction_set(avx512       x86_64        avx2         -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
-instruction_set(avx512_bf16  x86_64        avx512       -mavx512bf16)
+instruction_set(avx512_bf16  x86_64        avx512       -mavx512bf16 -mavx512vbmi)
 instruction_set(amx_bf16     x86_64        avx512_bf16  -mamx-tile -mamx-bf16)
 instruction_set(neon         aarch64       nothing)
 instruction_set(portable     other         nothing)

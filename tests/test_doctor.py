@@ -36,7 +36,7 @@ def test_doctor_without_easydel_is_well() -> None:
     result = run_command("doctor", code=code)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no EasyDeL: functions only" in result.stdout
-    assert "pip install 'easydel-ragged-plugin[host]'" in result.stdout
+    assert "Run: pip install easydel pillow torch" in result.stdout
     assert result.stdout.count("ok (largest error") == 2
     assert "all is well" in result.stdout or cpu_native.availability() is not None
     assert result.stdout.endswith("to report a problem: easydel-ragged doctor --markdown\n")

@@ -372,3 +372,25 @@ def test_positional_heads_of_three_dimensions_keep_their_shape(driver: Driver) -
     output = call(driver, **flat)
     assert output.attention_outputs.shape == batch.queries.shape
     assert isinstance(output.attention_outputs, jax.Array)
+
+
+def test_the_hosts_update_of_v2_converts_a_bfloat16_cache_and_no_other() -> None:
+    # docs/tuning.md and `doctor` say so. Once this fails, EasyDeL or XLA has mended it.
+    try:
+        from easydel.caching.ragged_page.utils import kv_cache_update_jax
+    except ImportError:  # 0.2.0.2
+        from easydel.layers.caching.ragged_page.utils import kv_cache_update_jax
+
+    def bytes_beside_the_cache(dtype: str) -> int:
+        pages, new = jnp.zeros((8192, 4, 64), dtype), jnp.ones((2, 4, 64), dtype)
+        slices, count = jnp.zeros((3, 4), jnp.int32), jnp.ones((1,), jnp.int32)
+
+        def update(pages: jax.Array) -> jax.Array:
+            return kv_cache_update_jax(new, slices, pages, count, page_size=64)
+
+        memory = jax.jit(update, donate_argnums=0).lower(pages).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    of_cache = 8192 * 4 * 64 * 4  # as float32
+    assert bytes_beside_the_cache("bfloat16") >= of_cache
+    assert bytes_beside_the_cache("float16") < of_cache // 8

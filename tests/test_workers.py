@@ -55,7 +55,7 @@ def test_the_odd_one_out_is_named() -> None:
 def test_a_worker_without_the_plugin_is_named() -> None:
     with pytest.raises(FingerprintMismatch) as raised:
         check_fingerprints({0: None, 1: {"jax": "0.9.2"}})
-    assert "1 of 2 workers differ, measured by 1:\n  0: has no easydel-ragged-plugin; run 'pip" in str(raised.value)
+    assert "1 of 2 workers differ, measured by 1:\n  0: has no easydel-ragged-plugin; install it" in str(raised.value)
     with pytest.raises(FingerprintMismatch, match="2 of 2 workers differ"):
         check_fingerprints({0: None, 1: None})
 

@@ -50,6 +50,17 @@ BENCH_CASES = (
     ),
     _case("verify-8x4-on-2k", "8 requests, 4 new tokens each at 2048: speculative decoding", (Row(2048, 4),) * 8),
     _case("verify-4x8-on-2k", "4 requests, 8 new tokens each at 2048", (Row(2048, 8),) * 4),
+    _case(
+        "decode-16x4k-shared",
+        "16 requests with 4096 tokens in common, in the same pages, and 128 of their own",
+        _decodes(*[4224] * 16),
+        shared_pages=32,
+    ),
+    _case(
+        "decode-16x4k-apart",
+        "the same lengths, and nothing in common",
+        _decodes(*[4224] * 16),
+    ),
     _case("prefill-1k", "one prompt of 1024 tokens", (Row(1024, 1024),)),
     _case("prefill-4k", "one prompt of 4096 tokens", (Row(4096, 4096),)),
     _case("prefill-256-on-4k", "a chunk of 256 tokens after 3840", (Row(4096, 256),)),

@@ -30,9 +30,7 @@ GAP = 1.2
 def require(file: Path) -> None:
     """Raise CommandError, with what to do, where there is no matplotlib, or it can't write such a file."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError(
-            "--figure needs matplotlib, which this environment lacks. Run: pip install 'easydel-ragged-plugin[bench]'"
-        )
+        raise CommandError("--figure needs matplotlib, which this environment lacks. Run: pip install matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()

@@ -46,6 +46,7 @@ def work(case: Case) -> Work:
         keys += min(row.context, row.new - 1 + window)
         pairs += int(np.minimum(np.arange(cached + 1, row.context + 1, dtype=np.int64), window).sum())
         tokens += row.new
+    keys -= case.shared_pages * case.page_size * max(0, len(case.rows) - 1)
     return Work(
         cache_bytes=2 * keys * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize,
         token_bytes=2 * tokens * case.q_heads * case.head_dim * case.np_dtype.itemsize,

@@ -98,7 +98,7 @@ def _activation(problems: list[str], notes: list[str]) -> dict[str, Any] | None:
     if version is None:
         notes.append(
             "EasyDeL is not installed: the functions work, there is no engine to serve with. "
-            "Run: pip install 'easydel-ragged-plugin[host]'"
+            f"Run: pip install {' '.join(host.PACKAGES)}"
         )
         return None
     if version not in host.SUPPORTED:
@@ -214,6 +214,11 @@ def _notes(backend: str, host_version: str | None) -> list[str]:
     if backend == "gpu" and host_version:
         notes.append(
             "On GPU EasyDeL prefers unified_attention: ask for attn_mechanism='ragged_page_attention_v3' explicitly."
+        )
+    if backend == "cpu" and host_version:
+        notes.append(
+            "On CPU EasyDeL's page update for v2 converts the whole bfloat16 cache to float32 and back in each layer of "
+            "each step. Serve with v3, or with a float16 or float32 cache."
         )
     if backend == "cpu" and host_version == "0.2.0.2":
         notes.append(

@@ -62,8 +62,7 @@ def check_environment(what: str, *, converts: bool) -> None:
     missing = models.missing_packages(converts=converts and models.converted() is None)
     if missing:
         raise CommandError(
-            f"{what} needs {', '.join(missing)}, which this environment lacks. "
-            "Run: pip install 'easydel-ragged-plugin[demo]'"
+            f"{what} needs {', '.join(missing)}, which this environment lacks. Run: pip install {' '.join(missing)}"
         )
 
 

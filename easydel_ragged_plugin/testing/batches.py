@@ -48,7 +48,12 @@ _FINITE_POISON = 320.0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One request of a batch: ``context`` tokens in all, the last ``new`` of them new. ``new=0`` is an idle row."""
+    """One request of a batch.
+
+    Attributes:
+        context: its tokens, the new ones included.
+        new: how many of them, the last ones, are new. 0 is an idle row.
+    """
 
     context: int
     new: int
@@ -76,6 +81,7 @@ class Case:
         stored_gain: size of keys and values; those of an integer cache are large, and its scales small.
         free_left_of_window: pages left of every query's window do not belong to the row.
         repeat_page: the first row's table names its first page twice.
+        shared_pages: the rows begin with so many pages of the first row, all of old tokens.
         table: what unused table entries hold.
         dead_rows: "idle" (no tokens), or "claim": the tokens of the first dead row are the padding.
         poison: what dead slots hold; None for NaN, or finite numbers where NaN does harm.
@@ -103,6 +109,7 @@ class Case:
     stored_gain: float = 1.0
     free_left_of_window: bool = False
     repeat_page: bool = False
+    shared_pages: int = 0
     table: Literal["zeros", "stale", "garbage"] = "zeros"
     dead_rows: Literal["idle", "claim"] = "idle"
     poison: Literal["nan", "finite"] | None = None
@@ -138,10 +145,17 @@ class Case:
 class Batch:
     """The arrays of one call, in NumPy.
 
-    ``pages`` is the cache before the new tokens, ``updated_pages`` after them. ``live_tokens`` marks tokens that
-    belong to a live row, ``written_slots`` (``[pages, page_size]``) the slots that the new tokens fill.
-    ``slot_mapping`` and ``num_kv_update_slices`` are the v2 host's description of the same writes. ``k_scale`` and
-    ``v_scale`` are float32 ``[kv_heads]`` where the case has them as arrays.
+    Attributes:
+        case: what it was built from.
+        version: the layout of the pages.
+        queries, keys, values: of the new tokens, ``[tokens, heads, head_dim]``.
+        pages, updated_pages: the cache before the new tokens, and after them.
+        context_lens, block_tables, query_start_loc, num_seqs, distribution: the index arrays of the functions, int32.
+        sinks: the logits for ``softmax_aux``, or None.
+        live_tokens: bool ``[tokens]``: those that belong to a live row.
+        written_slots: bool ``[pages, page_size]``: those that the new tokens fill.
+        slot_mapping, num_kv_update_slices: the v2 host's description of the same writes.
+        k_scale, v_scale: float32 ``[kv_heads]`` where the case has them as arrays; else None.
     """
 
     case: Case
@@ -229,7 +243,11 @@ def place(case: Case, random: np.random.Generator, copies: int = 1) -> Placement
         ValueError: the case's axes or its ``num_pages`` have no room for its rows.
     """
     bounds = [_pages_needed(case, row) for row in case.rows]
-    needed = 1 + copies * sum(end - first for first, end in bounds)
+    shared = case.shared_pages * case.page_size
+    if any(row.context - row.new < shared for row in case.rows):
+        raise ValueError(f"case {case.name}: got a row with fewer than the {shared} old tokens of its shared pages")
+    own = sum(end - first for first, end in bounds) - case.shared_pages * max(0, len(bounds) - 1)
+    needed = 1 + copies * own
     num_pages = case.num_pages if case.num_pages is not None else needed + 5
     if needed > num_pages:
         raise ValueError(f"case {case.name}: got num_pages {num_pages}, wanted at least {needed} for its rows")
@@ -263,7 +281,9 @@ def _table(
     table = np.zeros((case.num_rows, case.pages_per_row), np.int32)
     owned: list[int] = []
     for r, (first, end) in enumerate(bounds):
-        table[r, first:end] = [next(order) for _ in range(first, end)]
+        own = case.shared_pages if r > 0 else first
+        table[r, :own] = table[0, :own]
+        table[r, own:end] = [next(order) for _ in range(own, end)]
         if r == 0 and case.repeat_page:
             table[r, 1] = table[r, 0]
         owned.extend(table[r, first:end])
@@ -315,6 +335,8 @@ def build_batch(case: Case, version: Version, seed: int = 0, poison: Literal["na
         row_keys = normal(*heads, gain=gain).astype(dtype)
         row_values = normal(*heads, gain=gain, mean=case.value_mean + 0.25 * gain * (r % 5)).astype(dtype)
         first_cached = min(cached, _pages_needed(case, row)[0] * case.page_size)
+        if case.shared_pages and r > 0:
+            first_cached = case.shared_pages * case.page_size  # the first row has written the tokens before it
         reference.write_tokens(
             pages, tables[r], first_cached, row_keys[first_cached:cached], row_values[first_cached:cached]
         )

@@ -62,6 +62,14 @@ CASES: tuple[Case, ...] = (
     Case("poisoned-slots", _MIXED, "a dead slot's NaN reaches the result", table="stale", poison="nan"),
     Case("rows-in-any-order", _rows((17, 6), (9, 1), (8, 8), (30, 1)), "prefill before decode", decode_first=False),
     Case("repeated-page", _rows((7, 2), (9, 1)), "a table that names a page twice loses new keys", repeat_page=True),
+    Case(
+        "shared-prefix",
+        _rows((100, 1), (81, 1), (97, 1), (84, 4), (112, 30), (96, 1)),
+        "rows that begin with the same pages get each other's keys",
+        page_size=16,
+        num_tokens=40,
+        shared_pages=5,
+    ),
     # The same geometry: options.
     Case("softmax-scale", _MIXED, "softmax_scale is not head_dim ** -0.5", options=Options(softmax_scale=0.31)),
     Case("window-1", _MIXED, "each query sees itself alone", options=Options(sliding_window=1)),
@@ -290,7 +298,14 @@ CASES: tuple[Case, ...] = (
 
 
 def case_named(name: str) -> Case:
-    """The case of :data:`CASES` with this name."""
+    """The case of :data:`CASES` with this name.
+
+    Args:
+        name: such as ``"mixed"``.
+
+    Raises:
+        ValueError: there is no such case. The text has all names.
+    """
     for case in CASES:
         if case.name == name:
             return case

@@ -22,7 +22,11 @@ _INDEX_FIELDS = ("context_lens", "pages_tables", "query_start_loc")
 
 @functools.cache
 def oracle_operation(version: str) -> type:
-    """An ``OperationImpl`` class for ``version`` ("v2" or "v3") that calls ``reference`` from the compiled program."""
+    """A class of EasyDeL's ``OperationImpl`` that calls the float64 reference from the compiled program.
+
+    Args:
+        version: ``"v2"`` or ``"v3"``.
+    """
     host = host_versions.load()
     name = f"ragged_page_attention_{version}"
 

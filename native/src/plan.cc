@@ -21,9 +21,11 @@ constexpr double kWakeNs = 2000.0;
 constexpr int64_t kLeastSharedWrites = 256 * 1024;  // bytes
 constexpr int64_t kWriteTokens = 64;                // of a shared write
 
-constexpr int64_t kLeastDecodeTokens = 64;  // of a part of a context, and the same in bytes
-constexpr double kLeastDecodeBytes = 65536;
+constexpr int64_t kLeastFewTokens = 64;  // of a part of a context, and the same in bytes
+constexpr double kLeastFewBytes = 65536;
+constexpr int64_t kLeastManyTokens = 512;
 constexpr double kItemsPerThread = 8.0;
+constexpr double kWaitedFor = 1.15;  // of the time without waiting
 
 // Keys and values of one token, in bytes of the cache.
 double token_bytes(const Problem& p) { return double(2 * p.num_kv_heads * p.head_dim) * element_size(p.cache_dtype); }
@@ -45,35 +47,6 @@ void add_writes(const Problem& p, const Rows& rows, int threads, Plan& plan) {
   }
 }
 
-// Returns the cost of what it adds.
-double add_prefill(const Problem& p, const Rows& rows, int64_t chunk, Plan& plan) {
-  double all = 0;
-  for (size_t r = 0; r < rows.live.size(); ++r) {
-    const Row& row = rows.live[r];
-    if (row.count == 1) continue;
-    for (int64_t begin = 0; begin < row.count; begin += chunk) {
-      const int64_t end = std::min(row.count, begin + chunk);
-      const double keys = double(row.position + (begin + end) / 2 - first_visible(p, row.position + begin) + 1);
-      const double cost =
-          kItemNs + keys * double(p.head_dim) * (2.0 * double((end - begin) * p.group()) + 16.0) / kMultipliesPerNs;
-      for (int64_t head = 0; head < p.num_kv_heads; ++head)
-        plan.items.push_back({Item::kPrefill, int32_t(r), int32_t(head), -1, begin, end, cost});
-      all += cost * double(p.num_kv_heads);
-    }
-  }
-  return all;
-}
-
-double decode_cost(const Problem& p, const Rows& rows) {
-  double cost = 0;
-  for (const Row& row : rows.live) {
-    if (row.count != 1) continue;
-    const KeyRange keys = visible_keys(p, row.position, 1);
-    cost += kItemNs + double(keys.end - keys.begin) * token_bytes(p) / kBytesPerNs;
-  }
-  return cost;
-}
-
 // Threads that a call of this cost is worth sharing between. The caller wakes them one after the other, so with n of
 // them it takes about cost / n + n * kWakeNs, which is least where n * n is cost / kWakeNs. (sqrt would need libm.)
 int useful_threads(double cost, int threads) {
@@ -83,39 +56,181 @@ int useful_threads(double cost, int threads) {
   return useful;
 }
 
-// Long contexts are cut so that there are about eight items for each thread. `cost_of_call` counts everything.
-void add_decode(const Problem& p, const Rows& rows, double cost_of_call, int threads, Plan& plan) {
-  const double bytes = token_bytes(p);
-  const double all = cost_of_call * kBytesPerNs / bytes;  // as if it were tokens that decode reads
-  const int64_t least = std::max(kLeastDecodeTokens, int64_t(kLeastDecodeBytes / bytes));
-  const int64_t most = threads == 1 ? INT64_MAX : std::max(least, int64_t(all / (kItemsPerThread * threads)) + 1);
-  for (size_t r = 0; r < rows.live.size(); ++r) {
-    const Row& row = rows.live[r];
-    if (row.count != 1) continue;
-    const KeyRange keys = visible_keys(p, row.position, 1);
-    const int64_t length = keys.end - keys.begin, parts = (length - 1) / most + 1, step = (length + parts - 1) / parts;
-    plan.partials[r].first = plan.num_partials;
-    for (int64_t begin = keys.begin; begin < keys.end; begin += step) {
-      const int64_t end = std::min(keys.end, begin + step);
-      const double cost = kItemNs + double(end - begin) * bytes / kBytesPerNs;
-      plan.items.push_back({Item::kDecode, int32_t(r), -1, plan.num_partials++, begin, end, cost});
+// Some queries and the keys that they read together: an item, or one for each kv head, before it is cut in parts.
+struct Piece {
+  Item::Kind kind;
+  int32_t row;
+  int32_t queries, count;  // in Plan::queries
+  int64_t begin, end;
+  bool merged;  // whether other pieces have keys of the same queries
+};
+
+class Planner {
+ public:
+  Planner(const Problem& problem, const Rows& rows, const Limits& limits, Plan& plan)
+      : p_(problem), rows_(rows), limits_(limits), plan_(plan), bytes_(token_bytes(problem)) {}
+
+  void add_pieces(const std::vector<SharedKeys>& shared) {
+    first_answer_.assign(rows_.live.size(), -1);
+    std::vector<int64_t> own(rows_.live.size(), 0);  // where a row's own keys begin
+    for (const SharedKeys& keys : shared) {
+      for (int32_t r : keys.rows) own[r] = std::max(own[r], keys.end);
+      add_shared(keys);
     }
-    plan.partials[r].count = plan.num_partials - plan.partials[r].first;
+    for (size_t r = 0; r < rows_.live.size(); ++r) add_row(int32_t(r), own[r]);
   }
-}
+
+  double cost() const {
+    double all = 0;
+    for (const Piece& piece : pieces_) all += cost(piece, piece.begin, piece.end) * double(heads(piece));
+    return all;
+  }
+
+  void add_items(double cost_of_call, int threads) {
+    for (const Piece& piece : pieces_) {
+      const int64_t parts = parts_of(piece, cost_of_call, threads), length = piece.end - piece.begin;
+      const int64_t step = (length + parts - 1) / parts;
+      for (int64_t begin = piece.begin; begin < piece.end; begin += step)
+        add_item(piece, begin, std::min(piece.end, begin + step), begin > piece.begin);
+    }
+    for (Answer& answer : plan_.answers) {
+      answer.first = plan_.num_partials;
+      plan_.num_partials += answer.count;
+    }
+    for (ItemQuery& query : plan_.queries)
+      if (query.answer >= 0) query.partial += plan_.answers[query.answer].first;
+  }
+
+ private:
+  bool few(int64_t queries) const { return queries <= limits_.most_few && queries < limits_.least_many; }
+  int64_t heads(const Piece& piece) const { return piece.kind == Item::kMany ? p_.num_kv_heads : 1; }
+
+  void add_queries(int32_t r, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      plan_.queries.push_back({rows_.live[r].token + i, rows_.live[r].position + i, -1, -1});
+  }
+  // The queries of a row whose outputs are merged have answers, one after the other.
+  int32_t answer_of(int32_t r, int64_t token) {
+    if (first_answer_[r] < 0) {
+      first_answer_[r] = int32_t(plan_.answers.size());
+      for (int64_t i = 0; i < rows_.live[r].count; ++i) plan_.answers.push_back({rows_.live[r].token + i, 0, 0, 0});
+    }
+    return first_answer_[r] + int32_t(token - rows_.live[r].token);
+  }
+
+  void add_shared(const SharedKeys& keys) {
+    int64_t all = 0;
+    for (int32_t r : keys.rows) all += rows_.live[r].count;
+    const Item::Kind kind = all < limits_.least_many ? Item::kFew : Item::kMany;
+    const int64_t most = kind == Item::kFew ? limits_.most_few : limits_.most_many;
+    Piece piece{kind, keys.rows[0], int32_t(plan_.queries.size()), 0, keys.begin, keys.end, true};
+    for (int32_t r : keys.rows)
+      for (int64_t i = 0; i < rows_.live[r].count; ++i) {
+        if (piece.count == most) {
+          pieces_.push_back(piece);
+          piece.queries += piece.count;
+          piece.count = 0;
+        }
+        add_queries(r, i, i + 1);
+        plan_.queries.back().answer = answer_of(r, plan_.queries.back().token);
+        ++piece.count;
+      }
+    pieces_.push_back(piece);
+  }
+
+  void add_row(int32_t r, int64_t own) {
+    const Row& row = rows_.live[r];
+    const Item::Kind kind = few(row.count) ? Item::kFew : Item::kMany;
+    const int64_t most = kind == Item::kFew ? limits_.most_few : limits_.most_many;
+    for (int64_t begin = 0; begin < row.count; begin += most) {
+      const int64_t end = std::min(row.count, begin + most);
+      const KeyRange keys = visible_keys(p_, row.position + begin, end - begin);
+      const Piece piece{kind,
+                        r,
+                        int32_t(plan_.queries.size()),
+                        int32_t(end - begin),
+                        std::max(keys.begin, own),
+                        keys.end,
+                        kind == Item::kFew || own > 0};
+      add_queries(r, begin, end);
+      if (piece.merged)
+        for (int64_t i = begin; i < end; ++i)
+          plan_.queries[piece.queries + i - begin].answer = answer_of(r, row.token + i);
+      pieces_.push_back(piece);
+    }
+  }
+
+  double cost(const Piece& piece, int64_t begin, int64_t end) const {
+    if (piece.kind == Item::kFew) {
+      const double multiplies = 2.0 * double(p_.num_q_heads * p_.head_dim * (piece.count - 1));
+      return kItemNs + double(end - begin) * (bytes_ / kBytesPerNs + multiplies / kMultipliesPerNs);
+    }
+    // Of keys that not all queries see, about a half is multiplied.
+    const int64_t masked = std::min(end - begin, int64_t(piece.count)) / 2;
+    return kItemNs + double(end - begin - masked) * double(p_.head_dim) *
+                         (2.0 * double(piece.count * p_.group()) + 16.0) / kMultipliesPerNs;
+  }
+
+  // Long contexts of few queries are cut so that there are about eight items for each thread; those of many, where some
+  // threads would wait for others in the last round.
+  int64_t parts_of(const Piece& piece, double cost_of_call, int threads) const {
+    if (threads == 1) return 1;
+    const int64_t length = piece.end - piece.begin;
+    const double all = cost(piece, piece.begin, piece.end);
+    if (piece.kind == Item::kMany) {
+      const double rounds = cost_of_call / (all * threads);
+      if (double(int64_t(rounds + 0.99)) < kWaitedFor * rounds) return 1;
+      return std::max<int64_t>(1, std::min(length / kLeastManyTokens, int64_t(4.0 / rounds)));
+    }
+    const int64_t least = std::max(kLeastFewTokens, int64_t(kLeastFewBytes / bytes_));
+    const double most = cost_of_call / (kItemsPerThread * threads);
+    return (length - 1) / std::max(least, int64_t(double(length) * most / all) + 1) + 1;
+  }
+
+  // A later part of a piece has queries of its own, whose parts go to other partials.
+  void add_item(const Piece& piece, int64_t begin, int64_t end, bool later) {
+    const bool merged = piece.merged || end - begin < piece.end - piece.begin;
+    int32_t queries = piece.queries;
+    if (later) {
+      queries = int32_t(plan_.queries.size());
+      for (int32_t i = 0; i < piece.count; ++i) plan_.queries.push_back(ItemQuery(plan_.queries[piece.queries + i]));
+    }
+    for (int32_t i = 0; merged && i < piece.count; ++i) {
+      ItemQuery& query = plan_.queries[queries + i];
+      if (query.answer < 0) query.answer = answer_of(piece.row, query.token);
+      Answer& answer = plan_.answers[query.answer];
+      query.partial = answer.count++;
+      answer.items += int32_t(heads(piece));
+    }
+    const double estimate = cost(piece, begin, end);
+    for (int64_t head = 0; head < heads(piece); ++head)
+      plan_.items.push_back({piece.kind, piece.row, piece.kind == Item::kMany ? int32_t(head) : -1, queries,
+                             piece.count, begin, end, estimate});
+  }
+
+  const Problem& p_;
+  const Rows& rows_;
+  const Limits& limits_;
+  Plan& plan_;
+  const double bytes_;
+  std::vector<Piece> pieces_;
+  std::vector<int32_t> first_answer_;  // of each row, -1: none
+};
 
 }  // namespace
 
-Plan make_plan(const Problem& p, const Rows& rows, int64_t prefill_chunk, int threads) {
+Plan make_plan(const Problem& p, const Rows& rows, const std::vector<SharedKeys>& shared, const Limits& limits,
+               int threads) {
   // Nobody may run beside a row whose output is to be overwritten by a later row's.
   threads = rows.ordered ? std::max(1, threads) : 1;
   Plan plan;
-  plan.partials.resize(rows.live.size());
-  const double attention = add_prefill(p, rows, prefill_chunk, plan) + decode_cost(p, rows);
+  Planner planner(p, rows, limits, plan);
+  planner.add_pieces(shared);
+  const double attention = planner.cost();
   const double writes = p.keys != nullptr ? double(new_tokens(rows)) * token_bytes(p) / kBytesPerNs : 0.0;
   threads = useful_threads(attention + writes, threads);
   if (p.keys != nullptr) add_writes(p, rows, threads, plan);
-  add_decode(p, rows, attention, threads, plan);
+  planner.add_items(attention, threads);
   // The longest first: what is left for the end is short. Rows that overlap keep their order.
   std::stable_sort(plan.items.begin(), plan.items.end(),
                    [&rows](const Item& a, const Item& b) { return rows.ordered ? a.cost > b.cost : a.row < b.row; });

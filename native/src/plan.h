@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "prefixes.h"
 #include "problem.h"
 #include "rows.h"
 
@@ -15,34 +16,51 @@ struct Write {
   int64_t begin, end;
 };
 
-// A piece of attention that one thread does alone.
+// A query token of an item.
+struct ItemQuery {
+  int64_t token;     // in the batch
+  int64_t position;  // in its row's context
+  int32_t answer;    // that its part belongs to; -1: the item stores the output itself
+  int32_t partial;   // that takes the part
+};
+
+// A piece of attention that one thread does alone: some queries, and the keys at positions [begin, end) of a row.
 struct Item {
   enum Kind : int32_t {
-    kDecode,  // the row's one query, all heads, keys at positions [begin, end)
-    kPrefill  // queries [begin, end) counted in the row, one kv head, all keys that they see
+    kFew,  // all heads
+    kMany  // one kv head, more queries
   } kind;
   int32_t row;
-  int32_t kv_head;  // prefill
-  int32_t partial;  // decode: the partial that takes the result
+  int32_t kv_head;         // of kMany
+  int32_t queries, count;  // in Plan::queries
   int64_t begin, end;
   double cost;  // estimated time, in ns of one thread
 };
 
-// Partials [first, first + count) are those of a row. None for a row of several queries.
-struct PartialRange {
-  int32_t first = 0, count = 0;
+// A query token whose output is merged from partials [first, first + count), when `items` items are done.
+struct Answer {
+  int64_t token;
+  int32_t first, count, items;
 };
 
 struct Plan {
-  std::vector<Write> writes;           // all before the first item
-  bool shared_writes = false;          // whether they are worth sharing between threads
-  std::vector<Item> items;             // in the order in which they are taken
-  std::vector<PartialRange> partials;  // by row
-  int32_t num_partials = 0;            // one for each decode item
-  int32_t helpers = 0;                 // threads that are worth waking beside the caller
+  std::vector<Write> writes;       // all before the first item
+  bool shared_writes = false;      // whether they are worth sharing between threads
+  std::vector<ItemQuery> queries;  // of all items; those of kv heads are the same
+  std::vector<Item> items;         // in the order in which they are taken
+  std::vector<Answer> answers;
+  int32_t num_partials = 0;
+  int32_t helpers = 0;  // threads that are worth waking beside the caller
 };
 
-// `prefill_chunk` is the most queries of an item, and `threads` the threads that there are, the caller included.
-Plan make_plan(const Problem& problem, const Rows& rows, int64_t prefill_chunk, int threads);
+// What the kernels of an instruction set take at a time, in query tokens.
+struct Limits {
+  int64_t most_few, most_many;  // of an item
+  int64_t least_many;           // from so many on, kMany is the faster way
+};
+
+// `threads`: those that there are, the caller included.
+Plan make_plan(const Problem& problem, const Rows& rows, const std::vector<SharedKeys>& shared, const Limits& limits,
+               int threads);
 
 }  // namespace easydel_ragged

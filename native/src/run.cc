@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "plan.h"
+#include "prefixes.h"
 #include "routines.h"
 #include "rows.h"
 #include "scratch.h"
@@ -32,35 +33,42 @@ std::vector<Partial> make_partials(const Problem& p, int64_t count, char* memory
 
 void run_rows(const Problem& p, const Rows& rows, const Executor& executor) {
   const Routines& isa = routines();
-  const Plan plan = make_plan(p, rows, isa.prefill_chunk(p), executor.threads);
+  const Limits limits{isa.most_few(p), isa.most_many(p), isa.least_many(p)};
+  const Plan plan = make_plan(p, rows, shared_keys(p, rows, limits.most_few), limits, executor.threads);
   const Scratch::Use memory(thread_scratch_for_partials(),
                             size_t(partial_floats(p) * plan.num_partials) * sizeof(float));
   const std::vector<Partial> partials = make_partials(p, plan.num_partials, memory.memory());
-  // Of each row, partials that are not finished.
-  std::vector<std::atomic<int32_t>> unfinished(plan.num_partials > 0 ? rows.live.size() : 0);
-  for (size_t r = 0; r < unfinished.size(); ++r) unfinished[r].store(plan.partials[r].count, std::memory_order_relaxed);
+  std::vector<Query> queries;
+  queries.reserve(plan.queries.size());
+  for (const ItemQuery& query : plan.queries)
+    queries.push_back({query.token, query.position, query.partial >= 0 ? partials[query.partial] : Partial{}});
+  std::vector<std::atomic<int32_t>> unfinished(plan.answers.size());  // items of each answer
+  for (size_t a = 0; a < unfinished.size(); ++a) unfinished[a].store(plan.answers[a].items, std::memory_order_relaxed);
 
   const auto write = [&](const Write& part) {
     const Row& row = rows.live[part.row];
     isa.write(p, row.index, row.position + part.begin, row.token + part.begin, part.end - part.begin);
   };
   const auto attend = [&](const Item& item, char* scratch) {
-    const Row& row = rows.live[item.row];
-    if (item.kind == Item::kPrefill) {
-      isa.prefill(p, row.index, item.kv_head, row.position + item.begin, row.token + item.begin, item.end - item.begin,
-                  scratch);
-      return;
+    const int64_t row = rows.live[item.row].index;
+    if (item.kind == Item::kFew)
+      isa.attend_few(p, row, &queries[item.queries], item.count, item.begin, item.end, scratch);
+    else
+      isa.attend_many(p, row, item.kv_head, &queries[item.queries], item.count, item.begin, item.end, scratch);
+    for (int32_t i = 0; i < item.count; ++i) {
+      const int32_t at = plan.queries[item.queries + i].answer;
+      if (at < 0 || unfinished[at].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+      const Answer& answer = plan.answers[at];  // the last item merges, in fixed order
+      isa.finish(p, &partials[answer.first], answer.count, answer.token);
     }
-    isa.decode(p, row.index, row.token, item.begin, item.end, partials[item.partial], scratch);
-    const PartialRange& all = plan.partials[item.row];
-    if (unfinished[item.row].fetch_sub(1, std::memory_order_acq_rel) == 1)  // the last one merges, in fixed order
-      isa.finish(p, &partials[all.first], all.count, row.token);
   };
 
   if (!plan.shared_writes) std::for_each(plan.writes.begin(), plan.writes.end(), write);
-  const bool any_decode = plan.num_partials > 0, any_prefill = plan.items.size() > size_t(plan.num_partials);
+  const auto any = [&](Item::Kind kind) {
+    return std::any_of(plan.items.begin(), plan.items.end(), [=](const Item& item) { return item.kind == kind; });
+  };
   const size_t scratch_bytes =
-      std::max(any_decode ? isa.decode_scratch(p) : 0, any_prefill ? isa.prefill_scratch(p) : 0);
+      std::max(any(Item::kFew) ? isa.few_scratch(p) : 0, any(Item::kMany) ? isa.many_scratch(p) : 0);
   const int64_t writes = plan.shared_writes ? int64_t(plan.writes.size()) : 0;
   const Work work = [&](int phase, int64_t index, char* scratch) {
     if (phase == 0)

@@ -35,8 +35,8 @@ TEST(the_instruction_sets_are_those_that_the_system_lists) {
       {"baseline", ""},
       {"avx2", "avx2 fma f16c"},
       {"avx512", "avx2 fma f16c avx512f avx512bw avx512dq avx512vl"},
-      {"avx512_bf16", "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16"},
-      {"amx_bf16", "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16"},
+      {"avx512_bf16", "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512vbmi"},
+      {"amx_bf16", "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512vbmi amx_tile amx_bf16"},
   };
   for (const char* built : kBuilt) {
     bool known = false;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <map>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "unit.h"
 #include "visible.h"
@@ -14,7 +16,8 @@ namespace {
 struct Request {
   Problem problem;
   Rows rows{{}, true};
-  int64_t chunk;
+  Limits limits;
+  std::vector<SharedKeys> shared;
 
   explicit Request(uint32_t seed) {
     std::mt19937 random(seed);
@@ -29,7 +32,7 @@ struct Request {
     problem.head_dim = between(1, 256);
     problem.sliding_window = between(0, 2) ? 0 : between(1, 5000);
     problem.attention_chunk_size = between(0, 2) ? 0 : between(1, 5000);
-    chunk = between(1, 300);
+    limits = {between(1, 20), between(1, 300), between(2, 30)};
     const int64_t longest = between(0, 1) ? 100 : 50000;
     for (int64_t r = 0, count = between(1, 12); r < count; ++r) {
       const int64_t queries = between(0, 1) ? 1 : between(1, 1000);
@@ -38,8 +41,21 @@ struct Request {
       problem.num_tokens += queries + between(0, 2);
     }
     rows.ordered = between(0, 4) != 0;
+    if (rows.ordered && problem.sliding_window == 0 && problem.attention_chunk_size == 0) add_shared(between(0, 3));
   }
-  Plan plan(int threads) const { return make_plan(problem, rows, chunk, threads); }
+  // Rows with short ones among their neighbors share keys that all of them see; some of these share further ones.
+  void add_shared(int64_t depth) {
+    int64_t begin = 0;
+    for (int64_t skipped = 0; skipped < depth; ++skipped) {
+      SharedKeys keys{{}, begin, begin + 1 + 100 * skipped};
+      for (size_t r = size_t(skipped); r < rows.live.size(); ++r)
+        if (rows.live[r].count <= limits.most_few && rows.live[r].position >= keys.end) keys.rows.push_back(int32_t(r));
+      if (keys.rows.size() < 2) return;
+      begin = keys.end;
+      shared.push_back(keys);
+    }
+  }
+  Plan plan(int threads) const { return make_plan(problem, rows, shared, limits, threads); }
 };
 
 template <class Property>
@@ -70,58 +86,108 @@ TEST(new_tokens_are_written_once_and_only_where_there_are_new_keys) {
   CHECK(shared > 0);
 }
 
-TEST(each_query_token_of_a_longer_row_and_kv_head_is_attended_once) {
-  for_each_plan([](const Request& request, const Plan& plan, int) {
-    std::vector<std::vector<int>> attended;
-    const int64_t heads = request.problem.num_kv_heads;
-    for (const Row& row : request.rows.live) attended.emplace_back(row.count * heads, 0);
-    for (const Item& item : plan.items) {
-      if (item.kind != Item::kPrefill) continue;
-      CHECK(item.end - item.begin <= request.chunk);
-      CHECK(item.kv_head >= 0 && item.kv_head < heads);
-      for (int64_t token = item.begin; token < item.end; ++token)
-        ++attended.at(item.row).at(token * heads + item.kv_head);
-    }
-    for (size_t r = 0; r < attended.size(); ++r) {
-      const int wanted = request.rows.live[r].count > 1 ? 1 : 0;
-      for (int times : attended[r]) CHECK(times == wanted);
-    }
-  });
+// Of each query token and kv head, the keys that its items read, in order.
+using Reads = std::map<std::pair<int64_t, int64_t>, std::vector<KeyRange>>;
+
+Reads reads_of(const Request& request, const Plan& plan) {
+  Reads reads;
+  for (const Item& item : plan.items) {
+    const int64_t first = item.kind == Item::kMany ? item.kv_head : 0;
+    const int64_t last = item.kind == Item::kMany ? item.kv_head : request.problem.num_kv_heads - 1;
+    for (int32_t i = item.queries; i < item.queries + item.count; ++i)
+      for (int64_t head = first; head <= last; ++head)
+        reads[{plan.queries.at(i).token, head}].push_back({item.begin, item.end});
+  }
+  for (auto& [query, ranges] : reads)
+    std::sort(ranges.begin(), ranges.end(), [](KeyRange a, KeyRange b) { return a.begin < b.begin; });
+  return reads;
 }
 
-TEST(each_visible_key_of_a_decode_row_is_read_once_and_partials_follow_the_keys) {
-  int split = 0;
+TEST(each_key_that_a_query_sees_is_read_once_for_it) {
+  int cut = 0;
   for_each_plan([&](const Request& request, const Plan& plan, int) {
-    std::map<int32_t, const Item*> by_partial;
-    for (const Item& item : plan.items)
-      if (item.kind == Item::kDecode) CHECK(by_partial.emplace(item.partial, &item).second);
-    CHECK(int32_t(by_partial.size()) == plan.num_partials);
+    if (!request.rows.ordered) return;  // rows may claim one token there
+    const Reads reads = reads_of(request, plan);
+    size_t queries = 0;
+    for (const Row& row : request.rows.live)
+      for (int64_t i = 0; i < row.count; ++i, ++queries) {
+        const KeyRange seen = visible_keys(request.problem, row.position + i, 1);
+        for (int64_t head = 0; head < request.problem.num_kv_heads; ++head) {
+          const auto found = reads.find({row.token + i, head});
+          CHECK(found != reads.end());
+          if (found == reads.end()) continue;
+          const std::vector<KeyRange>& ranges = found->second;
+          CHECK(ranges.front().begin <= seen.begin && ranges.back().end >= seen.end);
+          for (size_t k = 1; k < ranges.size(); ++k) CHECK(ranges[k].begin == ranges[k - 1].end);
+          cut += ranges.size() > 1;
+        }
+      }
+    CHECK(reads.size() == queries * size_t(request.problem.num_kv_heads));
+  });
+  CHECK(cut > 0);
+}
+
+TEST(items_have_as_many_queries_as_their_kind_takes_and_keys_of_their_row) {
+  int few = 0, many = 0;
+  for_each_plan([&](const Request& request, const Plan& plan, int) {
+    for (const Item& item : plan.items) {
+      const Limits& limits = request.limits;
+      CHECK(item.count > 0 && item.queries >= 0 && size_t(item.queries + item.count) <= plan.queries.size());
+      CHECK(item.count <= (item.kind == Item::kFew ? limits.most_few : limits.most_many));
+      if (item.kind == Item::kMany) CHECK(item.kv_head >= 0 && item.kv_head < request.problem.num_kv_heads);
+      const Row& row = request.rows.live.at(item.row);
+      CHECK(item.begin >= 0 && item.begin < item.end && item.end <= row.position + row.count);
+      ++(item.kind == Item::kFew ? few : many);
+    }
+  });
+  CHECK(few > 0 && many > 0);
+}
+
+TEST(partials_of_an_answer_follow_one_another_and_each_is_filled_by_its_items) {
+  int merged = 0;
+  for_each_plan([&](const Request& request, const Plan& plan, int) {
     int32_t next = 0;
-    CHECK(plan.partials.size() == request.rows.live.size());
-    for (size_t r = 0; r < request.rows.live.size(); ++r) {
-      const Row& row = request.rows.live[r];
-      const PartialRange& range = plan.partials[r];
-      if (row.count != 1) {
-        CHECK(range.count == 0);
-        continue;
-      }
-      CHECK(range.first == next && range.count > 0);
-      split += range.count > 1;
-      const KeyRange keys = visible_keys(request.problem, row.position, 1);
-      int64_t position = keys.begin;
-      for (next = range.first; next < range.first + range.count; ++next) {
-        const auto found = by_partial.find(next);
-        CHECK(found != by_partial.end());
-        if (found == by_partial.end()) return;
-        CHECK(found->second->row == int32_t(r) && found->second->begin == position);
-        CHECK(found->second->end > position);
-        position = found->second->end;
-      }
-      CHECK(position == keys.end);
+    for (const Answer& answer : plan.answers) {
+      CHECK(answer.first == next && answer.count >= 0);
+      next += answer.count;
+      merged += answer.count > 1;
     }
     CHECK(next == plan.num_partials);
+    std::vector<int32_t> items(plan.answers.size(), 0);
+    std::map<std::pair<int32_t, int32_t>, int> filled;  // of a partial and kv head, -1: all heads
+    for (const Item& item : plan.items)
+      for (int32_t i = item.queries; i < item.queries + item.count; ++i) {
+        const ItemQuery& query = plan.queries.at(i);
+        if (query.answer < 0) {
+          CHECK(query.partial < 0 && item.kind == Item::kMany);
+          continue;
+        }
+        const Answer& answer = plan.answers.at(query.answer);
+        CHECK(answer.token == query.token);
+        CHECK(query.partial >= answer.first && query.partial < answer.first + answer.count);
+        const std::pair<int32_t, int32_t> part{query.partial, item.kv_head};
+        CHECK(++filled[part] == 1);
+        ++items[query.answer];
+      }
+    for (size_t a = 0; a < items.size(); ++a) CHECK(items[a] == plan.answers[a].items);
+    std::vector<int64_t> heads(plan.num_partials, 0);
+    for (const auto& [partial, times] : filled)
+      heads.at(partial.first) += partial.second < 0 ? request.problem.num_kv_heads : 1;
+    for (int64_t number : heads) CHECK(number == request.problem.num_kv_heads);
   });
-  CHECK(split > 0);
+  CHECK(merged > 0);
+}
+
+TEST(shared_keys_are_read_for_all_of_their_rows_together) {
+  int together = 0;
+  for_each_plan([&](const Request& request, const Plan& plan, int) {
+    for (const SharedKeys& keys : request.shared)
+      for (const Item& item : plan.items) {
+        if (item.begin < keys.begin || item.end > keys.end || keys.end - keys.begin < 2) continue;
+        together += item.count > request.rows.live.at(item.row).count;
+      }
+  });
+  CHECK(together > 0);
 }
 
 TEST(costs_are_positive_and_the_longest_items_come_first) {
@@ -140,7 +206,8 @@ TEST(nothing_is_cut_or_shared_where_one_thread_does_all) {
     if (threads > 1 && request.rows.ordered) return;
     CHECK(plan.helpers == 0);
     CHECK(!plan.shared_writes);
-    for (const PartialRange& range : plan.partials) CHECK(range.count <= 1);
+    if (request.shared.empty())
+      for (const Answer& answer : plan.answers) CHECK(answer.count == 1);
   });
 }
 
@@ -160,6 +227,7 @@ TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
   request.problem.head_dim = 128;
+  request.shared.clear();
   request.rows = Rows{{{0, 0, 1, 999999}}, true};
   for (int threads : {2, 4, 32}) {
     const Plan plan = request.plan(threads);
@@ -171,12 +239,31 @@ TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   CHECK(request.plan(32).helpers == 0);
 }
 
+TEST(one_long_item_of_many_queries_is_cut_and_even_ones_are_not) {
+  Request request(1);
+  request.problem.keys = request.problem.values = nullptr;
+  request.problem.sliding_window = request.problem.attention_chunk_size = 0;
+  request.problem.num_kv_heads = 1;
+  request.problem.num_q_heads = 8;
+  request.problem.head_dim = 128;
+  request.shared.clear();
+  request.limits = {8, 32, 4};
+  request.rows = Rows{{{0, 0, 32, 16000}}, true};
+  CHECK(request.plan(1).items.size() == 1);
+  CHECK(request.plan(2).items.size() >= 4);
+  request.rows = Rows{{{0, 0, 64, 16000}}, true};
+  CHECK(request.plan(2).items.size() == 2);
+  request.rows = Rows{{{0, 0, 32, 100}}, true};  // too short
+  CHECK(request.plan(2).items.size() == 1);
+}
+
 TEST(a_thread_is_woken_where_its_share_pays_for_it) {
   Request request(1);
   request.problem.keys = request.problem.values = nullptr;
   request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
   request.problem.head_dim = 128;
+  request.shared.clear();
   request.problem.cache_dtype = DType::kF32;  // 8 KiB for a token, less than a microsecond
   const auto helpers = [&](int64_t context, int threads) {
     request.rows = Rows{{{0, 0, 1, context - 1}}, true};
@@ -197,8 +284,8 @@ TEST(a_thread_is_woken_where_its_share_pays_for_it) {
 
 TEST(a_plan_depends_on_rows_sizes_and_threads_alone) {
   const auto same = [](const Item& a, const Item& b) {
-    return a.kind == b.kind && a.row == b.row && a.kv_head == b.kv_head && a.partial == b.partial &&
-           a.begin == b.begin && a.end == b.end && a.cost == b.cost;
+    return a.kind == b.kind && a.row == b.row && a.kv_head == b.kv_head && a.queries == b.queries &&
+           a.count == b.count && a.begin == b.begin && a.end == b.end && a.cost == b.cost;
   };
   for_each_plan([&](const Request& request, const Plan& plan, int threads) {
     Request other = request;

@@ -2,6 +2,7 @@
 // anything, and every array in an allocation of exactly its size, so that a sanitizer sees the first byte outside.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -69,7 +70,8 @@ inline void spoil(Bytes& bytes, std::vector<uint8_t>& elements, DType dtype) {
     std::memcpy(&elements[bytes.next32() % count * size], &bits, size);  // little-endian
 }
 
-// `orderly`: rows of the batch follow one another and no two share a page; else the index arrays may hold anything.
+// `orderly`: rows of the batch follow one another and share no page that is written; else the index arrays may hold
+// anything.
 inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   Problem p;
   const bool v3 = bytes.one_in(2);
@@ -84,11 +86,15 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   p.page_size = bytes.between(1, 40);
   p.num_rows = bytes.between(0, 6);
   p.pages_per_row = bytes.between(1, 12);
+  // Whether rows begin with the same pages, many enough to be read together.
+  const bool prefixes = orderly && bytes.one_in(3);
+  if (prefixes) p.pages_per_row = 400 / p.page_size + 1;
   p.num_pages = orderly ? p.num_rows * p.pages_per_row + 1 : bytes.between(0, 30);
   const float caps[] = {5.0f, 5.0f, 0x1p-126f, 0x1p59f};
   if (bytes.one_in(3)) p.logits_soft_cap = caps[bytes.between(0, 3)];
-  if (bytes.one_in(3)) p.sliding_window = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
-  if (bytes.one_in(3)) p.attention_chunk_size = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
+  if (bytes.one_in(prefixes ? 9 : 3)) p.sliding_window = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
+  if (bytes.one_in(prefixes ? 9 : 3))
+    p.attention_chunk_size = bytes.one_in(8) ? int64_t{1} << 62 : bytes.between(1, 90);
   p.softmax_scale = 0.2f;
   p.v_scale = 1.0f;
   p.padded_head_dim = p.head_dim;
@@ -109,13 +115,23 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   a.query_start_loc.assign(1, 0);
   for (int64_t r = 0; r < p.num_rows; ++r) {
     const int64_t count = bytes.one_in(2) ? 1 : bytes.between(0, 100);
-    int64_t context = count + bytes.between(0, 200);
+    int64_t context = count + (prefixes ? bytes.between(100, 250) : bytes.between(0, 200));
     if (orderly && context > capacity) context = capacity;
     a.context_lens.push_back(int32_t(context));
     a.query_start_loc.push_back(a.query_start_loc.back() + int32_t(count));
     for (int64_t i = 0; i < p.pages_per_row; ++i)
       a.block_tables.push_back(orderly ? int32_t(1 + r * p.pages_per_row + i)
                                        : int32_t(bytes.between(0, 30)) - (bytes.one_in(20) ? 2 : 0));
+  }
+  // Rows may begin with pages of an earlier one: whole pages, which no token of this call is written to.
+  for (int64_t r = 1; prefixes && r < p.num_rows; ++r) {
+    const auto old = [&](int64_t row) {
+      return (a.context_lens[row] - a.query_start_loc[row + 1] + a.query_start_loc[row]) / p.page_size;
+    };
+    const int64_t other = bytes.between(0, r - 1), shared = std::min(old(r), old(other));
+    if (shared > 0)
+      std::copy_n(a.block_tables.begin() + other * p.pages_per_row, bytes.one_in(4) ? bytes.between(1, shared) : shared,
+                  a.block_tables.begin() + r * p.pages_per_row);
   }
   p.num_tokens = a.query_start_loc.back() + bytes.between(0, 5);
   p.live_rows = bytes.one_in(4) ? bytes.between(0, 8) : p.num_rows;

@@ -131,7 +131,7 @@ Problem random_problem(uint32_t seed, Arrays& arrays) {
 
 TEST(where_memory_runs_out_the_call_fails_and_its_helpers_find_nothing) {
   int spawned = 0, failed = 0, served = 0;
-  for (uint32_t seed = 0; seed < 24; seed += 2) {
+  for (uint32_t seed = 0; seed < 80; seed += 2) {
     Arrays wanted;
     run(random_problem(seed, wanted), {4, nullptr});
     bool enough = false;

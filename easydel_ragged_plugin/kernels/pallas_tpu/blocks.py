@@ -61,7 +61,12 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes for rows with one new token, whose tiles are of one token, and for all others."""
+    """Sizes of one call.
+
+    Attributes:
+        decode: for rows with one new token; its tiles are of one token.
+        prefill: for all others.
+    """
 
     decode: Block
     prefill: Block

@@ -12,7 +12,9 @@ bool available();
 namespace easydel_ragged::amx_bf16 {
 
 bool available() {
-#if defined(__linux__)
+#if defined(RAGGED_EMULATE_AMX)
+  return avx512_bf16::available();
+#elif defined(__linux__)
   // A process has to request the tile registers from Linux.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = avx512_bf16::available() && cpuid_bit(7, 0, kEdx, 22) && cpuid_bit(7, 0, kEdx, 24) &&

@@ -92,11 +92,13 @@ struct Cache {
         token_stride(p.token_stride) {}
 
   // Addresses of the slots that hold positions [begin, begin + count).
-  void slots(int64_t begin, int64_t count, const T** slot) const {
+  template <class Address>
+  void slots(int64_t begin, int64_t count, Address* slot) const {
     int64_t entry = begin / page_size, offset = begin % page_size;
     for (int64_t i = 0; i < count; ++entry, offset = 0) {
       const T* at = pages + table[entry] * page_stride + offset * token_stride;
-      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride) slot[i] = at;
+      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride)
+        slot[i] = reinterpret_cast<Address>(at);
     }
   }
 };
@@ -125,6 +127,16 @@ struct Logits {
 // What the weighted values of a kv head are multiplied by.
 RAGGED_INLINE float value_scale(const Problem& p, int64_t kv_head) {
   return p.v_scales ? p.v_scale * p.v_scales[kv_head] : p.v_scale;
+}
+
+RAGGED_INLINE bool all_finite(const float* from, int64_t count) {  // a multiple of kLanes
+  VecF sum = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VecF v = load(from + i);
+    sum = sum + (v - v);  // 0 where finite, else NaN
+  }
+  const float total = sum_of(sum);
+  return total == total;
 }
 
 // A sink as a base-2 logit. It is never infinity, which minus itself is no number.

@@ -77,23 +77,23 @@ template <int kQueries, bool kCapped>
 struct TileHeads {
   static constexpr int64_t kTokens = 32;
   const Problem& p;
-  const DecodeScratch<BF16, PairDot>& s;
-  const Partial& partial;
+  const DecodeScratch& s;
+  const Partial partial;
   const TileScratch tiles;
   const int64_t steps, chunks;
   bool regular[kDecodeBlock / 16];  // whether 16 tokens of the block lie at equal distances
 
-  TileHeads(const Problem& problem, const DecodeScratch<BF16, PairDot>& scratch, const Partial& sums)
+  TileHeads(const Problem& problem, const DecodeScratch& scratch, const Query* query, int64_t, HeadRange heads)
       : p(problem),
         s(scratch),
-        partial(sums),
+        partial(query->partial),
         tiles(problem, scratch.rest),
         steps(problem.head_dim / 32),
         chunks((problem.group() + kQueries - 1) / kQueries) {
-    for (int64_t h = 0; h < p.num_kv_heads; ++h)
+    for (int64_t h = heads.begin; h < heads.end; ++h)
       for (int64_t q = 0; q < chunks * kQueries; ++q) {
         uint32_t* to = tiles.queries + (h * chunks + q / kQueries) * steps * 16 * kQueries + q % kQueries;
-        const BF16* from = s.queries + (h * p.group() + q) * s.query_stride;
+        const BF16* from = s.queries_of<BF16>(h * p.group() + q);
         for (int64_t pair = 0; pair < steps * 16; ++pair)
           to[pair * kQueries] = q < p.group() ? load_bits<uint32_t>(from + 2 * pair) : 0;
       }
@@ -110,27 +110,29 @@ struct TileHeads {
   }
   TileHeads(const TileHeads&) = delete;
 
-  void start(int64_t count) {
+  RAGGED_INLINE int64_t most_tokens(const Problem&, const DecodeScratch&) { return kDecodeBlock; }
+
+  void start(int64_t, int64_t count) {
     for (int64_t t = 0; t < round_up(count, 32); t += 16) {
       bool equal = t + 16 <= count;
-      for (int64_t i = t + 1; equal && i < t + 16; ++i) equal = s.slot[i] - s.slot[i - 1] == p.token_stride;
+      for (int64_t i = t + 1; equal && i < t + 16; ++i) equal = s.slot[i] - s.slot[i - 1] == p.token_stride * 2;
       regular[t / 16] = equal;
     }
   }
 
-  void attend(int64_t kv_head, int64_t count) {
+  void attend(int64_t kv_head, int64_t count, Ahead& ahead) {
     const Logits logits(p, kv_head);
     for (int64_t chunk = kv_head * chunks; chunk < (kv_head + 1) * chunks; ++chunk) {
-      multiply_keys(chunk, kv_head * p.head_stride, count);
+      multiply_keys(chunk, kv_head * p.head_stride, count, ahead);
       softmax(logits, chunk, count);
-      add_values(chunk, kv_head * p.head_stride + p.value_offset, count);
+      add_values(chunk, kv_head * p.head_stride + p.value_offset, count, ahead);
     }
   }
 
-  void finish() {
+  void finish(HeadRange heads) {
     _tile_release();
     const VecI low = lanes() / 2 + lanes() % 2 * 16, high = low + 8;
-    for (int64_t head = 0; head < p.num_q_heads; ++head) {
+    for (int64_t head = heads.begin * p.group(); head < heads.end * p.group(); ++head) {
       const int64_t q = head % p.group(), chunk = head / p.group() * chunks + q / kQueries;
       partial.maximum[head] = tiles.maximum[chunk * kLanes + q % kQueries];
       partial.total[head] = tiles.total[chunk * kLanes + q % kQueries];
@@ -148,24 +150,19 @@ struct TileHeads {
   float* sums_of(int64_t chunk, int64_t step) const { return tiles.sums + (chunk * steps + step) * 2 * kQueries * 16; }
 
   // Loads keys or values of 16 tokens from the t-th of the block on. Tiles are named by constants.
-#define RAGGED_LOAD_TOKENS(tile, t, offset)                                                         \
-  do {                                                                                              \
-    if (regular[(t) / 16]) {                                                                        \
-      RAGGED_TILE_LOAD(tile, s.slot[t] + (offset), p.token_stride * 2);                             \
-    } else {                                                                                        \
-      alignas(64) BF16 copy[16 * 32];                                                               \
-      for (int i = 0; i < 16; ++i) __builtin_memcpy(copy + i * 32, s.slot[(t) + i] + (offset), 64); \
-      RAGGED_TILE_LOAD(tile, copy, 64);                                                             \
-    }                                                                                               \
+#define RAGGED_LOAD_TOKENS(tile, t, offset)                                                                \
+  do {                                                                                                     \
+    if (regular[(t) / 16]) {                                                                               \
+      RAGGED_TILE_LOAD(tile, at<BF16>(s.slot[t], offset), p.token_stride * 2);                             \
+    } else {                                                                                               \
+      alignas(64) BF16 copy[16 * 32];                                                                      \
+      for (int i = 0; i < 16; ++i) __builtin_memcpy(copy + i * 32, at<BF16>(s.slot[(t) + i], offset), 64); \
+      RAGGED_TILE_LOAD(tile, copy, 64);                                                                    \
+    }                                                                                                      \
   } while (false)
 
-  // Requests from memory what stands at the place of these 32 tokens in the next block.
-  inline __attribute__((always_inline)) void prefetch_next(int64_t t, int64_t offset) const {
-    for (int i = 0; i < 32; ++i) prefetch(s.next[t + i] + offset);
-  }
-
   // Products with the block's keys, to s.weights [tokens][kQueries]; the count is rounded up to 32.
-  void multiply_keys(int64_t chunk, int64_t offset, int64_t count) {
+  void multiply_keys(int64_t chunk, int64_t offset, int64_t count, Ahead& ahead) {
     const uint32_t* queries = tiles.queries + chunk * steps * 16 * kQueries;
     for (int64_t t = 0; t < count; t += 32) {
       _tile_zero(0);
@@ -176,7 +173,7 @@ struct TileHeads {
         _tile_dpbf16ps(0, 3, 2);
         RAGGED_LOAD_TOKENS(4, t + 16, offset + k * 32);
         _tile_dpbf16ps(1, 4, 2);
-        prefetch_next(t, offset + k * 32);
+        for (int i = 0; i < 32; ++i) ahead.request();  // as many lines as were read
       }
       _tile_stored(0, s.weights + t * kQueries, kQueries * 4);
       _tile_stored(1, s.weights + (t + 16) * kQueries, kQueries * 4);
@@ -227,7 +224,7 @@ struct TileHeads {
       }
   }
 
-  void add_values(int64_t chunk, int64_t offset, int64_t count) {
+  void add_values(int64_t chunk, int64_t offset, int64_t count, Ahead& ahead) {
     for (int64_t t = 0; t < count; t += 32) {
       RAGGED_TILE_LOAD(5, tiles.weights + t * 2 * kQueries, 64);
       RAGGED_TILE_LOAD(6, tiles.weights + (t + 16) * 2 * kQueries, 64);
@@ -238,7 +235,7 @@ struct TileHeads {
         RAGGED_LOAD_TOKENS(4, t + 16, offset + step * 32);
         _tile_dpbf16ps(7, 6, 4);
         _tile_stored(7, sums_of(chunk, step), 64);
-        prefetch_next(t, offset + step * 32);
+        for (int i = 0; i < 32; ++i) ahead.request();
       }
     }
   }
@@ -249,16 +246,16 @@ struct TileHeads {
 RAGGED_INLINE bool tiles_fit(const Problem& p) { return p.head_dim % 32 == 0; }
 
 template <bool kCapped>
-void decode_tiles(const Problem& p, int64_t row, int64_t token, int64_t begin, int64_t end, Partial partial,
-                  void* scratch, HeadRange kv_heads) {
+void decode_tiles(const Problem& p, int64_t row, const Query* query, int64_t begin, int64_t end, void* scratch,
+                  HeadRange kv_heads) {
   switch (tile_queries(p)) {
     case 1:
-      return decode_row<BF16, PairDot, TileHeads<1, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
+      return decode_blocks<BF16, PairDot, TileHeads<1, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     case 2:
-      return decode_row<BF16, PairDot, TileHeads<2, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
+      return decode_blocks<BF16, PairDot, TileHeads<2, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     case 4:
-      return decode_row<BF16, PairDot, TileHeads<4, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
+      return decode_blocks<BF16, PairDot, TileHeads<4, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     default:
-      return decode_row<BF16, PairDot, TileHeads<8, kCapped>>(p, row, token, begin, end, partial, scratch, kv_heads);
+      return decode_blocks<BF16, PairDot, TileHeads<8, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
   }
 }

@@ -35,8 +35,8 @@ namespace {
 }  // namespace
 
 extern const Routines kRoutines;
-const Routines kRoutines = {RAGGED_ISA_NAME, write,         decode_scratch,  decode,
-                            finish,          prefill_chunk, prefill_scratch, prefill};
+const Routines kRoutines = {RAGGED_ISA_NAME, write,      most_few,     few_scratch, attend_few,
+                            most_many,       least_many, many_scratch, attend_many, finish};
 
 }  // namespace RAGGED_ISA
 }  // namespace easydel_ragged

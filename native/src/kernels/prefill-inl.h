@@ -1,16 +1,14 @@
-// Attention of several query tokens of a row, one kv head: an online softmax over tiles of packed keys and values.
+// Attention of many query tokens, one kv head: an online softmax over tiles of packed keys and values.
 
 // Keys of a tile, transposed: panels of kPanel tokens, each [depth][kPanel]. Tokens past `count` are zero.
 template <class Step, class T>
 RAGGED_INLINE VecF packed_key(const T* key, int64_t d, int64_t head_dim) {
   if constexpr (Step::kElements == 2) {
-    VecF v = {};
-    const int64_t left = head_dim - d;
-    if (left >= 2 * kLanes)
-      __builtin_memcpy(&v, key + d, sizeof(v));
-    else
-      for (int64_t i = 0; i < left; ++i) __builtin_memcpy(reinterpret_cast<T*>(&v) + i, key + d + i, sizeof(T));
-    return v;
+    if constexpr (is_same<T, BF16>)
+      if (d + 2 * kLanes <= head_dim) return load_bits<VecF>(key + d);
+    BF16 pairs[2 * kLanes] = {};
+    convert(key + d, pairs, min64(2 * kLanes, head_dim - d));
+    return load_bits<VecF>(pairs);
   } else {
     return d + kLanes <= head_dim ? load(key + d) : load_tail(key + d, head_dim - d);
   }
@@ -65,7 +63,7 @@ RAGGED_INLINE Partial exact_partial(const Problem& p, Carver& carver) {
 RAGGED_INLINE size_t exact_scratch(const Problem& p) {
   Carver carver{nullptr};
   exact_partial(p, carver);
-  return carver.used + decode_scratch(p);
+  return carver.used + few_scratch(p);
 }
 
 template <class T, class Step>
@@ -73,6 +71,7 @@ struct PrefillScratch {
   int64_t rows, depth, width;  // depth: steps over head_dim; width: columns of the sums
   float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
   const T** slot;
+  Seen* seen;  // [queries], of a tile
   char* rest;  // of attend_exactly
   size_t size;
   PrefillScratch(const Problem& p, int64_t tokens, void* base) {
@@ -90,6 +89,7 @@ struct PrefillScratch {
     total = carver.take<float>(rows);
     factor = carver.take<float>(Step::kRows);
     slot = carver.take<const T*>(kTile);
+    seen = carver.take<Seen>(tokens);
     rest = carver.take<char>(int64_t(exact_scratch(p)));
     size = carver.used;
   }
@@ -99,31 +99,14 @@ struct PrefillScratch {
 // times an infinite value is NaN, also for a query that does not see the value. Such a NaN never leaves the sums again.
 // So a query token whose sums are not finite is attended once more, with the loops of decoding, which read only keys
 // that the query sees. All other tokens lose no time.
-void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, char* scratch) {
+void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query& query, int64_t begin, int64_t end,
+                    char* scratch) {
   Carver carver{scratch};
-  const Partial partial = exact_partial(p, carver);
-  const KeyRange keys = visible_keys(p, position, 1);
-  decode_heads(p, row, token, keys.begin, keys.end, partial, carver.base + carver.used, {kv_head, kv_head + 1});
-  finish_heads(p, &partial, 1, token, {kv_head * p.group(), (kv_head + 1) * p.group()});
-}
-
-RAGGED_INLINE bool all_finite(const float* from, int64_t count) {  // a multiple of kLanes
-  VecF sum = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const VecF v = load(from + i);
-    sum = sum + (v - v);  // 0 where finite, else NaN
-  }
-  const float total = sum_of(sum);
-  return total == total;
-}
-
-RAGGED_INLINE void store_weights(BF16* to, VecF weights) {
-#if defined(__AVX512BF16__)  // one instruction, which flushes denormals: right for weights, not for caches
-  const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
-  __builtin_memcpy(to, &bits, sizeof(bits));
-#else
-  store(to, weights);
-#endif
+  Query alone = query;
+  if (query.partial.weighted == nullptr) alone.partial = exact_partial(p, carver);
+  attend_few_heads(p, row, &alone, 1, begin, end, carver.base + carver.used, {kv_head, kv_head + 1});
+  if (query.partial.weighted == nullptr)
+    finish_heads(p, &alone.partial, 1, query.token, {kv_head * p.group(), (kv_head + 1) * p.group()});
 }
 
 // Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
@@ -152,7 +135,7 @@ RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* w
     if constexpr (Step::kElements == 2)
       store_weights(reinterpret_cast<BF16*>(weights) + t, weight);
     else
-      store(weights + t, weight);
+      store_weights(weights + t, weight);
     sum = sum + weight;
   }
   factor = exp2_nonpositive(maximum_seen - reference);
@@ -160,22 +143,52 @@ RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* w
   maximum_seen = updated;
 }
 
+// Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
+template <class Scratch>
+RAGGED_INLINE void store_output(const Problem& p, const Scratch& s, int64_t r, int64_t token, int64_t kv_head,
+                                int64_t head) {
+  float total = s.total[r], reference = s.maximum[r] == -kInfinity ? 0.0f : s.maximum[r], rescale = 1.0f;
+  const float* highest = nullptr;  // the sink, where it is the largest logit
+  if (p.sinks) {
+    const float sink = base2_sink(p.sinks[head]);
+    const float most = sink > s.maximum[r] ? sink : s.maximum[r];
+    reference = most == -kInfinity ? 0.0f : most;
+    rescale = exp2_nonpositive(s.maximum[r] - reference);
+    total = total * rescale + exp2_nonpositive(sink - reference);
+    if (reference == sink) highest = p.sinks + head;
+  }
+  if (p.lse) p.lse[token * p.num_q_heads + head] = logsumexp(reference, total, highest);
+  const float inverse = total > 0 ? value_scale(p, kv_head) * rescale / total : (total == total ? 0.0f : total);
+  with_query_type(p.query_dtype, [&](auto tag) {
+    using To = typename decltype(tag)::type;
+    To* to = static_cast<To*>(p.output) + (token * p.num_q_heads + head) * p.head_dim;
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      const VecF v = load(s.sums + r * s.width + d) * splat(inverse);
+      if (d + kLanes <= p.head_dim)
+        store(to + d, v);
+      else
+        store_tail(to + d, v, p.head_dim - d);
+    }
+  });
+}
+
 template <class T, class Step, bool kCapped>
-void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, int64_t count,
-                  void* scratch) {
+void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
+                  int64_t end, void* scratch) {
   PrefillScratch<T, Step> s(p, count, scratch);
   const Logits logits(p, kv_head);
   const Cache<T> cache(p, row);
   const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
+  const auto head = [&](int64_t r) { return kv_head * group + r % group; };
 
   with_query_type(p.query_dtype, [&](auto tag) {
     using Source = typename decltype(tag)::type;
-    const Source* from = static_cast<const Source*>(p.queries) + (token * p.num_q_heads + kv_head * group) * p.head_dim;
     for (int64_t r = 0; r < s.rows; ++r) {
       float* to = s.queries + r * s.depth;
       __builtin_memset(to, 0, size_t(s.depth) * sizeof(float));
       if (r >= live) continue;
-      const Source* query = from + (r / group * p.num_q_heads + r % group) * p.head_dim;
+      const Source* query =
+          static_cast<const Source*>(p.queries) + (queries[r / group].token * p.num_q_heads + head(r)) * p.head_dim;
       if constexpr (Step::kElements == 2)
         __builtin_memcpy(to, query, size_t(p.head_dim) * sizeof(Source));
       else
@@ -189,19 +202,20 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
   __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
 
   Step::begin();
-  const KeyRange keys = visible_keys(p, position, count);
-  for (int64_t start = keys.begin; start < keys.end; start += kTile) {
-    const int64_t tokens = min64(kTile, keys.end - start);
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t tokens = min64(kTile, end - start);
     cache.slots(start, tokens, s.slot);
     pack_keys<Step>(s.slot, tokens, offset, p.head_dim, s.depth, s.keys);
     pack_values<Step>(s.slot, tokens, offset + p.value_offset, p.head_dim, s.values);
-    // Columns that a row of this query token sees.
-    const auto low = [&](int64_t query) { return max64(0, visible_keys(p, position + query, 1).begin - start); };
-    const auto high = [&](int64_t query) { return min64(tokens, visible_keys(p, position + query, 1).end - start); };
+    for (int64_t q = 0; q < count; ++q) s.seen[q] = seen_of_block(p, queries[q].position, start, tokens);
     for (int64_t r = 0; r < s.rows; r += Step::kRows) {
-      const int64_t last = min64(r + Step::kRows, live) - 1;
-      const int64_t from = low(r / group) / (2 * kLanes) * (2 * kLanes);
-      const int64_t to = round_up(high(last / group), 2 * kLanes);
+      int64_t from = kTile, to = 0;
+      for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q) {
+        from = min64(from, s.seen[q].low);
+        to = max64(to, s.seen[q].high);
+      }
+      from = from / (2 * kLanes) * (2 * kLanes);
+      to = round_up(to, 2 * kLanes);
       if (to <= from) continue;
       score_block<Step>(s.queries + r * s.depth, s.keys, s.depth, from, to, s.scores);
       for (int64_t i = 0; i < Step::kRows; ++i) {
@@ -212,12 +226,12 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
           __builtin_memset(weights, 0, kTile / Step::kElements * sizeof(float));
           continue;
         }
-        const int64_t row_low = low((r + i) / group), row_high = high((r + i) / group);
-        if (row_low <= from && row_high >= to)
-          prefill_softmax<Step, kCapped, false>(logits, scores, weights, from, to, row_low, row_high, s.maximum[r + i],
-                                                s.total[r + i], s.factor[i]);
+        const Seen seen = s.seen[(r + i) / group];
+        if (seen.low <= from && seen.high >= to)
+          prefill_softmax<Step, kCapped, false>(logits, scores, weights, from, to, seen.low, seen.high,
+                                                s.maximum[r + i], s.total[r + i], s.factor[i]);
         else
-          prefill_softmax<Step, kCapped, true>(logits, scores, weights, from, to, row_low, row_high, s.maximum[r + i],
+          prefill_softmax<Step, kCapped, true>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
                                                s.total[r + i], s.factor[i]);
       }
       sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
@@ -225,36 +239,20 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, int64_t positi
   }
   Step::end();
 
-  with_query_type(p.query_dtype, [&](auto tag) {
-    using To = typename decltype(tag)::type;
-    To* output = static_cast<To*>(p.output) + (token * p.num_q_heads + kv_head * group) * p.head_dim;
-    for (int64_t r = 0; r < live; ++r) {
-      const int64_t head = kv_head * group + r % group;
-      float total = s.total[r], reference = s.maximum[r] == -kInfinity ? 0.0f : s.maximum[r], rescale = 1.0f;
-      const float* highest = nullptr;  // the sink, where it is the largest logit
-      if (p.sinks) {
-        const float sink = base2_sink(p.sinks[head]);
-        const float most = sink > s.maximum[r] ? sink : s.maximum[r];
-        reference = most == -kInfinity ? 0.0f : most;
-        rescale = exp2_nonpositive(s.maximum[r] - reference);
-        total = total * rescale + exp2_nonpositive(sink - reference);
-        if (reference == sink) highest = p.sinks + head;
-      }
-      if (p.lse) p.lse[(token + r / group) * p.num_q_heads + head] = logsumexp(reference, total, highest);
-      const float inverse = total > 0 ? value_scale(p, kv_head) * rescale / total : (total == total ? 0.0f : total);
-      To* to = output + (r / group * p.num_q_heads + r % group) * p.head_dim;
-      for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-        const VecF v = load(s.sums + r * s.width + d) * splat(inverse);
-        if (d + kLanes <= p.head_dim)
-          store(to + d, v);
-        else
-          store_tail(to + d, v, p.head_dim - d);
-      }
+  for (int64_t r = 0; r < live; ++r) {
+    const Query& query = queries[r / group];
+    if (query.partial.weighted == nullptr) {
+      store_output(p, s, r, query.token, kv_head, head(r));
+      continue;
     }
-  });
+    query.partial.maximum[head(r)] = s.maximum[r];
+    query.partial.total[head(r)] = s.total[r];
+    __builtin_memcpy(query.partial.weighted + head(r) * partial_stride(p), s.sums + r * s.width,
+                     size_t(s.width) * sizeof(float));
+  }
   for (int64_t i = 0; i < count; ++i)
     if (!all_finite(s.sums + i * group * s.width, group * s.width))
-      attend_exactly(p, row, kv_head, position + i, token + i, s.rest);
+      attend_exactly(p, row, kv_head, queries[i], begin, end, s.rest);
 }
 
 #if defined(__AMX_BF16__)
@@ -265,7 +263,7 @@ using BestPairStep = PairStep;
 
 // Rows of the two products: what they need then fits a second-level cache. Tiles are so fast that packing keys and
 // values for them is what costs, so each packed key should serve more rows.
-int64_t prefill_chunk(const Problem& p) {
+int64_t most_many(const Problem& p) {
 #if defined(__AMX_BF16__)
   const int64_t rows = pairs(p) ? 1024 : 256;
 #else
@@ -274,25 +272,38 @@ int64_t prefill_chunk(const Problem& p) {
   return max64(1, rows / p.group());
 }
 
-void prefill(const Problem& p, int64_t row, int64_t kv_head, int64_t position, int64_t token, int64_t count,
-             void* scratch) {
-  const bool capped = p.logits_soft_cap > 0;
-#if defined(__AVX512BF16__)
-  if (pairs(p))
-    return capped ? prefill_rows<BF16, BestPairStep, true>(p, row, kv_head, position, token, count, scratch)
-                  : prefill_rows<BF16, BestPairStep, false>(p, row, kv_head, position, token, count, scratch);
+// Packing pays from about so many rows on.
+int64_t least_many(const Problem& p) {
+#if defined(__AMX_BF16__)
+  const int64_t rows = 32;
+#else
+  const int64_t rows = pairs(p) ? 48 : 24;
 #endif
+  return max64(2, rows / p.group());
+}
+
+void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
+                 int64_t end, void* scratch) {
+  const bool capped = p.logits_soft_cap > 0;
   with_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (capped)
-      prefill_rows<T, FloatStep, true>(p, row, kv_head, position, token, count, scratch);
-    else
-      prefill_rows<T, FloatStep, false>(p, row, kv_head, position, token, count, scratch);
+    const auto attend = [&](auto step) {
+      using Step = typename decltype(step)::type;
+      if (capped)
+        prefill_rows<T, Step, true>(p, row, kv_head, queries, count, begin, end, scratch);
+      else
+        prefill_rows<T, Step, false>(p, row, kv_head, queries, count, begin, end, scratch);
+    };
+#if defined(__AVX512BF16__)
+    if constexpr (is_same<T, BF16> || sizeof(T) == 1)
+      if (pairs(p)) return attend(Tag<BestPairStep>{});
+#endif
+    attend(Tag<FloatStep>{});
   });
 }
 
-size_t prefill_scratch(const Problem& p) {
-  const int64_t tokens = prefill_chunk(p);
+size_t many_scratch(const Problem& p) {
+  const int64_t tokens = most_many(p);
 #if defined(__AVX512BF16__)
   if (pairs(p)) return PrefillScratch<BF16, BestPairStep>(p, tokens, nullptr).size;
 #endif

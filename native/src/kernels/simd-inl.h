@@ -16,6 +16,7 @@
 #endif
 
 #define RAGGED_INLINE static inline __attribute__((always_inline))
+#define RAGGED_INLINE_MEMBER inline __attribute__((always_inline))
 
 constexpr int kLanes = RAGGED_LANES;
 
@@ -32,11 +33,20 @@ struct F16 {
   uint16_t bits;
 };
 struct E4M3 {
+  static constexpr int kMantissaBits = 3, kBias = 7;
+  static constexpr bool kHasInfinity = false;
   uint8_t bits;
 };
 struct E5M2 {
+  static constexpr int kMantissaBits = 2, kBias = 15;
+  static constexpr bool kHasInfinity = true;
   uint8_t bits;
 };
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
 
 template <class To, class From>
 RAGGED_INLINE To bit_cast(From from) {
@@ -176,9 +186,6 @@ RAGGED_INLINE float max_of(VecF v) {
 
 // Half precision to single, by integer arithmetic: exact, and no rounding mode or denormal flag takes part.
 RAGGED_INLINE VecF half_to_float(VecU bits) {
-#if defined(__AVX512F__)
-  return (VecF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)bits));
-#else
   const VecU rest = bits & 0x7fffu;
   const VecU sign = (bits & 0x8000u) << 16;
   const VecU normal = (rest << 13) + (112u << 23);
@@ -186,7 +193,6 @@ RAGGED_INLINE VecF half_to_float(VecU bits) {
   const VecU tiny = bit_cast<VecU>(__builtin_convertvector((VecI)rest, VecF) * splat(0x1p-24f));
   const VecU magnitude = rest < 0x400u ? tiny : (rest >= 0x7c00u ? special : normal);
   return bit_cast<VecF>(magnitude | sign);
-#endif
 }
 RAGGED_INLINE VecF e4m3_to_float(VecU bits) {
   const VecU rest = bits & 0x7fu;
@@ -209,13 +215,7 @@ RAGGED_INLINE VecU widen(VecU16 v) {
   return __builtin_convertvector(v, VecU);
 #endif
 }
-RAGGED_INLINE VecU widen(VecU8 v) {
-#if defined(__AVX512F__)
-  return (VecU)_mm512_cvtepu8_epi32((__m128i)v);
-#else
-  return __builtin_convertvector(v, VecU);
-#endif
-}
+RAGGED_INLINE VecU widen(VecU8 v) { return __builtin_convertvector(v, VecU); }
 RAGGED_INLINE VecF load(const BF16* from) { return bit_cast<VecF>(widen(load_bits<VecU16>(from)) << 16); }
 RAGGED_INLINE VecF load(const F16* from) {
 #if defined(__AVX512F__)
@@ -226,8 +226,35 @@ RAGGED_INLINE VecF load(const F16* from) {
   return half_to_float(widen(load_bits<VecU16>(from)));
 #endif
 }
-RAGGED_INLINE VecF load(const E4M3* from) { return e4m3_to_float(widen(load_bits<VecU8>(from))); }
-RAGGED_INLINE VecF load(const E5M2* from) { return half_to_float(widen(load_bits<VecU8>(from)) << 8); }
+// Shifted by one bit, e4m3 is half precision times 2^-8, subnormals included; the NaN is one of half precision.
+RAGGED_INLINE VecF load(const E4M3* from) {
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepu8_epi16(load_bits<__m128i>(from));
+  const __m256i half = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(wide, 8), 1), _mm256_set1_epi16(-0x4080));
+  const __mmask16 nan =
+      _mm256_cmpeq_epi16_mask(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7f));
+  return (VecF)_mm512_cvtph_ps(_mm256_mask_add_epi16(half, nan, half, _mm256_set1_epi16(0x7e00 - 0x3f80))) *
+         splat(0x1p8f);
+#elif defined(__F16C__)
+  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128i half = _mm_and_si128(_mm_srai_epi16(_mm_slli_epi16(wide, 8), 1), _mm_set1_epi16(-0x4080));
+  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
+  return (VecF)_mm256_cvtph_ps(_mm_add_epi16(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00 - 0x3f80)))) *
+         splat(0x1p8f);
+#else
+  return e4m3_to_float(widen(load_bits<VecU8>(from)));
+#endif
+}
+RAGGED_INLINE VecF load(const E5M2* from) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load_bits<__m128i>(from)), 8));
+#elif defined(__F16C__)
+  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return (VecF)_mm256_cvtph_ps(_mm_slli_epi16(wide, 8));
+#else
+  return half_to_float(widen(load_bits<VecU8>(from)) << 8);
+#endif
+}
 
 // The first `count` < kLanes elements, the rest zero.
 template <class T>
@@ -311,9 +338,23 @@ RAGGED_INLINE void store_tail(T* to, VecF x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
-// 2^x for x <= 0, and 0 below -126.5. NaN stays NaN. The polynomial is a minimax fit of relative error 2e-9.
+// Weights of a softmax, as a product takes them.
+RAGGED_INLINE void store_weights(float* to, VecF weights) { store(to, weights); }
+RAGGED_INLINE void store_weights(BF16* to, VecF weights) {
+#if defined(__AVX512BF16__)  // one instruction, which flushes denormals: right for weights, not for caches
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+#else
+  store(to, weights);
+#endif
+}
+
+// 2^x for x <= 0, and 0 from about -126 down, where floats become subnormal and products with them slow. NaN stays NaN.
+// The polynomial is a minimax fit of relative error 2e-9.
 RAGGED_INLINE VecF exp2_nonpositive(VecF x) {
+#if !defined(__AVX512F__)
   x = maximum(splat(-127.0f), x);
+#endif
   const VecF magic = splat(0x1.8p23f);
   const VecF shifted = x + magic;
   const VecF f = x - (shifted - magic);
@@ -324,8 +365,13 @@ RAGGED_INLINE VecF exp2_nonpositive(VecF x) {
   p = fma(p, f, splat(2.40226469e-1f));
   p = fma(p, f, splat(6.93147206e-1f));
   p = fma(p, f, splat(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
+  return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(shifted - magic));
+#else
   const VecI power = (bit_cast<VecI>(shifted) - bit_cast<VecI>(magic) + 127) << 23;
   return p * bit_cast<VecF>(power);
+#endif
 }
 RAGGED_INLINE float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 
