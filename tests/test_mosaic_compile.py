@@ -63,12 +63,14 @@ class Program:
         return [loop for loop in loops_of(self.ptx) if loop.tensor_core_products]
 
 
-def compile_program(folder: Path, monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: Any) -> Program:
+def compile_program(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, function: Any, *arguments: Any, donated: tuple[int, ...] = ()
+) -> Program:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
     mesh = on("H100").mesh
     assert isinstance(mesh, jax.sharding.Mesh)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function).trace(*arguments).lower().compile()
+        compiled = jax.jit(function, donate_argnums=donated).trace(*arguments).lower().compile()
     ptx, said = (next(folder.glob(f"*.{kind}")).read_text() for kind in ("ptx", "ptxas"))
     return Program(compiled, ptx, said)
 
@@ -161,7 +163,7 @@ def test_whole_call_leaves_the_cache_in_place(tmp_path: Path, monkeypatch: pytes
         operands = Operands(queries, keys, values, pages, lens, tables, starts, last, None)
         return KERNEL.forward(made, RaggedPageConfig(), operands)
 
-    program = compile_program(tmp_path, monkeypatch, jax.jit(call, donate_argnums=0), pages, *others)
+    program = compile_program(tmp_path, monkeypatch, call, pages, *others, donated=(0,))
     memory = program.compiled.memory_analysis()
     pages_bytes = int(np.prod(pages.shape)) * 2
     assert memory.alias_size_in_bytes >= pages_bytes
