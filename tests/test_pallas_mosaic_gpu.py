@@ -83,7 +83,13 @@ class TestMosaicInEveryCase(KernelContract):
     law_case: ClassVar = LAW_CASE
     cases: ClassVar = MORE
     known_failures: ClassVar = {
-        "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes, as in test_pallas_gpu.py"
+        "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes, as in test_pallas_gpu.py",
+        **{
+            f"test_strict_settings_change_no_number[{version}-rank-dtype-x64]": (
+                "the interpreter's threads lower without the setting that the program was traced with"
+            )
+            for version in ("v2", "v3")
+        },
     }
 
 
