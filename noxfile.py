@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,8 +45,14 @@ KERNELS = (
     "test_turboquant.py::TestTurboQuantInBrief",
     "test_xla.py::TestXlaInBrief",
 )
-MOSAIC = ("test_pallas_mosaic_gpu.py::TestMosaicInBrief",)
-MOSAIC_THREADS = {"NPROC": "8"}
+# What NVIDIA's compilers print is read: each program has to be compiled.
+GPU_VARIABLES = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+# The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
+MOSAIC = tuple(
+    f"test_pallas_mosaic_gpu.py::{name}"
+    for name in ("TestMosaicInBrief", "test_layers_of_a_loop_share_what_is_prepared")
+)
+MOSAIC_VARIABLES = {"NPROC": "8", "EASYDEL_RAGGED_TEST_MOSAIC": "require"}
 TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 # Compiling is most of the time. The quick sessions compile as users do. In `alone` and `host` tests with the fixture
@@ -210,6 +217,10 @@ def lint(session: nox.Session) -> None:
     session.run("typos", ".")
     sources = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".cc", ".h"))
     session.run("clang-format", "--dry-run", "--Werror", *map(str, sources))
+    workflows = sorted(map(str, (ROOT / ".github" / "workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    if shutil.which("actionlint") is not None:  # its package fetches it from elsewhere, so it is no requirement
+        session.run("actionlint", *workflows, external=True)
 
 
 @nox.session(tags=QUICK)
@@ -226,8 +237,8 @@ def kernels(session: nox.Session) -> None:
     install(session, "", *group("test"), "absl-py")
     session.log("Kernels against the float64 oracle: about 4 minutes, the GPU kernel first")
     pytest(session, *KERNELS)
-    # The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
-    pytest(session, *MOSAIC, **MOSAIC_THREADS)
+    if not session.posargs:  # which may select none of these
+        pytest(session, *MOSAIC, **MOSAIC_VARIABLES)
 
 
 @nox.session(tags=QUICK)
@@ -322,70 +333,116 @@ def native(session: nox.Session) -> None:
             each.result()
 
 
-# Systems that `cross` builds for: zig's name, CMake's names, and the library's file. ARM's programs are linked with
-# another C library, so that they are whole and run in an emulator.
-CROSS = {
-    "x86_64-linux-gnu.2.17": ("Linux", "x86_64", "libeasydel_ragged.so"),
-    "aarch64-linux-gnu.2.17": ("Linux", "aarch64", "libeasydel_ragged.so"),
-    "aarch64-linux-musl": ("Linux", "aarch64", None),
-    "aarch64-macos": ("Darwin", "arm64", "libeasydel_ragged.so"),
-    "x86_64-macos": ("Darwin", "x86_64", "libeasydel_ragged.so"),
-    "x86_64-windows-gnu": ("Windows", "x86_64", "libeasydel_ragged.dll"),
-}
 CHOICE = "from easydel_ragged_plugin.kernels import cpu_native as n; print(n.isa(), *n.isa_levels())"
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: zig makes a C++ library for each system first
-def cross(session: nox.Session) -> None:
-    """The native library for other systems, by zig's clang. What can run here is tested: Linux on x86-64, and ARM.
+def wheels(session: nox.Session) -> None:
+    """What an index takes, into dist/: the sdist, and a wheel for each system of native/targets.toml, by zig's clang.
 
-    ``-- x86_64-macos`` builds for that system alone.
+    Each is built twice, byte for byte the same, and looked at. What can run here is tested: the wheel for this machine,
+    installed into an empty environment, and for Linux on ARM the C++ in an emulator. ``-- x86_64-macos.11.0`` builds
+    for that system alone.
     """
-    install(session, "", *group("test"), "cmake", "lief", "ninja", "ziglang==0.17.1")
-    # The FFI of the oldest jaxlib, as in a wheel.
-    oldest = re.search(r'^HEADERS = "(.+)"', (ROOT / "native" / "hatch_build.py").read_text(), re.MULTILINE)
-    assert oldest is not None
-    folder = ROOT / ".nox" / "cross"
-    session.install("--no-deps", "--target", str(folder / "headers"), oldest[1])
-    session.log("The library for five systems: about 15 minutes, and less where zig's C++ libraries are there already")
-    variables = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig")}
-    for target in session.posargs or CROSS:
-        system, processor, library = CROSS[target]
-        build = folder / target
-        headers = folder / "headers" / "jaxlib" / "include" if library else ""
-        tested = library is None or (system, processor) == (platform.system(), platform.machine())
-        configure = (
-            f"-DCMAKE_SYSTEM_NAME={system}",
-            f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
-            f"-DCMAKE_CXX_COMPILER={session.bin}/python-zig;c++;-target;{target}",
-            f"-DXLA_FFI_INCLUDE_DIR={headers}",
-            f"-DRAGGED_TESTS={'ON' if tested else 'OFF'}",
-        )
-        command = ("cmake", "-S", str(ROOT / "native"), "-B", str(build), "-G", "Ninja", *configure)
-        session.run(*command, silent=True, env=variables)
-        session.run("cmake", "--build", str(build), silent=True, env=variables)
-        if library is not None:
-            session.run("python", str(TESTS / "exported_names.py"), str(build / library), target)
-        if not tested:
-            continue
-        emulator = () if library else ("qemu-aarch64",)
-        if emulator and shutil.which(*emulator) is None:
-            session.warn(f"{target}: built and not run, because there is no qemu-aarch64 here")
-            continue
-        session.run(*emulator, str(build / "ragged_unit"), external=True)
-        session.run(*emulator, str(build / "ragged_harness"), "30", external=True)
-        if library is None:
-            continue
-        session.chdir(TESTS)
-        loaded = {"EASYDEL_RAGGED_NATIVE_LIBRARY": str(build / library)}
-        of_wheel = session.run("python", "-c", CHOICE, silent=True)
-        of_zig = session.run("python", "-c", CHOICE, silent=True, env=loaded)
-        if of_zig != of_wheel:
-            session.error(
-                f"got the instruction sets {of_zig} in zig's library, wanted those in the wheel's: {of_wheel}"
-            )
-        selected = ("test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
-        session.run("pytest", "-n", "2", *selected, env={**environment(session), **loaded})
+    targets = nox.project.load_toml(ROOT / "native" / "targets.toml")
+    unknown = [target for target in session.posargs if target not in targets]
+    if unknown:
+        session.error(f"got the systems {', '.join(unknown)}, wanted some of {', '.join(targets)}")
+    session.install(*group("wheels"))
+    session.log("Wheels for five systems: about 30 minutes, and less where zig's C++ libraries are there already")
+    dist, folder = ROOT / "dist", ROOT / ".nox" / "wheels-made"
+    for earlier in dist.glob("easydel_ragged_plugin-*"):
+        earlier.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    zig = {"ZIG_GLOBAL_CACHE_DIR": str(ROOT / ".nox" / "zig")}
+
+    def build(kind: str, source: Path, **variables: str) -> Path:
+        """One distribution into dist/, built twice."""
+        made = []
+        for out in (folder / "first", folder / "second"):
+            shutil.rmtree(out, ignore_errors=True)
+            command = ("uv", "build", "--quiet", f"--{kind}", "--out-dir", str(out), str(source))
+            session.run(*command, env={**zig, **variables})
+            made += [path for path in out.iterdir() if path.suffix in (".whl", ".gz")]
+        first, second = made
+        if first.name != second.name or first.read_bytes() != second.read_bytes():
+            session.error(f"{first} and {second}: got different bytes from the same sources, wanted the same")
+        dist.mkdir(exist_ok=True)
+        return Path(shutil.copy(first, dist / first.name))
+
+    sdist = build("sdist", ROOT)
+    for target in session.posargs or targets:
+        system, processor, tag = (targets[target][key] for key in ("system", "processor", "tag"))
+        session.log(f"{target}: the wheel {tag}")
+        made = build("wheel", sdist, EASYDEL_RAGGED_NATIVE_TARGET=target)
+        session.run("python", str(TESTS / "wheel_check.py"), str(made))
+        older = re.sub(r"_\d+_\d+_", "_10_9_" if system == "Darwin" else "_2_5_", tag)
+        if older != tag:  # the same wheel as if it were for an older system: the check has to refuse it
+            renamed = shutil.copy(made, folder / made.name.replace(tag, older))
+            check = ("python", str(TESTS / "wheel_check.py"), str(renamed))
+            said = session.run(*check, silent=True, success_codes=[1])
+            if f"that of {older}" not in str(said):
+                session.error(f"wheel_check.py: got {said} for {older}, wanted the libraries of {tag} refused")
+        if system == "Linux":
+            said = session.run("auditwheel", "show", str(made), silent=True)
+            if tag not in re.sub(r"\s+", " ", str(said)).partition("is consistent with")[2]:
+                session.error(f"got from auditwheel, wanted {tag}:\n{said}")
+        if (system, processor) == (platform.system(), platform.machine()):
+            session.notify("tried", posargs=[])
+        if system == "Linux":
+            # On ARM the programs are linked with another C library, so that they are whole and run in an emulator.
+            emulated = {"aarch64": "qemu-aarch64"} if processor != platform.machine() else {}
+            programs = target.replace("gnu.2.17", "musl") if emulated else target
+            run_native_programs(session, programs, system, processor, emulated.get(processor), zig)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.glob("easydel_ragged_plugin-*"))))
+
+
+@nox.session(default=False)
+def tried(session: nox.Session) -> None:
+    """The wheel of dist/ for this machine, in an empty environment: its native library. `wheels` asks for it."""
+    system, machine = platform.system(), platform.machine()
+    targets = nox.project.load_toml(ROOT / "native" / "targets.toml").values()
+    tags = [each["tag"] for each in targets if (each["system"], each["processor"]) == (system, machine)]
+    found = [path for tag in tags for path in (ROOT / "dist").glob(f"easydel_ragged_plugin-*-{tag}.whl")]
+    if len(found) != 1:
+        session.error(f"got {len(found)} wheels for {system} on {machine} in dist/, wanted one. Run: nox -s wheels")
+    session.install("--reinstall-package=easydel-ragged-plugin", str(found[0]), *group("test"))
+    session.chdir(TESTS)
+    variables = environment(session)
+    of_found = session.run("python", "-c", CHOICE, silent=True, env=variables)
+    if system == "Linux":  # the same instruction sets as with the compiler of this machine
+        folder = Path(session.virtualenv.location, "local")
+        with zipfile.ZipFile(wheel()) as archive:
+            local = [name for name in archive.namelist() if name.startswith("easydel_ragged_plugin/lib/")]
+            archive.extractall(folder, local)
+        for library in local:
+            loaded = {**variables, "EASYDEL_RAGGED_NATIVE_LIBRARY": str(folder / library)}
+            of_local = session.run("python", "-c", CHOICE, silent=True, env=loaded)
+            if of_found != of_local:
+                session.error(f"got the instruction sets {of_found} in {found[0].name}, wanted those here: {of_local}")
+    pytest(session, "test_native_library.py", "test_native.py", "-k", "not hostile and not every_instruction_set")
+
+
+def run_native_programs(
+    session: nox.Session, target: str, system: str, processor: str, emulator: str | None, zig: dict[str, str]
+) -> None:
+    """The C++ alone, compiled by zig for ``target``: its unit tests, and random problems against an oracle."""
+    if emulator is not None and shutil.which(emulator) is None:
+        session.warn(f"{target}: not run, because there is no {emulator} here")
+        return
+    build = ROOT / ".nox" / "native" / target
+    configure = (
+        f"-DCMAKE_SYSTEM_NAME={system}",
+        f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        f"-DCMAKE_CXX_COMPILER={session.bin}/python-zig;c++;-target;{target}",
+        "-DRAGGED_TESTS=ON",
+    )
+    command = ("cmake", "-S", str(ROOT / "native"), "-B", str(build), "-G", "Ninja", *configure)
+    session.run(*command, silent=True, env=zig)
+    session.run("cmake", "--build", str(build), silent=True, env=zig)
+    first = () if emulator is None else (emulator,)
+    session.run(*first, str(build / "ragged_unit"), external=True)
+    session.run(*first, str(build / "ragged_harness"), "30", external=True)
 
 
 @nox.session(default=False, tags=REST)
@@ -405,8 +462,7 @@ def alone(session: nox.Session) -> None:
     """All that needs no EasyDeL, on the newest JAX; of the kernels what `kernels` leaves out."""
     install(session, "", *group("test"))
     session.log("The functions, selection, sharding, start-up, commands, examples of the docs: about 12 minutes")
-    ignored = ("--ignore=test_pallas_tpu.py", *without(KERNELS + MOSAIC))  # `tpu` has it
-    pytest(session, "-m", "not long", *ignored, **QUICK_TO_COMPILE)
+    pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS), **QUICK_TO_COMPILE)  # `tpu` has it
 
 
 @nox.session(default=False, tags=REST)
@@ -420,11 +476,8 @@ def gpu(session: nox.Session) -> None:
     # Pallas' Mosaic GPU backend of JAX 0.9.2 imports absl-py, and does not declare it.
     plugin = ("jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12", "absl-py")
     install(session, "", *group("test"), *plugin)
-    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 4 minutes")
-    # What the compilers print is read: each program has to be compiled.
-    variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    files = ("test_gpu_compile.py", "test_mosaic_compile.py")
-    pytest(session, "-m", "not long", *files, dist="worksteal", **variables)
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 5 minutes")
+    pytest(session, "test_gpu_compile.py", "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
 
 
 def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: str) -> None:
@@ -461,10 +514,13 @@ def tpu_in_every_case(session: nox.Session) -> None:
 
 @nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
 def mosaic_in_every_case(session: nox.Session) -> None:
-    """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract."""
+    """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract, and compiled by newer JAX."""
     install(session, "", *group("test"), "absl-py")
-    session.log("The Mosaic kernel, interpreted in every case: about 30 minutes")
-    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_THREADS, **QUICK_TO_COMPILE)
+    session.log("The Mosaic kernel, interpreted in every case and compiled by the newest JAX: more than an hour")
+    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
+    if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        session.install("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+        pytest(session, "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)
@@ -505,6 +561,19 @@ def host(session: nox.Session, version: str) -> None:
         return
     with measured(session) as variables:
         pytest(session, *arguments, *without(SERVED), **QUICK_TO_COMPILE, **variables)
+    if not session.posargs:
+        as_another_author(session)
+
+
+def as_another_author(session: nox.Session) -> None:
+    """The package of docs/examples, installed and tested as its author would."""
+    example = ROOT / "docs" / "examples" / "dense-attention"
+    session.install("--reinstall-package=dense-attention", f"dense-attention[test,easydel] @ {example.as_uri()}")
+    session.chdir(example)
+    try:
+        session.run("pytest", "-n", "2", "tests", env={**environment(session), **QUICK_TO_COMPILE})
+    finally:  # its kernel comes before all others
+        session.run("uv", "pip", "uninstall", "--quiet", "dense-attention")
 
 
 @nox.session(default=False, tags=["all"])  # not for each change: it is about EasyDeL's classes, which do not change

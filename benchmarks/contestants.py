@@ -9,6 +9,8 @@ from collections.abc import Callable
 # EasyDeL's kernels would time 100 runs of each of their candidates inside of the first call.
 os.environ.setdefault("EJKERNEL_AUTOTUNE_POLICY", "heuristics")
 
+import jax
+
 from easydel_ragged_plugin.bench.problem import Problem
 from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
@@ -38,6 +40,7 @@ def of_kernel(
     *,
     interpreted: Kernel | None = None,
     dry_config: RaggedPageConfig | None = None,
+    prepared: bool = False,
 ) -> Prepare:
     """How a kernel of this package is called.
 
@@ -46,12 +49,20 @@ def of_kernel(
         config: its configuration.
         interpreted: what takes its place in a dry run.
         dry_config: what takes the configuration's place there.
+        prepared: whether what the kernel computes of the rows alone is there before the call, as where a loop over
+            layers gets it from ``easydel_ragged_plugin.prepare``.
     """
 
     def prepare(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
         chosen = interpreted if dry and interpreted is not None else kernel
         how = dry_config if dry and dry_config is not None else config
-        refusal = chosen.refuses(problem.request)
-        return refusal or (problem, lambda operands: chosen.forward(problem.request, how, operands)[:2])
+        request = problem.request
+        refusal = chosen.refuses(request)
+        if refusal is not None:
+            return refusal
+        if prepared:
+            work = jax.jit(lambda operands: chosen.prepare(request, how, operands))(problem.operands)
+            problem = dataclasses.replace(problem, operands=problem.operands._replace(work=work))
+        return problem, lambda operands: chosen.forward(request, how, operands)[:2]
 
     return prepare

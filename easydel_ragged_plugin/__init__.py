@@ -10,7 +10,7 @@ TYPE_CHECKING = False  # type checkers treat it as typing.TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from .api import explain, ragged_page_attention_v2, ragged_page_attention_v3
+    from .api import explain, prepare, ragged_page_attention_v2, ragged_page_attention_v3
     from .config import RaggedPageConfig, override_config
     from .errors import Unsupported
     from .hooks import hookimpl
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from .operations import RaggedPageAttnV2, RaggedPageAttnV3
     from .programs import CUSTOM_CALLS, register_ffi_targets
     from .startup import activate, deactivate, status
+    from .types import Prepared
     from .workers import FingerprintMismatch, check_fingerprints, fingerprint
 
 __all__ = [
     "ragged_page_attention_v2",
     "ragged_page_attention_v3",
     "explain",
+    "prepare",
+    "Prepared",
     "RaggedPageConfig",
     "override_config",
     "Unsupported",
@@ -45,6 +48,8 @@ _HOMES = {
     "ragged_page_attention_v2": "api",
     "ragged_page_attention_v3": "api",
     "explain": "api",
+    "prepare": "api",
+    "Prepared": "types",
     "RaggedPageConfig": "config",
     "override_config": "config",
     "Unsupported": "errors",

@@ -24,16 +24,17 @@ from jaxtyping import Array, Float, Int
 
 from . import programs, rows, sharding
 from .config import RaggedPageConfig, as_config
+from .errors import Unsupported
 from .layout import Version
 from .options import Options, Window, split_scales
-from .request import describe
-from .select import Selection, select
+from .request import describe, distribution_of
+from .select import Selection, kernels, select
 from .sharding import Shards
 from .turboquant import TurboQuantPages
-from .types import Attended, AttentionRequest, Kernel, Operands
+from .types import Attended, AttentionRequest, Kernel, Operands, Prepared
 from .varying import vary
 
-__all__ = ["attend", "explain", "ragged_page_attention_v2", "ragged_page_attention_v3"]
+__all__ = ["attend", "explain", "prepare", "ragged_page_attention_v2", "ragged_page_attention_v3"]
 
 programs.register_available()  # here, because a process that loads saved programs may trace none
 
@@ -78,6 +79,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
     platform: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
+    prepared: Prepared | None = None,
 ) -> Output | tuple[Output, LogSumExp]:
     """Attention of packed queries over pages that hold their keys and values already.
 
@@ -119,6 +121,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
         platform: ``"cpu"``, ``"gpu"`` (or ``"cuda"``, ``"rocm"``) or ``"tpu"``; None for JAX's default backend.
         mesh: mesh to split the call over; needs ``in_specs``.
         in_specs: partition specs of the positional arguments in order. Those of queries and pages are read.
+        prepared: what :func:`prepare` gave for a call like this one over the same rows; None to compute it here.
 
     Returns:
         The attention output in the queries' dtype. With ``return_lse`` a pair of it and the logsumexp, float32, which
@@ -137,6 +140,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
     attended = attend(
         "v2", queries, None, None, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
         options, **arrays, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+        prepared=prepared,
     )  # fmt: skip
     return attended.output if attended.lse is None else (attended.output, attended.lse)
 
@@ -178,6 +182,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
     platform: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
+    prepared: Prepared | None = None,
 ) -> tuple[Output, PagesV3] | tuple[Output, PagesV3, LogSumExp]:
     """Write the new keys and values of each live token into its page, then attend; or attend alone.
 
@@ -202,7 +207,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
         logits_soft_cap, compute_dtype, optimized, sliding_window, attention_chunk_size: as for
             :func:`ragged_page_attention_v2`.
         mask_value, vmem_limit_bytes, q_scale, k_scale, v_scale: as for :func:`ragged_page_attention_v2`.
-        return_lse, config, platform, mesh, in_specs: as for :func:`ragged_page_attention_v2`.
+        return_lse, config, platform, mesh, in_specs, prepared: as for :func:`ragged_page_attention_v2`.
 
     Returns:
         The attention output in the queries' dtype, and the updated pages (the given ones where nothing is written);
@@ -221,6 +226,7 @@ def ragged_page_attention_v3(  # type: ignore[misc]
     attended = attend(
         "v3", queries, keys, values, kv_pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
         options, **arrays, return_lse=return_lse, config=config, platform=platform, mesh=mesh, in_specs=in_specs,
+        prepared=prepared,
     )  # fmt: skip
     return attended[:2] if attended.lse is None else (attended.output, attended.pages, attended.lse)
 
@@ -245,6 +251,7 @@ def attend(
     platform: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     in_specs: Specs = None,
+    prepared: Prepared | None = None,
 ) -> Attended:
     """Either operation, with its options as one object. The public functions and the host's operations call it.
 
@@ -255,7 +262,7 @@ def attend(
         options: the options; ``sinks`` is set from ``softmax_aux``, and ``scale_arrays`` from the next two.
         k_scale, v_scale: the options of these names where they are arrays; else None.
         return_lse: as for the public functions.
-        config, platform, mesh, in_specs: as for the public functions.
+        config, platform, mesh, in_specs, prepared: as for the public functions.
     """
     request, operands = describe(
         version, queries, keys, values, pages, context_lens, block_tables, query_start_loc, distribution, softmax_aux,
@@ -267,9 +274,11 @@ def attend(
         jax.debug.callback(functools.partial(rows.report_bad_rows, request), *operands[4:8])
     explained = _explained.get()
     if explained is not None:  # no kernel has to be traced; these stand-ins have the right shapes
-        explained.append(selection)
+        explained.append((selection, shards))
         lse = jnp.zeros(operands.queries.shape[:2], jnp.float32) if return_lse else None
         return Attended(operands.queries, operands.pages, lse)
+    if prepared is not None:
+        operands = operands._replace(work=_shared_work(prepared, selection, shards, operands))
     attended = _run(kernel, selection.request, selection.config, shards, operands)
     return attended if request.writes_pages else attended._replace(pages=operands.pages)
 
@@ -286,8 +295,9 @@ def _run(
     return attended if request.writes_pages else attended._replace(pages=None)  # no copy where it is no part of a trace
 
 
-_explained: contextvars.ContextVar[list[Selection] | None] = contextvars.ContextVar("ragged_explained", default=None)
-"""Where :func:`explain` collects the selection of the call that it traces."""
+Found = list[tuple[Selection, Shards]]
+_explained: contextvars.ContextVar[Found | None] = contextvars.ContextVar("ragged_explained", default=None)
+"""Where :func:`explain` and :func:`prepare` collect what is decided about the call that they trace."""
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selection:
@@ -300,9 +310,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selectio
     Raises:
         ValueError, Unsupported: what the call itself would raise.
     """
+    return _decided("explain", function, args, kwargs)[0]
+
+
+def _decided(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Selection, Shards]:
+    """The selection of a call and how it is split. Nothing is computed."""
     if function not in (ragged_page_attention_v2, ragged_page_attention_v3):
-        raise ValueError(f"explain: got {function!r}, wanted ragged_page_attention_v2 or ragged_page_attention_v3.")
-    found: list[Selection] = []
+        raise ValueError(f"{name}: got {function!r}, wanted ragged_page_attention_v2 or ragged_page_attention_v3.")
+    found: Found = []
     token = _explained.set(found)
     try:
         shapes = {name: value for name, value in kwargs.items() if isinstance(value, jax.ShapeDtypeStruct)}
@@ -311,3 +326,76 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Selectio
     finally:
         _explained.reset(token)
     return found[0]
+
+
+def prepare(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Prepared:
+    """What calls over the same rows share, computed once: their keyword ``prepared`` takes it.
+
+    Kernels compute lists of work from ``context_lens``, ``query_start_loc`` and ``distribution`` (or ``num_seqs``)
+    before they attend. XLA shares them between calls of one program, but not between the trips of a loop: a
+    ``lax.scan`` over layers computes them again for each layer, unless its body gets them through ``prepared``. A
+    kernel without such lists prepares nothing, and takes the result all the same.
+
+    What is prepared is for calls with the same static facts: shapes, dtypes, options, configuration, kernel. Layers of
+    two kinds, such as those with a window and those without, need one each. The rows must be the same, too; their
+    numbers are not compared, unless ``EASYDEL_RAGGED_CHECK`` is set. The block tables may differ.
+
+    Args:
+        function: :func:`ragged_page_attention_v2` or :func:`ragged_page_attention_v3`.
+        *args, **kwargs: the arguments of one of the calls. Arrays of which the values are not read (all but the three
+            above) may be ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        ValueError: what the call itself would raise.
+        Unsupported: what the call itself would raise; or its pages are split over mesh axes, or its arrays are sharded
+            explicitly: then each device has rows of its own.
+    """
+    selection, shards = _decided("prepare", function, args, kwargs)
+    _refuse_own_rows("prepare", shards)
+    context_lens, _, query_start_loc, last = args[2:6] if function is ragged_page_attention_v2 else args[4:8]
+    if function is ragged_page_attention_v2:
+        last = distribution_of(last)
+    index = (jnp.asarray(context_lens), jnp.asarray(query_start_loc), jnp.asarray(last))
+    work = _prepare(kernels()[selection.kernel], selection.request, selection.config, *index)
+    return Prepared(work, index, selection.kernel, selection.request, selection.config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prepare(
+    kernel: Kernel,
+    request: AttentionRequest,
+    config: RaggedPageConfig,
+    context_lens: jax.Array,
+    query_start_loc: jax.Array,
+    distribution: jax.Array,
+) -> Any:
+    unread: Any = None
+    index = {"context_lens": context_lens, "query_start_loc": query_start_loc, "distribution": distribution}
+    rest = dict.fromkeys(("queries", "keys", "values", "pages", "block_tables", "sinks"), unread)
+    return kernel.prepare(request, config, Operands(**index, **rest))
+
+
+def _refuse_own_rows(what: str, shards: Shards) -> None:
+    if shards.page_axes or sharding.is_explicit(shards.mesh):
+        why = (
+            f"pages are split over mesh axes {shards.page_axes}"
+            if shards.page_axes
+            else "arrays are sharded explicitly"
+        )
+        raise Unsupported(f"{what}: {why}, so each device has its own lists of work. Leave prepared= out.")
+
+
+def _shared_work(prepared: Any, selection: Selection, shards: Shards, operands: Operands) -> Any:
+    """The work of ``prepared``, if it is for this call."""
+    if not isinstance(prepared, Prepared):
+        raise ValueError(f"prepared: got {type(prepared).__name__}, wanted what easydel_ragged_plugin.prepare returns.")
+    _refuse_own_rows("prepared", shards)
+    differences = prepared.differences(selection.kernel, selection.request, selection.config)
+    if differences:
+        raise ValueError(
+            f"prepared: it is for {'; '.join(differences)}, which this call has. Prepare one for this call's arguments."
+        )
+    if rows.checking():
+        given = (operands.context_lens, operands.query_start_loc, operands.distribution)
+        jax.debug.callback(rows.report_other_rows, prepared.index, given)
+    return prepared.work

@@ -9,19 +9,23 @@ For each field the first source that sets it wins:
 5. tile sizes that ``easydel-ragged tune`` found for this card (kernel ``pallas_gpu``)
 6. the defaults of :class:`RaggedPageConfig`, which leave sizes to the kernel
 
-A call is configured while it is traced. A jitted function keeps the configuration that it was compiled with.
+A call is configured while it is traced. The first source is part of the key under which JAX keeps traced and compiled
+functions, so a function that is called inside of an :func:`override_config` is compiled again for it. The others are
+not, but for the registered plugins (see ``hooks.py``): a function keeps what it was compiled with when an environment
+variable changes, or when a hook comes to return another configuration.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from .options import Options
 
@@ -138,14 +142,18 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> RaggedPageConfi
     return RaggedPageConfig(kernel=kernel) if kernel else None
 
 
-_override: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
-    "easydel_ragged_override", default=None
-)
+_override = jax.make_user_context(default_value=None)
+"""Fields and their values in order, or None: this thread's, and part of JAX's keys. Made with the module, because JAX
+must not be at work in another thread meanwhile."""
 
 
 @contextlib.contextmanager
 def override_config(**fields: Any) -> Iterator[None]:
-    """Replace fields of the config for every call that is traced inside the ``with`` block.
+    """Replace fields of the config for every call inside the ``with`` block, in this thread.
+
+    Jitted functions that are called inside are traced and compiled for these fields, once for each set of values, and
+    those that were compiled outside are taken again after the block. That is so for all functions, those without
+    attention included. What ``jit(f).lower(...).compile()`` has made stays as it is.
 
     Args:
         **fields: fields of :class:`RaggedPageConfig`.
@@ -158,16 +166,13 @@ def override_config(**fields: Any) -> Iterator[None]:
         ...     pass
     """
     RaggedPageConfig(**fields)  # refuses a wrong name or value here, not at the first call
-    token = _override.set({**(_override.get() or {}), **fields})
-    try:
+    with _override(tuple(sorted({**current_override(), **fields}.items())) or None):
         yield
-    finally:
-        _override.reset(token)
 
 
 def current_override() -> Mapping[str, Any]:
     """Fields set by the enclosing :func:`override_config` blocks."""
-    return _override.get() or {}
+    return dict(_override.value or ())
 
 
 def cache_dir() -> Path:

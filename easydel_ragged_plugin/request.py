@@ -20,7 +20,7 @@ from .layout import Version
 from .options import Options, check_magnitude, is_wide_float
 from .types import AttentionRequest, Distribution, Operands
 
-__all__ = ["FORMATS", "describe"]
+__all__ = ["FORMATS", "describe", "distribution_of"]
 
 FORMATS: tuple[CacheFormat, ...] = (turboquant.FORMAT, PLAIN)
 """Every cache format. The first that holds a cache is used. Anything else is refused by the check of plain pages."""
@@ -81,7 +81,7 @@ def describe(
     num_kv_heads = _num_kv_heads(version, cache_format, pages, keys if keys is not None else values, queries)
     _check_sizes(queries, pages, context_lens, block_tables)
     if version == "v2":
-        distribution = _of_num_seqs(distribution)
+        distribution = distribution_of(distribution)
     block_tables = _check_index_arrays(context_lens, query_start_loc, block_tables, distribution)
     _check_known_lengths(context_lens, query_start_loc, distribution, block_tables.shape[1], pages.shape[1])
     arrays = {name: array for name, array in (("k_scale", k_scale), ("v_scale", v_scale)) if array is not None}
@@ -207,7 +207,7 @@ def _check_heads(queries: Any, keys: Any, values: Any, pages: Any, cache_format:
             )
 
 
-def _of_num_seqs(num_seqs: Any) -> Any:
+def distribution_of(num_seqs: Any) -> Any:
     """The number of rows of v2 as a distribution, of which kernels read the last entry; in NumPy where it is known."""
     xp: Any = jnp if isinstance(num_seqs, jax.Array) else np
     num_seqs = xp.asarray(num_seqs, xp.int32).reshape(-1)

@@ -27,7 +27,7 @@ from .layout import Version
 from .select import warn_once
 from .types import Attended, AttentionRequest, Distribution, Operands
 
-__all__ = ["Shards", "local_request", "plan", "run"]
+__all__ = ["Shards", "is_explicit", "local_request", "plan", "run"]
 
 Axes = tuple[str, ...]
 
@@ -239,6 +239,7 @@ def run(
         "sinks": PartitionSpec(q_heads) if operands.sinks is not None else None,
         "k_scale": PartitionSpec(kv_heads) if operands.k_scale is not None else None,
         "v_scale": PartitionSpec(kv_heads) if operands.v_scale is not None else None,
+        "work": jax.tree.map(lambda _: PartitionSpec(), operands.work),  # all shards have the same rows: see api.py
     }
     lse = PartitionSpec(None, q_heads) if request.return_lse else None
 

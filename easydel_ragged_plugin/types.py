@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,7 +23,17 @@ from .options import LARGEST_NUMBER, NO_OPTIONS, SMALLEST_NUMBER, Options
 if TYPE_CHECKING:
     from .config import RaggedPageConfig
 
-__all__ = ["AttentionRequest", "Attended", "Distribution", "Features", "Kernel", "Operands", "Tuning", "Version"]
+__all__ = [
+    "AttentionRequest",
+    "Attended",
+    "Distribution",
+    "Features",
+    "Kernel",
+    "Operands",
+    "Prepared",
+    "Tuning",
+    "Version",
+]
 
 
 SATURATED = 32.0
@@ -174,6 +185,8 @@ class Operands(NamedTuple):
             none. Each is -inf, or a number that float32 holds.
         k_scale, v_scale: ``[kv_heads]`` float32 factors that turn stored keys and values into real ones; None where
             the option is no array.
+        work: what :meth:`Kernel.prepare` of the kernel that runs gave for the same request and index arrays; None where
+            the call is to compute it.
     """
 
     queries: jax.Array
@@ -187,6 +200,38 @@ class Operands(NamedTuple):
     sinks: jax.Array | None
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
+    work: Any = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["work", "index"], meta_fields=["kernel", "request", "config"]
+)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What calls over the same rows share: what a kernel computes of their index arrays. ``api.prepare`` makes it.
+
+    It is a pytree: it may be made inside of ``jax.jit``, and a ``lax.scan`` over layers may close over it.
+
+    Attributes:
+        work: what :meth:`Kernel.prepare` gave: a pytree of arrays, or None for nothing.
+        index: ``context_lens``, ``query_start_loc`` and ``distribution`` that it was made of.
+        kernel: name of the kernel that it is for.
+        request: the call that it is for, as one device has it.
+        config: the configuration of that call.
+    """
+
+    work: Any
+    index: tuple[jax.Array, jax.Array, jax.Array]
+    kernel: str
+    request: AttentionRequest
+    config: Any  # RaggedPageConfig, which is imported for type checkers alone
+
+    def differences(self, kernel: str, request: AttentionRequest, config: RaggedPageConfig) -> list[str]:
+        """What another call has that this is not for, as text."""
+        pairs = [("kernel", self.kernel, kernel), ("config", self.config, config)]
+        names = (field.name for field in dataclasses.fields(AttentionRequest))
+        pairs += [(name, getattr(self.request, name), getattr(request, name)) for name in names]
+        return [f"{name} {mine} and not {other}" for name, mine, other in pairs if mine != other]
 
 
 class Attended(NamedTuple):
@@ -301,6 +346,14 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """Attend, after writing the new tokens where ``request.writes_pages``."""
+
+    def prepare(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Any:
+        """What :meth:`forward` computes of the index arrays alone, as a pytree of arrays; None where that is nothing.
+
+        ``forward`` takes it from ``operands.work`` where a caller has computed it before, once for many layers. Only
+        ``context_lens``, ``query_start_loc`` and ``distribution`` are read.
+        """
+        return None
 
     def register_ffi_targets(self) -> str | None:
         """Make known to XLA what :attr:`custom_calls` call, where JAX does not: a program that is loaded needs it.

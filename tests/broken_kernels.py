@@ -63,7 +63,8 @@ class OracleKernel(Kernel):
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         def on_host(operands: Operands) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            query, key, value, pages, *index, last, sinks, k_scale, v_scale = jax.tree.map(np.asarray, operands)
+            arrays = jax.tree.map(np.asarray, operands._replace(work=None))
+            query, key, value, pages, *index, last, sinks, k_scale, v_scale = arrays[:-1]
             if not request.writes_pages:
                 # Operations have them there, too.
                 key = value = np.zeros((len(query), request.num_kv_heads, request.head_dim), query.dtype)

@@ -69,7 +69,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module() -> Iterator[None]:
-    """Programs are freed with the module that compiled them: see ``testing.kernel_driver.MOST_PROGRAMS``."""
+    """Programs are freed with the module that compiled them: see ``testing.kernel_driver.MOST_MEMORY_MAPS``."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()

@@ -88,24 +88,26 @@ def missing() -> str | None:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not any(found for folder in folders for found in Path(folder).glob("xla_cuda*")):
         return "JAX's CUDA plugin is not installed; pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
-    if not (0, 9) <= jax.__version_info__ < (0, 11):
-        # 0.8 can't hold a program for a device that is not there; from 0.11 on the dump holds no PTX.
-        return f"the compilers' findings are read as JAX 0.9 and 0.10 leave them, this is {jax.__version__}"
+    if jax.__version_info__ < (0, 9):
+        return f"JAX {jax.__version__} can't hold a program for a device that is not there; 0.9 can"
     if ptxas() is None:
         return "there is no ptxas beside JAX's CUDA plugin; pip install nvidia-cuda-nvcc-cu12"
     return None
 
 
 def compiles_mosaic() -> str | None:
-    """Why Mosaic GPU compiles nothing here, or None. It leaves PTX and what ptxas says by itself, with every JAX."""
-    found = missing()
-    if found is not None and jax.__version_info__ < (0, 11):
-        return found
-    if jax.__version_info__ >= (0, 11) and (importlib.util.find_spec("jax_plugins") is None or ptxas() is None):
-        return "JAX's CUDA plugin or ptxas is not installed; pip install jax-cuda12-plugin nvidia-cuda-nvcc-cu12"
+    """Why Mosaic GPU compiles nothing here, or None."""
     if importlib.util.find_spec("absl") is None:
         return "Mosaic GPU imports absl-py and does not declare it; pip install absl-py"
-    return None
+    return missing()
+
+
+OPTIONS: dict[str, Any] = (
+    {"xla_dump_emitter_re": ".*"}  # else nothing of what the emitters make is dumped
+    if jax.__version_info__ >= (0, 11)
+    else {"xla_gpu_enable_llvm_module_compilation_parallelism": True}  # each kernel by itself
+)
+"""What has PTX dumped for each kernel, with this JAX."""
 
 
 @functools.cache
@@ -114,6 +116,10 @@ def ptxas() -> Path | None:
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return next((found for folder in folders for found in sorted(Path(folder).glob("*/bin/ptxas"))), None)
+
+
+if ptxas() is not None:  # XLA would take one that the machine has in its PATH
+    os.environ["PATH"] = os.pathsep.join((str(Path(str(ptxas())).parent), os.environ.get("PATH", "")))
 
 
 @functools.cache
@@ -147,6 +153,11 @@ class Code:
     def multiply_adds(self) -> int:
         """float32 multiplications with an addition, on no tensor core."""
         return len(re.findall(r"\bfma\.rn\.f32\b", self.ptx))
+
+    @property
+    def loads(self) -> int:
+        """Loads from the card's memory into registers."""
+        return len(re.findall(r"\bld\.global\b", self.ptx))
 
     @property
     def copied_bytes(self) -> int:
@@ -234,9 +245,9 @@ def compile_for(card: str, lowered: Any) -> tuple[Any, dict[str, Kernel]]:
         compiled = lowered.compile(
             {
                 "xla_dump_to": folder,
-                # Each kernel by itself, and noted in a file with the shared memory that it is started with.
-                "xla_gpu_enable_llvm_module_compilation_parallelism": True,
+                # Where it is noted with which shared memory each kernel is started.
                 "xla_gpu_kernel_cache_file": str(cache),
+                **OPTIONS,
             }
         )
         shared = dict(_shared_bytes(cache.read_bytes()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from easydel_ragged_plugin import page_shape
 from easydel_ragged_plugin.kernels.pallas_gpu import work
@@ -55,12 +58,29 @@ def request_for(
     )
 
 
+def in_two_loops(walk: Callable[..., Any]) -> Callable[..., Any]:
+    """The walk over keys in two loops that do the same, one after the other, where it has one."""
+
+    def call(*arguments: Any) -> Any:
+        loop = jax.lax.fori_loop
+
+        def twice(begin: Any, end: Any, step: Any, state: Any) -> Any:
+            middle = (begin + end) // 2
+            return loop(middle, end, step, loop(begin, middle, step, state))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "fori_loop", twice)
+            return walk(*arguments)
+
+    return call
+
+
 def decode_rows(*contexts: int) -> Rows:
     ones = jnp.ones(len(contexts), jnp.int32)
     return Rows(jnp.arange(len(contexts), dtype=jnp.int32), ones, jnp.array(contexts, jnp.int32))
 
 
-def decode_parts(batch: Batch, sizes: Tiles) -> work.DecodeWork:
+def decode_parts(batch: Batch, sizes: Tiles) -> jax.Array:
     case = batch.case
     request = request_for(
         q_heads=case.q_heads,
@@ -76,4 +96,4 @@ def decode_parts(batch: Batch, sizes: Tiles) -> work.DecodeWork:
     )
     starts = jnp.array(batch.query_start_loc)
     rows = Rows(starts[:-1], starts[1:] - starts[:-1], jnp.array(batch.context_lens))
-    return work.decode_work(request, sizes, rows, sizes.decode.queries // request.group_size)
+    return work.decode_work(request, sizes, rows)[0]

@@ -6,13 +6,11 @@ import dataclasses
 import os
 from collections.abc import Iterable
 
-import jax
-
 from easydel_ragged_plugin import RaggedPageConfig
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import HEAD_DIMS, LongRows, PallasMosaicGPU
 from easydel_ragged_plugin.testing.batches import Case
 
-__all__ = ["EVERY_ROW", "INTERPRETED", "NEEDED_THREADS", "in_its_shape", "no_threads"]
+__all__ = ["EVERY_ROW", "INTERPRETED", "NEEDED_THREADS", "in_its_shape", "not_interpreted"]
 
 INTERPRETED = PallasMosaicGPU(interpret=True)
 EVERY_ROW = RaggedPageConfig(kernel_config=LongRows(more_than=0))
@@ -22,12 +20,13 @@ NEEDED_THREADS = 6
 """The three warpgroups wait for one another in threads of XLA, which has one for each processor, or NPROC of them."""
 
 
-def no_threads() -> str | None:
-    """Why the interpreter would wait forever here, or None."""
+def not_interpreted() -> str | None:
+    """Why the interpreter can't run here, or would wait forever; or None."""
+    reason = INTERPRETED.facts()["reason"]
     threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
-    if threads >= NEEDED_THREADS or jax.__version_info__ < (0, 12):  # before, it refuses by name
-        return None
-    return f"JAX's interpreter for GPUs needs {NEEDED_THREADS} threads of XLA, here are {threads}; set NPROC"
+    if reason is None and threads < NEEDED_THREADS:
+        reason = f"JAX's interpreter for GPUs needs {NEEDED_THREADS} threads of XLA, here are {threads}; set NPROC"
+    return reason
 
 
 def in_its_shape(cases: Iterable[Case]) -> tuple[Case, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
 import easydel_ragged_plugin
 from easydel_ragged_plugin import (
@@ -20,6 +21,7 @@ from easydel_ragged_plugin import (
     api,
     explain,
     page_shape,
+    prepare,
     ragged_page_attention_v2,
     ragged_page_attention_v3,
 )
@@ -392,6 +394,68 @@ def test_explain_names_choice_and_refusals() -> None:
 def test_explain_wants_one_of_the_functions() -> None:
     with pytest.raises(ValueError, match=r"explain: got .*wanted ragged_page_attention_v2"):
         explain(page_shape, 1)
+
+
+PREPARED_OF = [ARRAYS[name] for name in ("queries", "keys", "values", "kv_pages")]
+
+
+def prepared_for(lens: tuple[int, ...] = (5, 3, 4), **options: Any) -> easydel_ragged_plugin.Prepared:
+    """Made of three rows with two tokens each, for the calls of :func:`trace`."""
+    index = (jnp.array(lens), ARRAYS["block_tables"], jnp.array([0, 2, 4, 6]), jnp.array([0, 0, 3]))
+    return prepare(ragged_page_attention_v3, *PREPARED_OF, *index, **options)
+
+
+def test_kernels_without_lists_take_what_is_prepared_for_them() -> None:
+    prepared = prepared_for(config="xla", sliding_window=3)
+    assert (prepared.kernel, prepared.work) == ("xla", None)
+    output, _ = trace(prepared=prepared, config="xla", sliding_window=3)
+    assert output.shape == ARRAYS["queries"].shape
+    with pytest.raises(ValueError, match=r"prepare: got .*wanted ragged_page_attention_v2"):
+        prepare(page_shape, 1)
+
+
+def test_what_is_prepared_for_another_call_is_refused_by_name() -> None:
+    prepared = prepared_for(config="xla")
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"config": "xla", "return_lse": True}, "it is for return_lse False and not True, which this call has"),
+        ({"config": "xla", "sliding_window": 3}, "it is for options .* and not sliding_window=3"),
+        ({"config": RaggedPageConfig(kernel="xla", num_kv_pages_per_block=2)}, "it is for config "),
+        ({"platform": "tpu"}, "it is for kernel xla and not pallas_tpu; "),
+    ]
+    for options, message in others:
+        with pytest.raises(ValueError, match=f"prepared: {message}"):
+            trace(prepared=prepared, **options)
+    longer = {name: array(TOKENS + 1, *ARRAYS[name].shape[1:]) for name in ("queries", "keys", "values")}
+    with pytest.raises(ValueError, match="num_tokens 6 and not 7"):
+        trace(longer, prepared=prepared, config="xla")
+    with pytest.raises(ValueError, match=r"prepared: got tuple, wanted what easydel_ragged_plugin\.prepare returns"):
+        trace(prepared=(1, 2), config="xla")
+
+
+def test_nothing_is_prepared_where_each_device_has_its_own_rows() -> None:
+    mesh = AbstractMesh((3,), ("dp",))
+    specs = (None, None, None, PartitionSpec("dp"), None, None, None, None)
+    with pytest.raises(Unsupported, match=r"prepare: pages are split over mesh axes \('dp',\)"):
+        prepared_for(config="xla", mesh=mesh, in_specs=specs)
+    with pytest.raises(Unsupported, match=r"prepared: pages are split over mesh axes .*Leave prepared= out"):
+        trace(prepared=prepared_for(config="xla"), config="xla", mesh=mesh, in_specs=specs)
+
+
+def test_check_reports_other_rows_than_those_prepared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = build_batch(case_named("mixed"), "v2")
+    index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
+    prepared = prepare(ragged_page_attention_v2, batch.queries, batch.updated_pages, *index)
+    monkeypatch.setenv("EASYDEL_RAGGED_CHECK", "1")
+    with caplog.at_level(logging.ERROR, logger="easydel_ragged_plugin"):
+        ragged_page_attention_v2(batch.queries, batch.updated_pages, *index, prepared=prepared)
+        jax.effects_barrier()
+        assert not caplog.records
+        other = (batch.context_lens - 1, *index[1:])
+        ragged_page_attention_v2(batch.queries, batch.updated_pages, *other, prepared=prepared)
+        jax.effects_barrier()
+    assert "prepared= was made of context_lens" in caplog.text
 
 
 def test_named_kernel_raises_instead_of_falling_back() -> None:

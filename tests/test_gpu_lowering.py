@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from described_cards import described_gpu
+from gpu_requests import in_two_loops
 from jax.sharding import PartitionSpec as P
 
-from easydel_ragged_plugin import CUSTOM_CALLS, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
-from easydel_ragged_plugin.kernels.pallas_gpu import attend
+from easydel_ragged_plugin import CUSTOM_CALLS, api, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels.pallas_gpu import attend, softmax
 from easydel_ragged_plugin.layout import Version
 
 VERSIONS: tuple[Version, ...] = ("v2", "v3")
@@ -187,6 +188,15 @@ def test_lowers_for_rocm(dtypes: tuple[Any, Any], version: Version) -> None:
     assert names(lowered) == KERNELS[version]
 
 
+def test_instructions_of_nvidia_are_in_programs_for_nvidia_alone() -> None:
+    """Weights and what is kept of the sums, in the one loop over keys."""
+    for kernel in ATTENTION:
+        for_nvidia, for_amd = (triton(lower("v2", platform=platform), kernel) for platform in ("cuda", "rocm"))
+        assert for_nvidia.count("tt.elementwise_inline_asm") == 2
+        assert for_nvidia.count("ex2.approx.ftz.f32") == 2
+        assert "tt.elementwise_inline_asm" not in for_amd
+
+
 @pytest.mark.parametrize("varying", ["all", "heads", "nothing"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_lowers_inside_of_shard_map(version: Version, varying: str) -> None:
@@ -197,6 +207,33 @@ def test_lowers_inside_of_shard_map(version: Version, varying: str) -> None:
     around = functools.partial(jax.shard_map, in_specs=specs, out_specs=P() if varying == "nothing" else P("x"))
     lowered = lower(version, sinks=True, return_lse=True, donate=False, sliding_window=300, around=around)
     assert names(lowered) == KERNELS[version]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_loop_over_layers_makes_no_lists_of_what_is_prepared(share: bool) -> None:
+    def scanned(call: Callable[..., Any]) -> Callable[..., Any]:
+        def layers(queries: Any, pages: Any, *index: Any) -> Any:
+            options = {"platform": "cuda"}
+            prepared = api.prepare(ragged_page_attention_v2, queries, pages, *index, **options) if share else None
+            body = functools.partial(ragged_page_attention_v2, prepared=prepared, **options)
+            return jax.lax.scan(lambda carry, _: (body(carry, pages, *index), None), queries, length=2)[0]
+
+        return layers
+
+    lowered = lower("v2", around=scanned)
+    assert sorted(names(lowered)) == sorted(KERNELS["v2"])
+    (loop,) = [each for each in operations(lowered.compiler_ir().operation) if each.name == "stablehlo.while"]
+    functions = {
+        each.attributes["sym_name"].value: each
+        for each in operations(lowered.compiler_ir().operation)
+        if each.name == "func.func"
+    }
+    bodies = [loop]
+    for body in bodies:  # it grows by what is called from it
+        callees = (functions[each.attributes["callee"].value] for each in operations(body) if each.name == "func.call")
+        bodies += [each for each in callees if each not in bodies]
+    reductions = [each for body in bodies for each in operations(body) if each.name == "stablehlo.reduce"]
+    assert bool(reductions) == (not share)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -211,6 +248,9 @@ def test_a_decode_step_of_one_row_has_no_prefill() -> None:
     assert names(lower("v2", rows=1, tokens=1)) == ["ragged_decode", "ragged_merge"]
     # Nor is there a merge where no context can be long enough to be split.
     assert names(lower("v2", rows=1, tokens=1, width=2)) == ["ragged_decode"]
+    assert names(lower("v2", rows=1, tokens=1, sliding_window=128)) == ["ragged_decode"]
+    assert names(lower("v2", rows=1, tokens=1, attention_chunk_size=128)) == ["ragged_decode"]
+    assert names(lower("v2", rows=1, tokens=1, sliding_window=1000)) == ["ragged_decode", "ragged_merge"]
 
 
 # The Triton programs.
@@ -249,37 +289,34 @@ def products(program: str) -> list[str]:
     return [line for line in program.splitlines() if re.search(r"= tt\.dot\b", line)]
 
 
-def check_key_loops(program: str, window: bool) -> None:
-    """Three loops over keys with a window and two without, each with both products, dynamic bounds and tiled loads."""
+def check_key_loops(program: str) -> None:
+    """One loop over keys, with both products, dynamic bounds and tiled, masked loads."""
     # `for`, not `while`: Triton prefetches the loads of the former alone.
     assert "scf.while" not in program, "a while loop"
     attention = [loop for loop in loops(program) if products(loop)]
-    assert len(attention) == (3 if window else 2), f"{len(attention)} loops with products"
-    assert len(products(program)) == 2 * len(attention), "products outside of loops"
-    masked = []
-    for loop in attention:
-        bounds = re.search(r"scf\.for %\w+ = (%[\w#]+) to (%[\w#]+) step", loop)
-        assert bounds is not None
-        assert not re.search(rf"{re.escape(bounds[2])} = arith\.constant", program), "an end that is fixed"
-        assert len(products(loop)) == 2, f"{len(products(loop))} products in a loop"
-        loads = re.findall(r"= tt\.load (%.*) : (.*)$", loop, re.MULTILINE)
-        assert loop.count("tt.load") == len(loads) == 3, f"{len(loads)} loads in a loop"
-        # Page ids, keys and values; all of them tiles of pointers.
-        (keys,) = {re.fullmatch(r"tensor<(\d+)x128x!tt\.ptr<bf16>>", kind)[1] for _, kind in loads[1:]}  # type: ignore[index]
-        assert loads[0][1] == f"tensor<{keys}x!tt.ptr<i32>>"
-        # An operand after the pointer is a mask.
-        (is_masked,) = {"," in operands for operands, _ in loads}
-        masked.append(is_masked)
-    assert masked == ([True, False, True] if window else [False, True]), f"masked loads: {masked}"
+    assert len(attention) == 1, f"{len(attention)} loops with products"
+    assert len(products(program)) == 2, "products outside of loops"
+    (loop,) = attention
+    bounds = re.search(r"scf\.for %\w+ = (%[\w#]+) to (%[\w#]+) step", loop)
+    assert bounds is not None
+    assert not re.search(rf"{re.escape(bounds[2])} = arith\.constant", program), "an end that is fixed"
+    assert len(products(loop)) == 2, f"{len(products(loop))} products in a loop"
+    loads = re.findall(r"= tt\.load (%.*) : (.*)$", loop, re.MULTILINE)
+    assert loop.count("tt.load") == len(loads) == 3, f"{len(loads)} loads in a loop"
+    # Page ids, keys and values; all of them tiles of pointers.
+    (keys,) = {re.fullmatch(r"tensor<(\d+)x128x!tt\.ptr<bf16>>", kind)[1] for _, kind in loads[1:]}  # type: ignore[index]
+    assert loads[0][1] == f"tensor<{keys}x!tt.ptr<i32>>"
+    # An operand after the pointer is a mask.
+    assert all("," in operands for operands, _ in loads), f"masks of loads: {loads}"
 
 
 @pytest.mark.parametrize("kernel", ATTENTION)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 300}], ids=["plain", "window"])
-def test_loops_have_dynamic_bounds_and_load_tiles(kernel: str, options: dict[str, Any]) -> None:
-    program = triton(lower("v3", **options), kernel)
-    check_key_loops(program, window=bool(options))
-    with pytest.raises(AssertionError, match="loops with products"):
-        check_key_loops(program, window=not options)
+def test_loops_have_dynamic_bounds_and_load_tiles(kernel: str, options: dict[str, Any], spoil: Any) -> None:
+    check_key_loops(triton(lower("v3", **options), kernel))
+    spoil(attend, "walk", in_two_loops(attend.walk))
+    with pytest.raises(AssertionError, match="2 loops with products"):
+        check_key_loops(triton(lower("v3", **options), kernel))
 
 
 def test_a_kernel_without_products_is_seen(spoil: Any) -> None:
@@ -291,11 +328,11 @@ def test_a_kernel_without_products_is_seen(spoil: Any) -> None:
     for kernel in ATTENTION:
         program = triton(lowered, kernel)
         with pytest.raises(AssertionError, match="0 loops with products"):
-            check_key_loops(program, window=False)
+            check_key_loops(program)
         with pytest.raises(AssertionError, match="0 products"):
-            check_float32_sums(program, num_products=4)
+            check_float32_sums(program, num_products=2)
         with pytest.raises(AssertionError, match="0 products"):
-            check_ieee_products(program, num_products=4)
+            check_ieee_products(program, num_products=2)
 
 
 def test_a_loop_that_does_not_count_is_seen(spoil: Any) -> None:
@@ -307,7 +344,7 @@ def test_a_loop_that_does_not_count_is_seen(spoil: Any) -> None:
 
     spoil(jax.lax, "fori_loop", fori_loop)
     with pytest.raises(AssertionError, match="a while loop"):
-        check_key_loops(triton(lower("v3"), "ragged_decode"), window=False)
+        check_key_loops(triton(lower("v3"), "ragged_decode"))
 
 
 def check_float32_sums(program: str, num_products: int) -> None:
@@ -316,7 +353,7 @@ def check_float32_sums(program: str, num_products: int) -> None:
     assert len(found) == num_products, f"{len(found)} products"
     for line in found:
         assert re.search(r"-> tensor<\d+x\d+xf32>", line), line
-    # Maximum, total and weighted values of a tile, in each of two loops, and of a query that is taken alone.
+    # Maximum, total and weighted values of a tile, and of a query that is taken alone.
     carried = [re.findall(r"x([a-z]\w+)>", line.split("->")[1]) for line in program.splitlines() if "iter_args" in line]
     assert [each for each in carried if len(each) == 3] == [["f32"] * 3] * (num_products // 2 + 1), (
         f"carried: {carried}"
@@ -325,22 +362,22 @@ def check_float32_sums(program: str, num_products: int) -> None:
 
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_statistics_and_accumulators_are_float32(kernel: str, spoil: Any) -> None:
-    check_float32_sums(triton(lower("v3"), kernel), num_products=4)
+    check_float32_sums(triton(lower("v3"), kernel), num_products=2)
 
-    state, walk = attend.Softmax, attend.walk
+    state, walk = softmax.Softmax, attend.walk
 
-    def half(maximum: jax.Array, total: jax.Array, weighted: jax.Array) -> attend.Softmax:
+    def half(maximum: jax.Array, total: jax.Array, weighted: jax.Array) -> softmax.Softmax:
         of_a_tile = len(weighted) > 1  # what is stored of a query alone has to stay in float32
         return state(maximum, total, weighted.astype(jnp.bfloat16) if of_a_tile else weighted)
 
-    def walk_with_half(*arguments: Any) -> attend.Softmax:
+    def walk_with_half(*arguments: Any) -> softmax.Softmax:
         maximum, total, weighted = walk(*arguments)
         return state(maximum, total, weighted.astype(jnp.float32))
 
-    spoil(attend, "Softmax", half)
+    spoil(softmax, "Softmax", half)
     spoil(attend, "walk", walk_with_half)
     with pytest.raises(AssertionError, match="carried"):
-        check_float32_sums(triton(lower("v3"), kernel), num_products=4)
+        check_float32_sums(triton(lower("v3"), kernel), num_products=2)
 
 
 def check_ieee_products(program: str, num_products: int) -> None:
@@ -353,14 +390,14 @@ def check_ieee_products(program: str, num_products: int) -> None:
 
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_float32_is_not_cut_to_tf32(kernel: str, spoil: Any) -> None:
-    check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=4)
+    check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=2)
 
     def default_precision(left: jax.Array, right: jax.Array, contracted: int) -> jax.Array:
         return jax.lax.dot_general(left, right, (((1,), (contracted,)), ((), ())))
 
     spoil(attend, "product", default_precision)
     with pytest.raises(AssertionError, match="inputPrecision = tf32"):
-        check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=4)
+        check_ieee_products(triton(lower("v3", dtype=jnp.float32), kernel), num_products=2)
 
 
 DONATED = r"%arg3: tensor<256x128x8x2x128xbf16> \{tf\.aliasing_output = 1 "
@@ -379,12 +416,12 @@ def test_update_is_in_place_and_so_are_the_results(return_lse: bool) -> None:
         # What goes in there has the type of what comes out.
         for output, operand in aliases[name]:
             assert call.operands[int(operand)].type == call.results[int(output or 0)].type
-    # The pages; the output that starts as zeros, which the kernels fill one after the other; so for the logsumexp.
-    # Beside them decode has three arrays of partial results.
+    # The pages; the output, which decode makes and the others fill; so for the logsumexp. Beside them decode has three
+    # arrays of partial results.
     alone, both = [("", "4")], [("0", "4"), ("1", "5")]
     assert aliases == {
         "ragged_update": alone,
-        "ragged_decode": both if return_lse else [("0", "4")],
+        "ragged_decode": [],
         "ragged_merge": both if return_lse else alone,
         "ragged_prefill": both if return_lse else alone,
     }
@@ -427,9 +464,32 @@ def test_nothing_of_the_caches_size_but_the_cache(version: Version) -> None:
             check_nothing_is_as_large_as(elements, lowered)
 
 
-PAGES = {"ragged_update": (5, 2), "ragged_decode": (2, 6), "ragged_prefill": (2, 6)}
+def check_no_output_is_made_beforehand(lowered: Any) -> None:
+    """Nothing but the kernels makes arrays of the output's type: no zeros, no copy, no choice between two of them."""
+    (output,) = {str(call.results[0].type) for call in calls(lowered)}
+    made = {
+        each.name
+        for each in operations(lowered.compiler_ir().operation)
+        if output in {str(result.type) for result in each.results}
+        # One branch is no choice: of those for several platforms this is the one for the platform that is lowered for.
+        and not (each.name == "stablehlo.case" and len(each.regions) == 1)
+    }
+    assert made <= {"stablehlo.custom_call", "func.call"}, f"arrays of the output's type: {made}"
+
+
+def test_no_output_is_made_beforehand() -> None:
+    check_no_output_is_made_beforehand(lower("v2"))
+
+    def and_zeros(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: call(*arrays) + jnp.zeros((64, 32, 128), jnp.bfloat16)
+
+    with pytest.raises(AssertionError, match="of the output's type"):
+        check_no_output_is_made_beforehand(lower("v2", around=and_zeros))
+
+
+PAGES = {"ragged_update": (5, 2), "ragged_decode": (3, 4), "ragged_prefill": (2, 4)}
 """The argument that holds the pages, and how often a kernel computes addresses in it: for keys and for values, once or
-in each of three loops, of which the last takes the queries one by one."""
+in each of two loops, of which the second takes the queries one by one."""
 
 
 def type_of(value: Any) -> str:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from benchmarks.gpu import half_hour
 from easydel_ragged_plugin import RaggedPageConfig
 from easydel_ragged_plugin.bench import tune
 from easydel_ragged_plugin.bench.cases import workload
@@ -267,3 +269,38 @@ def test_benchmark_refuses_an_unknown_workload(repository: Path) -> None:
     result = script(repository, "--dry-run", "--case", "decode-1x9k")
     assert result.returncode == 2
     assert "--case: got decode-1x9k, wanted some of decode-64x2k," in result.stderr
+
+
+class TestHalfHour:
+    """The commands for a first half hour on a card, with others in their place."""
+
+    def test_each_command_ends_and_what_it_found_is_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        programs = {"good": "print('found')", "bad": "raise SystemExit(3)", "slow": "import time; time.sleep(60)"}
+        commands = [half_hour.Command(name, ("-c", program)) for name, program in programs.items()]
+        monkeypatch.setattr(half_hour, "commands", lambda out, dry: iter(commands))
+        run = ["--out", str(tmp_path), "--limit", "5"]
+        assert half_hour.main(run) == 1
+        done = json.loads((tmp_path / "done.json").read_text(encoding="utf-8"))
+        found = {name: each["status"] for name, each in done.items()}
+        assert found == {"good": "ok", "bad": "exit code 3", "slow": "timed out"}
+        assert (tmp_path / "good.log").read_text(encoding="utf-8").strip() == "found"
+        assert "1 of 3 commands ended well; not bad, slow" in capsys.readouterr().out
+        commands[1:] = [half_hour.Command(name, ("-c", "")) for name in ("bad", "slow")]
+        assert half_hour.main(run) == 0
+        again = capsys.readouterr().out
+        assert "good ..." not in again
+        assert "3 of 3 commands ended well" in again
+
+    def test_a_missed_target_is_measured_again_with_the_tuned_tiles(self, tmp_path: Path) -> None:
+        names = [command.name for command in half_hour.commands(tmp_path, False)]
+        assert len(names) == len(set(names))
+        assert not any(name.startswith("again-") for name in names)
+        workloads = [name.removeprefix("table-") for name in names if name.startswith("table-")]
+        for name, met in zip(workloads, (False, True), strict=False):
+            report = {"results": [{"timings": [{"met": met}, {"met": None}]}]}
+            (tmp_path / f"table-{name}.json").write_text(json.dumps(report), encoding="utf-8")
+        again = [each for each in half_hour.commands(tmp_path, False) if each.name.startswith("again-")]
+        assert [each.name for each in again] == [f"again-{workloads[0]}"]
+        assert dict(again[0].variables)["EASYDEL_RAGGED_CACHE"] == str(tmp_path / "tuned")

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "request": {"formats", "layout", "options", "turboquant", "types"},
     "api": {
         "config",
+        "errors",
         "layout",
         "options",
         "programs",
@@ -105,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "workers",
     },
     "__main__": {"cli"},
-    "__init__": {"api", "config", "errors", "hooks", "layout", "operations", "programs", "startup", "workers"},
+    "__init__": {"api", "config", "errors", "hooks", "layout", "operations", "programs", "startup", "types", "workers"},
 }
 # Imports that exist for type checkers only: they may point the other way.
 TYPE_ONLY = {("types", "config")}

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from described_cards import CARDS, Code, compiles_mosaic, loops_of, on
 
-from easydel_ragged_plugin import RaggedPageConfig, page_shape
+from easydel_ragged_plugin import RaggedPageConfig, Unsupported, page_shape, ragged_page_attention_v3
+from easydel_ragged_plugin.kernels import pallas_mosaic_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, sizes
@@ -110,9 +111,9 @@ def check_in_place(program: Program) -> None:
     [
         ("v3", (32, 8), 128, {}),
         ("v3", (64, 8), 64, {"sliding_window": 128, "sinks": True}),
-        pytest.param("v2", (16, 8), 256, {"sliding_window": 1024, "logits_soft_cap": 50.0}, marks=pytest.mark.long),
-        pytest.param("v2", (32, 8), 128, {"attention_chunk_size": 512}, marks=pytest.mark.long),
-        pytest.param("v3", (16, 1), 128, {"logits_soft_cap": 30.0}, marks=pytest.mark.long),
+        ("v2", (16, 8), 256, {"sliding_window": 1024, "logits_soft_cap": 50.0}),
+        ("v2", (32, 8), 128, {"attention_chunk_size": 512}),
+        ("v3", (16, 1), 128, {"logits_soft_cap": 30.0}),
     ],
     ids=lambda value: str(value),
 )
@@ -134,7 +135,9 @@ def test_compiles_for_hopper(
     loops = program.key_loops
     assert len(loops) == 2 + made.options.is_local
     for loop in loops:
-        assert loop.tensor_core_products == head_dim // 16 + own.keys // 16
+        products = re.findall(r"\bwgmma\.mma_async[^;]*;", loop.ptx)
+        weighted = [each for each in products if re.search(r"\},\s*\{", each)]  # weights are in registers
+        assert (len(products), len(weighted)) == (head_dim // 16 + own.keys // 16, own.keys // 16)
         assert "ex2.approx.ftz.f32" in loop.ptx
         assert not re.search(r"\b(?:ld|st)\.(?:global|local)", loop.ptx), "the loop leaves registers and shared memory"
     assert set(re.findall(r"setmaxnreg\.(\w+)", program.ptx)) == {"inc", "dec"}
@@ -146,11 +149,44 @@ def test_a_copy_of_the_pages_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check_in_place(program)
 
 
-def test_whole_call_leaves_the_cache_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update, the kernel of long rows, what follows it and decode: one program, with the pages in their memory."""
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process on the H100 that is described, with an assembler that is trusted."""
     found = CARDS["H100"]
     card = tiles.Card(found.multiprocessors, found.shared_bytes, found.capability)
     monkeypatch.setattr(tiles, "card", lambda: (found.kind, card))
+    monkeypatch.setattr(pallas_mosaic_gpu, "miscompiles", lambda: None)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_inside_of_shard_map(check_vma: bool) -> None:
+    """Or refuses by name, where JAX can't trace it there."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=on("H100"))
+    index = functools.partial(array, dtype=jnp.int32)
+    pages = array(page_shape("v3", 256, 128, 8, 128, np.dtype(jnp.bfloat16)), jnp.bfloat16)
+    new = array((512, 8, 128), jnp.bfloat16)
+    call = [array((512, 32, 128), jnp.bfloat16), new, new, pages, index((8,)), index((8, 64)), index((9,)), index((3,))]
+    function = functools.partial(ragged_page_attention_v3, config=KERNEL.name, platform="gpu", return_lse=True)
+    spec = jax.sharding.PartitionSpec("x")
+
+    def lower() -> Any:
+        around = jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=check_vma)
+        return jax.jit(around).trace(*call).lower()
+
+    mesh = on("H100").mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    with jax.set_mesh(mesh):
+        if check_vma and jax.__version_info__ < pallas_mosaic_gpu.FOLLOWS_AXES_JAX:
+            with pytest.raises(Unsupported, match=r"inside of jax\.shard_map, unless with check_vma=False"):
+                lower()
+        else:
+            assert "mosaic_gpu" in lower().as_text()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_whole_call_leaves_the_cache_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update, the kernel of long rows, what follows it and decode: one program, with the pages in their memory."""
     # Another geometry than above: a kernel that the process has compiled is not compiled again, and leaves no file.
     made = dataclasses.replace(request("v3", (40, 8), 128), return_lse=True)
     array = functools.partial(jax.ShapeDtypeStruct, sharding=on("H100"))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -151,15 +152,6 @@ def test_the_library_has_no_instruction_set_that_is_not_listed() -> None:
     assert set(LEVELS) <= set(instruction_sets())
 
 
-def test_the_build_makes_the_file_that_is_looked_for() -> None:
-    """`hatch_build.py` and `cpu_native.py` share no code: the first runs before there is a package."""
-    line = 'LIBRARY = "libeasydel_ragged.dll" if {} else "libeasydel_ragged.so"'
-    build = (ROOT / "native" / "hatch_build.py").read_text(encoding="utf-8")
-    kernel = Path(cpu_native.__file__).read_text(encoding="utf-8")
-    assert line.format("WINDOWS") in build
-    assert line.format('sys.platform == "win32"') in kernel
-
-
 def build_hook(monkeypatch: pytest.MonkeyPatch, platform: str, *tools: str) -> ModuleType:
     """The build hook of a machine with these programs on PATH. The tests have no hatchling."""
     interface = ModuleType("hatchling.builders.hooks.plugin.interface")
@@ -167,7 +159,7 @@ def build_hook(monkeypatch: pytest.MonkeyPatch, platform: str, *tools: str) -> M
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(shutil, "which", lambda name: f"/tools/{name}" if name in tools else None)
-    for variable in ("CXX", "XLA_FFI_INCLUDE_DIR", "EASYDEL_RAGGED_NATIVE_BUILD"):
+    for variable in ("CXX", "XLA_FFI_INCLUDE_DIR", "EASYDEL_RAGGED_NATIVE_BUILD", "EASYDEL_RAGGED_NATIVE_TARGET"):
         monkeypatch.delenv(variable, raising=False)
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "native" / "hatch_build.py")
     assert spec is not None
@@ -211,7 +203,7 @@ def test_a_build_on_windows_takes_clang_and_ninja(monkeypatch: pytest.MonkeyPatc
             Path(command[2], "libeasydel_ragged.dll").touch()
 
     monkeypatch.setattr(hook, "_run", run)
-    target = tmp_path / "lib" / hook.LIBRARY
+    target = tmp_path / "lib" / hook._library()
     hook.compile_library(ROOT, target)
     assert target.name == "libeasydel_ragged.dll"
     assert target.is_file()
@@ -220,3 +212,60 @@ def test_a_build_on_windows_takes_clang_and_ninja(monkeypatch: pytest.MonkeyPatc
     made = object.__new__(hook.NativeBuildHook)
     made.target_name = "wheel"
     assert made.dependencies() == ["ninja"]
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32", "freebsd15"])
+def test_the_build_makes_the_file_that_is_looked_for(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    """`hatch_build.py` and `cpu_native.py` share no code: the first runs before there is a package."""
+    names = cpu_native.LIBRARIES
+    assert build_hook(monkeypatch, platform)._library() == names.get(platform, names["linux"])
+
+
+def test_a_build_on_macos_has_the_tag_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = build_hook(monkeypatch, "darwin", "clang++")
+    monkeypatch.setattr(hook, "mac_platforms", lambda: iter(["macosx_15_0_arm64", "macosx_15_0_universal2"]))
+    assert hook._tag() == "macosx_15_0_arm64"
+
+
+TARGETS = tomllib.loads((ROOT / "native" / "targets.toml").read_text(encoding="utf-8"))
+SYSTEMS = {"Linux": "linux", "Darwin": "darwin", "Windows": "win32"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("machine", ["linux", "win32"])
+def test_a_wheel_for_another_system(monkeypatch: pytest.MonkeyPatch, machine: str, target: str) -> None:
+    hook = build_hook(monkeypatch, machine, "c++", "cmake")
+    monkeypatch.setenv("EASYDEL_RAGGED_NATIVE_TARGET", f" {target} ")
+    monkeypatch.setenv("CXX", "of-this-machine")
+    monkeypatch.setattr(hook, "_zig", lambda: Path("/tools/zig"))
+    system, tag = TARGETS[target]["system"], TARGETS[target]["tag"]
+    assert hook._tag() == tag
+    assert hook._library() == cpu_native.LIBRARIES[SYSTEMS[system]]
+    assert {f"-DCMAKE_SYSTEM_NAME={system}", f"-DCMAKE_CXX_COMPILER=/tools/zig;c++;-target;{target}"} <= set(
+        hook._chosen_compiler()
+    )
+    made = object.__new__(hook.NativeBuildHook)
+    made.target_name = "wheel"
+    assert made.dependencies() == [hook.HEADERS, hook.ZIG, "ninja"]
+    # The oldest glibc or macOS is the same in both names.
+    oldest = re.search(r"(?:gnu|macos)\.(\d+)\.(\d+)$", target)
+    assert (oldest is None) == (system == "Windows")
+    assert oldest is None or f"_{oldest[1]}_{oldest[2]}_" in tag
+
+
+def test_a_target_that_can_not_be_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hook = build_hook(monkeypatch, "linux", "c++", "cmake")
+    made = object.__new__(hook.NativeBuildHook)
+    made.target_name, made.root, made.directory = "wheel", str(ROOT), str(tmp_path)
+    monkeypatch.setenv("EASYDEL_RAGGED_NATIVE_TARGET", "sparc-solaris")
+    with pytest.raises(ValueError, match=r"NATIVE_TARGET: got 'sparc-solaris', wanted one of x86_64-linux-gnu"):
+        made.initialize("standard", {})
+    monkeypatch.setenv("EASYDEL_RAGGED_NATIVE_TARGET", "x86_64-windows-gnu")
+    with pytest.raises(ValueError, match="NATIVE_TARGET=x86_64-windows-gnu: wanted none for an editable install"):
+        made.initialize("editable", {})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="NATIVE_TARGET=x86_64-windows-gnu, but the native library can't be built"):
+        made.initialize("standard", {})
+    monkeypatch.setenv("EASYDEL_RAGGED_NATIVE_BUILD", "off")
+    with pytest.raises(ValueError, match="NATIVE_BUILD=off and EASYDEL_RAGGED_NATIVE_TARGET=x86_64-windows-gnu"):
+        made.initialize("standard", {})

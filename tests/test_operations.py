@@ -389,7 +389,8 @@ def test_the_hosts_update_of_v2_converts_a_bfloat16_cache_and_no_other() -> None
             return kv_cache_update_jax(new, slices, pages, count, page_size=64)
 
         memory = jax.jit(update, donate_argnums=0).lower(pages).compile().memory_analysis()
-        return memory.temp_size_in_bytes
+        assert memory is not None
+        return int(memory.temp_size_in_bytes)
 
     of_cache = 8192 * 4 * 64 * 4  # as float32
     assert bytes_beside_the_cache("bfloat16") >= of_cache

@@ -18,7 +18,7 @@ import pytest
 from gpu_requests import SMALL, decode_parts
 from kernel_calls import FEW, IN_BRIEF, QUICK_TO_COMPILE, THE_REST, WRONG_STARTS, OneNaN, overlapping_rows
 
-from easydel_ragged_plugin import RaggedPageConfig, page_shape, select
+from easydel_ragged_plugin import RaggedPageConfig, page_shape, prepare, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
 from easydel_ragged_plugin import ragged_page_attention_v3 as v3
 from easydel_ragged_plugin.config import CACHE_VARIABLE
@@ -175,9 +175,37 @@ SPLIT = [
 def test_split_contexts_are_merged(case: Case) -> None:
     sizes = dataclasses.replace(SMALL, programs=200) if "63" in case.name else SMALL
     batch = build_batch(case, "v3")
-    parts = np.asarray(decode_parts(batch, sizes).parts)
+    parts = np.asarray(decode_parts(batch, sizes))
     assert parts[:, work.Column.PARTS].max() > (32 if "63" in case.name else 4)
     check(batch, config_with(sizes), return_lse=True)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_layers_of_a_loop_share_what_is_prepared(version: Any) -> None:
+    """Two layers of ``lax.scan``, each with its own block table, over rows of every kind and a token of none."""
+    batch = build_batch(dataclasses.replace(SPLIT[0], name="scanned", num_tokens=24, rows=SPLIT[0].rows[1:]), version)
+    is_v2, config = version == "v2", config_with(SMALL)
+    function: Any = v2 if is_v2 else v3
+    new = () if is_v2 else (batch.keys, batch.values)
+    pages = jnp.array(batch.updated_pages if is_v2 else batch.pages)
+    last = batch.num_seqs if is_v2 else batch.distribution
+    lens, tables, starts = (jnp.array(each) for each in (batch.context_lens, batch.block_tables, batch.query_start_loc))
+
+    def layers(share: bool) -> Any:
+        def attend(pages: Any, table: Any, **prepared: Any) -> Any:
+            found = function(batch.queries, *new, pages, lens, table, starts, last, config=config, **prepared)
+            return (pages, found) if is_v2 else found[::-1]
+
+        shapes = (batch.queries, *new, pages, lens, tables, starts, last)
+        shared = {"prepared": prepare(function, *shapes, config=config)} if share else {}
+        return jax.lax.scan(lambda pages, table: attend(pages, table, **shared), pages, jnp.stack([tables, tables]))
+
+    alone, together = (jax.jit(layers, static_argnums=0, compiler_options=QUICK_TO_COMPILE)(each) for each in (0, 1))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    expected, _ = batch.expected()
+    assert_close(np.asarray(together[1][1]), expected, batch.case)
+    assert not np.asarray(together[1])[:, ~batch.live_tokens].any()
 
 
 def test_row_that_lacks_a_page_gives_zeros_in_every_part() -> None:

@@ -20,9 +20,10 @@ from easydel_ragged_plugin import RaggedPageConfig, Unsupported, explain, select
 from easydel_ragged_plugin import ragged_page_attention_v2 as v2
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles, work
-from easydel_ragged_plugin.kernels.pallas_gpu.tiles import CARDS, Card, Tile
+from easydel_ragged_plugin.kernels.pallas_gpu.tiles import CARDS, Card, Tile, Tiles
 from easydel_ragged_plugin.rows import Rows
 from easydel_ragged_plugin.testing.cases import build_batch, case_named
+from easydel_ragged_plugin.types import AttentionRequest
 
 NAME = "pallas_gpu"
 
@@ -54,8 +55,7 @@ HOPPER = tiles.default_tiles(request_for(), H100)
 )
 def test_splits_fill_the_chip_and_no_more(contexts: tuple[int, ...], most: int, wanted: int) -> None:
     request = request_for(rows=len(contexts), width=1024, tokens=len(contexts))
-    found = work.decode_work(request, HOPPER, decode_rows(*contexts), 4)
-    parts = np.asarray(found.parts)
+    parts = np.asarray(work.decode_work(request, HOPPER, decode_rows(*contexts))[0])
     live = parts[parts[:, work.Column.TOKENS] > 0]
     assert 8 * len(live) >= wanted
     assert live[:, work.Column.PARTS].max() <= most
@@ -66,9 +66,14 @@ def test_splits_fill_the_chip_and_no_more(contexts: tuple[int, ...], most: int, 
         assert blocks.max() <= 2 * max(blocks.mean(), HOPPER.least_blocks)
 
 
-def check_parts(found: work.DecodeWork, contexts: list[int], windows_begin: list[int], keys: int) -> None:
-    """Each live row's blocks are covered once, partial results have an index each, and merges list these."""
-    parts = np.asarray(found.parts)
+def check_parts(request: AttentionRequest, sizes: Tiles, contexts: list[int]) -> int:
+    """Each live row's blocks are covered once, partial results have an index each, and merges list these. The room
+    for partial results."""
+    found, found_merges = work.decode_work(request, sizes, decode_rows(*contexts))
+    parts, room, keys = np.asarray(found), work.decode_room(request, sizes), sizes.decode.keys
+    assert len(parts) == room.parts
+    window = request.options.window
+    windows_begin = [max(0, context - window) if window else 0 for context in contexts]
     partials: list[int] = []
     merged = {}
     for row, context in enumerate(contexts):
@@ -81,10 +86,13 @@ def check_parts(found: work.DecodeWork, contexts: list[int], windows_begin: list
             assert mine[:, work.Column.PARTIAL].tolist() == list(range(merged[row], merged[row] + len(mine)))
             partials += mine[:, work.Column.PARTIAL].tolist()
     assert len(partials) == len(set(partials))
-    assert max(partials, default=0) < found.num_partials
-    merges: Any = [] if found.merges is None else np.asarray(found.merges)
+    assert not partials or max(partials) < room.partials
+    assert (found_merges is None) == (room.merges == room.partials == 0)
+    merges: Any = [] if found_merges is None else np.asarray(found_merges)
+    assert len(merges) == room.merges
     listed = {each[work.Column.ROW]: each[work.Column.PARTIAL] for each in merges if each[work.Column.TOKENS]}
     assert listed == merged
+    return room.partials
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -94,22 +102,19 @@ def test_parts_cover_every_context_once(window: int | None, seed: int) -> None:
     contexts = [int(2 ** random.uniform(0, 13)) for _ in range(random.integers(1, 40))]
     sizes = dataclasses.replace(SMALL, programs=int(random.integers(1, 300)), split_tokens=int(random.integers(1, 999)))
     request = request_for(rows=len(contexts), width=128, tokens=len(contexts), sliding_window=window)
-    found = work.decode_work(request, sizes, decode_rows(*contexts), 4)
-    begin = [max(0, context - window) if window else 0 for context in contexts]
-    check_parts(found, contexts, begin, sizes.decode.keys)
+    check_parts(request, sizes, contexts)
 
 
 def test_a_wider_table_is_no_more_work() -> None:
     contexts = (5000, 300, 2000, 1)
     narrow, wide = (
-        work.decode_work(request_for(rows=4, width=width, tokens=4), HOPPER, decode_rows(*contexts), 4)
+        np.asarray(work.decode_work(request_for(rows=4, width=width, tokens=4), HOPPER, decode_rows(*contexts))[0])
         for width in (64, 512)
     )
-    size = len(narrow.parts)
-    np.testing.assert_array_equal(np.asarray(wide.parts)[:size], narrow.parts)
-    assert not np.asarray(wide.parts)[size:].any()
+    np.testing.assert_array_equal(wide[: len(narrow)], narrow)
+    assert not wide[len(narrow) :].any()
     wanted = HOPPER.programs // 8 + 1
-    assert len(wide.parts) <= len(contexts) + wanted
+    assert len(wide) <= len(contexts) + wanted
 
 
 @pytest.mark.parametrize("seed", range(8))

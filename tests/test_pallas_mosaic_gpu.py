@@ -7,32 +7,42 @@ compilers make of it is in test_mosaic_compile.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
+import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_calls import QUICK_TO_COMPILE
-from mosaic_cases import EVERY_ROW, INTERPRETED, in_its_shape, no_threads
+from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
+from mosaic_cases import EVERY_ROW, INTERPRETED, in_its_shape, not_interpreted
 
-from easydel_ragged_plugin import RaggedPageConfig
+from easydel_ragged_plugin import RaggedPageConfig, prepare, ragged_page_attention_v3, select
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels import pallas_mosaic_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Card
+from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, LongRows, sizes
+from easydel_ragged_plugin.kernels.pallas_mosaic_gpu.work import work_of
 from easydel_ragged_plugin.layout import PageLayout, page_shape
 from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.rows import Rows
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, Case, Row, case_named
+from easydel_ragged_plugin.testing.cases import CASES, Case, Row, build_batch, case_named
+from easydel_ragged_plugin.testing.compare import assert_close, assert_same_pages
 from easydel_ragged_plugin.testing.kernel_contract import KernelResults
+from easydel_ragged_plugin.testing.kernel_driver import KernelDriver
 from easydel_ragged_plugin.types import AttentionRequest
 
-REASON = no_threads()
-needs_threads = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+REASON = not_interpreted()
+if REASON is not None and os.environ.get("EASYDEL_RAGGED_TEST_MOSAIC") == "require":
+    raise RuntimeError(REASON)
+interprets = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LAW_CASE = in_its_shape([case_named("mixed")])[0]
 # Two blocks of keys and the beginning of a third, in pages of a part of a block and of two: the ring goes around, and
@@ -63,7 +73,7 @@ MORE = (
 )
 
 
-@needs_threads
+@interprets
 class TestMosaicInBrief(KernelResults):
     """Rows with few tokens are decoded by Triton's kernel here, as they are for a user."""
 
@@ -73,7 +83,7 @@ class TestMosaicInBrief(KernelResults):
     cases: ClassVar = IN_BRIEF
 
 
-@needs_threads
+@interprets
 @pytest.mark.long
 @pytest.mark.once
 class TestMosaicInEveryCase(KernelContract):
@@ -118,6 +128,111 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selection finds the kernel on this platform, interpreted."""
+    monkeypatch.setitem(select.BUILT_IN, INTERPRETED.name, INTERPRETED)
+
+
+@interprets
+@pytest.mark.once
+@pytest.mark.usefixtures("interpreted")
+def test_layers_of_a_loop_share_what_is_prepared() -> None:
+    """Two layers of ``lax.scan`` over a long row, two short ones, and a token of none."""
+    case = dataclasses.replace(LONG, name="scanned", rows=(Row(40, 1), Row(33, 20), Row(3, 2)), num_tokens=24)
+    batch = build_batch(dataclasses.replace(case, sinks=None), "v3")
+    index = tuple(map(jnp.array, (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)))
+    call = (batch.queries, batch.keys, batch.values, jnp.array(batch.pages), *index)
+    options = {**case.options.keywords(), "config": INTERPRETED.name}
+
+    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    def layers(queries: Any, keys: Any, values: Any, pages: Any, *index: Any) -> Any:
+        prepared = prepare(ragged_page_attention_v3, *call[:4], *index, **options)
+
+        def layer(pages: Any, _: Any) -> Any:
+            found = ragged_page_attention_v3(queries, keys, values, pages, *index, prepared=prepared, **options)
+            return found[::-1]
+
+        return jax.lax.scan(layer, pages, length=2)
+
+    pages, outputs = map(np.asarray, layers(*call))
+    expected, expected_pages = batch.expected()
+    for output in outputs:
+        assert_close(output, expected, batch.case)
+        assert not output[~batch.live_tokens].any()
+    assert_same_pages(pages, expected_pages)
+
+
+@interprets
+@pytest.mark.long
+@pytest.mark.once
+@pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int, monkeypatch: Any) -> None:
+    """Tokens that two rows claim are stored twice: either result will do, and so it is no fault that they race."""
+    from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import attend
+
+    lenient = dataclasses.replace(attend.interpreter(), detect_races=False)
+    monkeypatch.setattr(attend, "interpreter", lambda: lenient)
+    batch, claimed_once = overlapping_rows(wrong, start, head_dim=64, page_size=16, dtype="bfloat16")
+    outcome = KernelDriver(INTERPRETED, "v3", EVERY_ROW, QUICK_TO_COMPILE).call(batch)
+    expected, pages = batch.expected()
+    assert_same_pages(outcome.pages, pages)
+    assert_close(outcome.output[claimed_once], expected[claimed_once], batch.case)
+
+
+def test_lists_of_work() -> None:
+    """Long rows have tiles, the others parts of decode, and all an update. One that lacks a page loses its tiles."""
+    made = request()
+    start, count, context = [0, 300, 305, 309, 349], [300, 5, 4, 40, 0], [500, 40, 4, 50, 0]
+    rows = Rows(*(jnp.array([*each, 0, 0, 0], jnp.int32) for each in (start, count, context)))
+    found = jax.jit(work_of, static_argnums=range(4))(made, tiles.choose(made, RaggedPageConfig()), 32, 4, rows)
+
+    def of_rows(listed: Any) -> list[int]:
+        return sorted(int(each[Column.ROW]) for each in np.asarray(listed) if each[Column.TOKENS])
+
+    tiles_of_rows = [*[0] * 10, 1, 3, 3]
+    assert of_rows(found.tiles) == tiles_of_rows
+    assert of_rows(found.others.parts) == [2]
+    assert set(of_rows(found.others.update)) == {0, 1, 2, 3}
+    assert found.others.prefill is None
+    np.testing.assert_array_equal(np.flatnonzero(found.others.used), np.arange(305, 309))
+    np.testing.assert_array_equal(np.flatnonzero(found.has_token(made)), [*range(305), *range(309, 349)])
+
+    needed = np.full((8, 16), -1)
+    needed[:, :4] = 0
+    needed[0, 2] = 64  # of 64 pages
+    lacking = found.with_pages(made, jnp.array(needed))
+    assert of_rows(lacking.tiles) == tiles_of_rows[10:]
+    np.testing.assert_array_equal(np.flatnonzero(lacking.has_token(made)), [*range(300, 305), *range(309, 349)])
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("hopper")
+def test_runs_only_where_it_is_named() -> None:
+    _, selection = select.select(request())
+    reasons = {refusal.kernel: refusal.reason for refusal in selection.refusals}
+    assert selection.kernel == "pallas_gpu"
+    assert reasons[KERNEL.name].startswith("only by name: no GPU has run it yet")
+    _, selection = select.select(request(), RaggedPageConfig(kernel=KERNEL.name))
+    assert selection.kernel == KERNEL.name
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_older_jax_does_not_trace_it_in_a_shard_map_that_checks(check_vma: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pallas_mosaic_gpu, "FOLLOWS_AXES_JAX", (99,))
+    found: list[str | None] = [KERNEL.refuses(request())]
+
+    def body(array: Any) -> Any:
+        found.append(KERNEL.refuses(request()))
+        return array
+
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("x",)), jax.sharding.PartitionSpec("x")
+    jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma), jnp.ones(1))
+    refusal = f"JAX {jax.__version__} can't trace it inside of jax.shard_map, unless with check_vma=False"
+    assert found == [None, refusal if check_vma else None]
+
+
 @pytest.mark.once
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
@@ -151,37 +266,47 @@ def test_no_other_card(capability: tuple[int, int] | None, monkeypatch: pytest.M
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("package", "version", "trusted"),
+    ("packages", "ptxas", "runtime", "bad"),
     [
-        ("nvidia-cuda-nvcc-cu12", "12.6.85", True),
-        ("nvidia-cuda-nvcc-cu12", "12.8.93", False),
-        ("nvidia-cuda-nvcc-cu12", "12.9.86", False),
-        ("nvidia-cuda-nvcc", "13.0.88", True),
-        (None, "12070", True),
-        (None, "12090", False),
-        (None, "13000", True),
-        (None, "", False),
+        ({"nvidia-cuda-nvcc-cu12": "12.6.85"}, None, "12060", None),
+        ({"nvidia-cuda-nvcc-cu12": "12.8.93"}, None, "12080", "nvidia-cuda-nvcc-cu12 12.8.93"),
+        ({"nvidia-cuda-nvcc": "13.0.88"}, None, "13000", None),
+        # XLA takes the library before the program, and a ptxas in the PATH before that of a package.
+        ({"nvidia-cuda-nvcc": "13.0.88", "nvidia-nvjitlink-cu12": "12.9.86"}, None, "13000", "nvjitlink-cu12 12.9.86"),
+        ({"nvidia-cuda-nvcc": "13.0.88"}, "V12.9.86", "13000", "/ptxas"),
+        ({"nvidia-cuda-nvcc": "13.0.88"}, "V13.0.88", "13000", None),
+        ({"nvidia-cuda-nvcc": "13.0.88"}, "broken", "13000", None),
+        ({}, None, "12070", None),
+        ({}, None, "12090", "CUDA 12090"),
+        ({}, "broken", "13000", None),
+        ({}, None, "", "the version of CUDA is unknown"),
     ],
 )
 def test_assemblers_that_miscompile(
-    package: str | None, version: str, trusted: bool, monkeypatch: pytest.MonkeyPatch
+    packages: dict[str, str], ptxas: str | None, runtime: str, bad: str | None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """The version of the package that brings ptxas; without one, that of CUDA, as JAX's client has it."""
+    """Of the packages that bring one, and the ptxas in the PATH. Without any, the version of CUDA of JAX's client."""
 
     class Device:
         class client:
-            platform_version = f"PJRT C API\ncuda {version}"
+            platform_version = f"PJRT C API\ncuda {runtime}"
 
     def version_of(name: str) -> str:
-        if name != package:
+        if name not in packages:
             raise metadata.PackageNotFoundError(name)
-        return version
+        return packages[name]
 
     monkeypatch.setattr(metadata, "version", version_of)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+    monkeypatch.setattr(pallas_mosaic_gpu, "SYSTEM_PTXAS", str(tmp_path / "none" / "ptxas"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if ptxas is not None:
+        program = tmp_path / "ptxas"
+        program.write_text("#!/bin/sh\nexit 1\n" if ptxas == "broken" else f"#!/bin/sh\necho release, {ptxas}\n")
+        program.chmod(0o755)
     reason = pallas_mosaic_gpu.miscompiles()
-    assert (reason is None) == trusted
-    assert trusted or "miscompile" in str(reason)
+    assert (reason is None) == (bad is None)
+    assert bad is None or bad in str(reason)
 
 
 def test_long_rows_that_decode_can_not_leave() -> None:

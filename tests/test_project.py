@@ -22,6 +22,12 @@ def test_ci_begins_with_the_command_of_the_readme(repository: Path) -> None:
     assert f'"$python" {command}\n' in (repository / ".ci" / "run").read_text()
 
 
+def test_wheels_are_built_and_tested_with_one_zig(repository: Path) -> None:
+    groups = tomllib.loads((repository / "pyproject.toml").read_text())["dependency-groups"]
+    (zig,) = (each for each in groups["wheels"] if each.startswith("ziglang"))
+    assert f'ZIG = "{zig}"\n' in (repository / "native" / "hatch_build.py").read_text()
+
+
 def test_the_version_is_a_release_or_says_that_it_is_none(repository: Path) -> None:
     version, changes = easydel_ragged_plugin.__version__, (repository / "CHANGELOG.md").read_text()
     released = re.findall(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", changes, re.MULTILINE)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,12 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easydel_ragged_plugin import RaggedPageConfig, Unsupported, hookimpl, hooks, override_config, select
-from easydel_ragged_plugin.config import KERNEL_VARIABLE, as_config
+from easydel_ragged_plugin import (
+    RaggedPageConfig,
+    Unsupported,
+    hookimpl,
+    hooks,
+    override_config,
+    ragged_page_attention_v2,
+    select,
+)
+from easydel_ragged_plugin.config import KERNEL_VARIABLE, as_config, current_override
 from easydel_ragged_plugin.kernels.xla import XlaKernel
 from easydel_ragged_plugin.layout import PageLayout, Version, page_shape
 from easydel_ragged_plugin.options import Options
-from easydel_ragged_plugin.types import AttentionRequest
+from easydel_ragged_plugin.testing.cases import build_batch, case_named
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Operands
 
 F4 = np.dtype("float32")
 LAYOUT = PageLayout.of("v3", page_shape("v3", 8, 4, 2, 32, F4), 2, 32, F4)
@@ -150,6 +160,78 @@ def test_override_refuses_what_does_not_exist() -> None:
         pass
 
 
+class Twice(Picky):
+    """A kernel whose output tells it from others."""
+
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
+        attended = super().forward(request, config, operands)
+        return attended._replace(output=2 * attended.output)
+
+
+@pytest.fixture
+def compiled() -> Callable[[], float]:
+    """A call of a function that is compiled already: the factor of its output, 1 for a right kernel."""
+    batch = build_batch(case_named("decode"), "v2", poison="finite")
+    arrays = (batch.queries, batch.updated_pages, batch.context_lens, batch.block_tables, batch.query_start_loc)
+    expected = batch.expected()[0]
+    outer = jax.jit(lambda *arrays: 1 * jax.jit(ragged_page_attention_v2)(*arrays))
+
+    def factor() -> float:
+        output = np.asarray(outer(*arrays, batch.num_seqs))
+        found = float(np.sum(output * expected) / np.sum(expected * expected))
+        np.testing.assert_allclose(output, found * expected, rtol=1e-4, atol=1e-4)
+        return round(found, 3)
+
+    return factor
+
+
+def test_an_override_reaches_functions_that_are_compiled_already(plugin: Plugin, compiled: Callable[[], float]) -> None:
+    plugin.kernel = Twice()
+
+    def chosen_for(**fields: Any) -> tuple[float, list[str]]:
+        """The output's factor under an override, and the kernels that were chosen meanwhile: none for a known call."""
+        before = len(plugin.seen)
+        with override_config(**fields):
+            return compiled(), [selection.kernel for selection in plugin.seen[before:]]
+
+    assert compiled() == 2
+    assert chosen_for() == (2, [])
+    assert chosen_for(kernel="xla") == (1, ["xla"])
+    assert chosen_for(kernel="xla") == (1, [])
+    assert chosen_for(kernel="xla", num_kv_pages_per_block=1) == (1, ["xla"])
+    assert chosen_for(num_kv_pages_per_block=1, kernel="xla") == (1, [])
+    assert compiled() == 2
+    with override_config(kernel="xla"), concurrent.futures.ThreadPoolExecutor(1) as other_thread:
+        assert other_thread.submit(compiled).result() == 2
+        assert compiled() == 1
+    with pytest.raises(ZeroDivisionError), override_config(kernel="xla"):
+        _ = 1 / 0
+    assert current_override() == {}
+    assert compiled() == 2
+
+
+def test_plugins_reach_functions_that_are_compiled_already(
+    compiled: Callable[[], float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a JAX that can be told; with another one the log says that they do not."""
+    monkeypatch.setattr(hooks, "_told", False)
+    told = hasattr(jax.make_user_context(), "set_global")
+    plugin = Plugin()
+    plugin.kernel = Twice()
+    assert compiled() == 1
+    with caplog.at_level(logging.WARNING, logger="easydel_ragged_plugin"):
+        hooks.register(plugin, "twice")
+        try:
+            assert compiled() == (2 if told else 1)
+        finally:
+            hooks.unregister("twice")
+        assert compiled() == 1
+    assert len(plugin.seen) == (1 if told else 0)
+    logged = [record.getMessage() for record in caplog.records if "hook plugin" in record.getMessage()]
+    assert logged == ([] if told else [logged[0]])
+    assert all("'twice' was registered after kernels had been chosen" in line for line in logged)
+
+
 def test_soft_cap_of_the_config_becomes_the_requests(plugin: Plugin) -> None:
     plugin.config = RaggedPageConfig(logits_soft_cap=30)
     selection = select.select(REQUEST)[1]
@@ -208,11 +290,7 @@ def test_unregistering_a_stranger_is_refused() -> None:
 
 
 def test_hook_kernel_runs(plugin: Plugin) -> None:
-    from easydel_ragged_plugin.testing.cases import build_batch, case_named
-
     batch = build_batch(case_named("mixed"), "v2")
-    from easydel_ragged_plugin import ragged_page_attention_v2
-
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
     output = ragged_page_attention_v2(batch.queries, batch.updated_pages, *index)
     np.testing.assert_allclose(output, batch.expected()[0], rtol=2e-5, atol=2e-5)
@@ -283,9 +361,6 @@ def test_ejkernel_is_given_the_host_config_that_was_given(version: Version) -> N
 
 @pytest.mark.host
 def test_ejkernel_by_name_is_the_hosts_call() -> None:
-    from easydel_ragged_plugin import ragged_page_attention_v2
-    from easydel_ragged_plugin.testing.cases import build_batch, case_named
-
     batch = build_batch(case_named("decode"), "v2", poison="finite")
     index = (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.num_seqs)
     call = jax.jit(lambda *arrays: ragged_page_attention_v2(*arrays, config="ejkernel"))

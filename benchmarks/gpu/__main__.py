@@ -8,8 +8,8 @@ run: copying 2 GiB, and a bfloat16 product of 8192 x 8192 matrices.
 
 Times are of many calls inside one compiled program (see ``easydel_ragged_plugin/bench/timing.py``): a call's output
 is the next call's query, and each call reads pages that the one before it has not touched. JAX gives no access to
-CUDA events; a program of 50 ms or more makes the cost of starting it small instead. Work that XLA can share between
-the calls of a program (the lists made from row lengths) is shared, as the layers of a model share it.
+CUDA events; a program of 50 ms or more makes the cost of starting it small instead. The lists that are made from row
+lengths are made before the program, as layers share them; the contestants "and lists" make them in each call.
 
 ``--dry-run`` walks the whole way on any machine, with short contexts in Pallas' interpreter. Its times mean nothing.
 """

@@ -7,30 +7,28 @@ from typing import Any
 
 import jax
 
-from benchmarks.contestants import Contestant
+from benchmarks.contestants import AUTO, Contestant
 from benchmarks.limits import Limits
 from benchmarks.workloads import geometry
 from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
 from easydel_ragged_plugin.bench.timing import Step, copies_beyond_cache, seconds_per_call
 from easydel_ragged_plugin.bench.work import Work, work
-from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
-from easydel_ragged_plugin.rows import plausible_rows
 
 from .rivals import CONTESTANTS, OURS
 from .table import WIDER, Entry
 
 
-def update_step(problem: Problem, dry: bool) -> Step:
+def update_step(problem: Problem, dry: bool) -> tuple[Problem, Step]:
     kernel = PallasGPU(interpret=dry)
-    sizes = tiles.choose(problem.request, RaggedPageConfig())
+    work = jax.jit(lambda operands: kernel.prepare(problem.request, AUTO, operands))(problem.operands)
+    sizes = tiles.choose(problem.request, AUTO)
 
     def step(operands: Any) -> Any:
-        rows = plausible_rows(problem.request, operands)
-        return operands.queries, kernel.update(problem.request, sizes, rows, operands)
+        return operands.queries, kernel.update(problem.request, sizes, operands.work, operands)
 
-    return step
+    return dataclasses.replace(problem, operands=problem.operands._replace(work=work)), step
 
 
 def floors(entry: Entry, found: Limits) -> tuple[Work, float]:
@@ -54,7 +52,7 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
     # Whatever another kernel raises is what this script is to report.
     try:
         if entry.update_only:
-            adapted, step = problem, update_step(problem, dry)
+            adapted, step = update_step(problem, dry)
         else:
             prepared = contestant.prepare(problem, dry)
             if isinstance(prepared, str):
@@ -63,11 +61,12 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
         output, pages = jax.block_until_ready(jax.jit(step)(adapted.operands))
         error, right = None, True
         if entry.update_only:  # its pages, as an attention of another kernel sees them
-            answer, *_ = xla.KERNEL.forward(problem.request, RaggedPageConfig(), problem.operands._replace(pages=pages))
+            answer, *_ = xla.KERNEL.forward(problem.request, AUTO, problem.operands._replace(pages=pages))
             error, right = check(problem, answer, pages, few_rows(case))
         else:
             unchanged = problem.operands.pages
-            error, right = check(problem, output, pages if adapted is problem else unchanged, few_rows(case))
+            own_pages = adapted.operands.pages is unchanged
+            error, right = check(problem, output, pages if own_pages else unchanged, few_rows(case))
         del output, pages
         expected = 1.0 if dry else max(needed.seconds(*dataclasses.astuple(found)), 2e-6)
         seconds, samples = seconds_per_call(adapted, step, expected_s=expected, repeats=repeats)

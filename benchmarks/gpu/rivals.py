@@ -16,6 +16,7 @@ from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, xla
 
 OURS = pallas_gpu.KERNEL.name
 """Whom the table's targets are for."""
+IN_FULL = f"{OURS} and lists"
 
 
 def unified_attention(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
@@ -88,7 +89,8 @@ def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
 EASYDEL = ejkernel.KERNEL.name
 INTERPRETED = pallas_gpu.PallasGPU(interpret=True)
 TRITON, XLA = RaggedPageConfig(platform="triton"), RaggedPageConfig(platform="xla")
-OWN, HOSTS = (
+OWN, OWN_IN_FULL, HOSTS = (
+    of_kernel(pallas_gpu.KERNEL, interpreted=INTERPRETED, prepared=True),
     of_kernel(pallas_gpu.KERNEL, interpreted=INTERPRETED),
     # There is no interpreter for these: in a dry run it is what EasyDeL has for a CPU.
     of_kernel(ejkernel.KERNEL, TRITON, dry_config=XLA),
@@ -96,6 +98,9 @@ OWN, HOSTS = (
 CONTESTANTS = (
     Contestant(OURS, "v2", "this package, v2", "#0f766e", OWN),
     Contestant(OURS, "v3", "this package, v3", "#3aa99f", OWN),
+    # In these a call makes its lists of work, too, as each trip of a loop over layers does without `prepare`.
+    Contestant(IN_FULL, "v2", "this package, v2, with its lists", "#0b544e", OWN_IN_FULL),
+    Contestant(IN_FULL, "v3", "this package, v3, with its lists", "#2c7f79", OWN_IN_FULL),
     Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL)),
     Contestant("unified_attention", "v2", "EasyDeL unified_attention", "#c9742b", unified_attention),
     Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", HOSTS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from benchmarks.workloads import GQA, OSS, K, decodes, heads
+from benchmarks.workloads import GQA, OSS, K, heads
 from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row
@@ -35,6 +35,18 @@ class Entry:
         return 1e6 * seconds <= self.us if self.us is not None else seconds <= (self.floors or 0) * sum_of_floors
 
 
+def decodes(count: int, context: int) -> tuple[Row, ...]:
+    """``count`` rows with one new token each, whose contexts are unequal, up to a quarter below ``context``, and end
+    within a page and within a block of keys: 8191, 8154, 8117, ..."""
+    return tuple(Row(context - 1 - 37 * row % (context // 4), 1) for row in range(count))
+
+
+def of_size(case: Case, gib: float) -> Case:
+    """The case in a cache of so many GiB, of which its rows own pages all over."""
+    page = 2 * case.page_size * case.kv_heads * case.head_dim * case.np_cache_dtype.itemsize
+    return dataclasses.replace(case, num_pages=int(gib * 2**30) // page)
+
+
 TABLE = (
     Entry(workload("decode-64x2k", decodes(64, 2 * K), **GQA), share=0.80),
     Entry(workload("decode-16x4k-mha", decodes(16, 4 * K), **heads(32, 32, 128)), share=0.80),
@@ -45,10 +57,12 @@ TABLE = (
     Entry(workload("decode-1x8k", decodes(1, 8 * K), **GQA), us=20),
     Entry(workload("decode-64x8k-sinks", decodes(64, 8 * K), **OSS), share=0.75),
     Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), options=Options(sliding_window=128), **OSS), us=15),
-    Entry(workload("prefill-8k", (Row(8 * K, 8 * K),), **GQA), share=0.36),
-    Entry(workload("chunk-2k-on-32k", (Row(34 * K, 2 * K),), **GQA), share=0.36),
-    Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K, K)), **GQA), floors=1.3),
-    Entry(workload("update-8k", (Row(8 * K, 8 * K),), **GQA), floors=2.0, update_only=True),
+    Entry(workload("decode-64x2k-float8", decodes(64, 2 * K), cache_dtype="float8_e4m3fn", **GQA), share=0.70),
+    Entry(of_size(workload("decode-8x8k-of-4gib", decodes(8, 8 * K), **GQA), 4.25), share=0.75),
+    Entry(workload("prefill-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), share=0.36),
+    Entry(workload("chunk-2k-on-32k", (Row(34 * K - 37, 2 * K - 1),), **GQA), share=0.36),
+    Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K - 37, K - 1)), **GQA), floors=1.3),
+    Entry(workload("update-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), floors=2.0, update_only=True),
 )
 WIDER = 8
 MOST_WIDER = 1.05

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import easydel_ragged_plugin
+from benchmarks.processes import ended
 
 __all__ = ["answer", "started"]
 
 LAST_LINES = 15
 """Of the output of a process that gives no answer: kept."""
-
-
-def environment() -> dict[str, str]:
-    """This process's environment, for a process that is to import the same package."""
-    own = str(Path(easydel_ragged_plugin.__file__).parents[1])
-    before = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": own + (os.pathsep + before if before else "")}
 
 
 def started(
@@ -47,22 +37,10 @@ def started(
         result, log = Path(folder, "result.json"), Path(folder, "log.txt")
         request = json.dumps({**asked, "result": str(result)})
         line = [sys.executable, str(Path(__file__).parent), *([command] if command else []), "--one", request]
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                line, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**environment(), **(variables or {})},
-            )  # fmt: skip
-            try:
-                code: int | None = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                if process.poll() is None:  # its own group: what it has started, too
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+        code, lines = ended(line, log, limit_s, variables=variables)
         if result.exists():
             return json.loads(result.read_text(encoding="utf-8"))
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+        last = lines[-LAST_LINES:]
         if code is None:
             return {"status": "timed out", "why": f"no answer in {limit_s:g} s", "log": last}
         return {"status": "failed", "why": f"exit code {code}: {reason(last)}", "log": last}

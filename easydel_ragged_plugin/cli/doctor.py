@@ -217,8 +217,8 @@ def _notes(backend: str, host_version: str | None) -> list[str]:
         )
     if backend == "cpu" and host_version:
         notes.append(
-            "On CPU EasyDeL's page update for v2 converts the whole bfloat16 cache to float32 and back in each layer of "
-            "each step. Serve with v3, or with a float16 or float32 cache."
+            "On CPU EasyDeL's page update for v2 converts the whole bfloat16 cache to float32 and back in each "
+            "layer of each step. Serve with v3, or with a float16 or float32 cache."
         )
     if backend == "cpu" and host_version == "0.2.0.2":
         notes.append(

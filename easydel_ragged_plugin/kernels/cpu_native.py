@@ -51,7 +51,8 @@ TARGET = TARGETS[-1]
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
 
-LIBRARY = "libeasydel_ragged.dll" if sys.platform == "win32" else "libeasydel_ragged.so"
+LIBRARIES = {"linux": "libeasydel_ragged.so", "darwin": "libeasydel_ragged.dylib", "win32": "libeasydel_ragged.dll"}
+LIBRARY = LIBRARIES.get(sys.platform, LIBRARIES["linux"])
 """Name of the library's file in the installed package; ``native/CMakeLists.txt`` gives it."""
 
 MAX_HEAD_DIM = 4096

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +25,20 @@ from .batches import Batch, Case, Version, build_batch
 
 __all__ = ["KernelDriver", "KernelOutcome"]
 
-MOST_PROGRAMS = 64
-"""Compiled programs that are kept. Each holds up to a hundred memory maps of its process, of which Linux allows
-65,530: the cases of a few kernels would end the process."""
+MOST_MEMORY_MAPS = 30_000
+"""Memory maps of the process above which compiled programs are dropped. XLA's compiler for CPUs keeps a hundred for a
+program, five hundred for an interpreted kernel of a TPU, and dies at the limit: 65,530 on Linux, unless changed."""
 
 AXIS = "shards"
 """The mesh axis of calls inside of ``jax.shard_map``."""
+
+
+def memory_maps() -> int:
+    """How many memory maps this process has; 0 where the system does not say: none but Linux limits them."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _all_vary(program: Callable[[Any, Operands], Attended], cache: Any, rest: Operands) -> Attended:
@@ -148,9 +157,8 @@ class KernelDriver:
         request, operands = self._described(batch, pages, return_lse)
         key = (request, in_shard_map)
         if key not in self._programs:
-            if len(self._programs) == MOST_PROGRAMS:
-                self._programs.clear()
-                jax.clear_caches()
+            if memory_maps() > MOST_MEMORY_MAPS:
+                jax.clear_caches()  # those of other drivers, too, which compile again when they are called again
             # v2 leaves the cache alone: nothing to donate it to.
             donated = 0 if self.version == "v3" else ()
             program = functools.partial(self._program, request)

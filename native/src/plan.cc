@@ -21,7 +21,7 @@ constexpr double kWakeNs = 2000.0;
 constexpr int64_t kLeastSharedWrites = 256 * 1024;  // bytes
 constexpr int64_t kWriteTokens = 64;                // of a shared write
 
-constexpr int64_t kLeastFewTokens = 64;  // of a part of a context, and the same in bytes
+constexpr int64_t kLeastFewTokens = 128;  // of a part of a context, and the same in bytes
 constexpr double kLeastFewBytes = 65536;
 constexpr int64_t kLeastManyTokens = 512;
 constexpr double kItemsPerThread = 8.0;
@@ -102,7 +102,7 @@ class Planner {
   }
 
  private:
-  bool few(int64_t queries) const { return queries <= limits_.most_few && queries < limits_.least_many; }
+  bool few(int64_t queries) const { return queries <= limits_.most_few; }
   int64_t heads(const Piece& piece) const { return piece.kind == Item::kMany ? p_.num_kv_heads : 1; }
 
   void add_queries(int32_t r, int64_t begin, int64_t end) {
@@ -121,7 +121,7 @@ class Planner {
   void add_shared(const SharedKeys& keys) {
     int64_t all = 0;
     for (int32_t r : keys.rows) all += rows_.live[r].count;
-    const Item::Kind kind = all < limits_.least_many ? Item::kFew : Item::kMany;
+    const Item::Kind kind = few(all) ? Item::kFew : Item::kMany;
     const int64_t most = kind == Item::kFew ? limits_.most_few : limits_.most_many;
     Piece piece{kind, keys.rows[0], int32_t(plan_.queries.size()), 0, keys.begin, keys.end, true};
     for (int32_t r : keys.rows)

@@ -55,8 +55,8 @@ struct Plan {
 
 // What the kernels of an instruction set take at a time, in query tokens.
 struct Limits {
-  int64_t most_few, most_many;  // of an item
-  int64_t least_many;           // from so many on, kMany is the faster way
+  int64_t most_few;   // of an item, and of a row or of rows that share keys: more are kMany
+  int64_t most_many;  // of an item
 };
 
 // `threads`: those that there are, the caller included.

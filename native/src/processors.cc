@@ -98,12 +98,6 @@ double quota_of_hierarchy(const std::string& root, bool version_2) {
   }
 }
 
-int rounded_up(double processors) {
-  if (processors >= kUnknown) return kUnknown;
-  const int whole = int(processors);
-  return std::max(1, whole + (processors > whole ? 1 : 0));
-}
-
 }  // namespace
 
 double quota_in_processors(const std::string& root) {
@@ -112,7 +106,11 @@ double quota_in_processors(const std::string& root) {
 
 int usable_processors() {
 #if defined(__linux__)
-  static const int quota = rounded_up(quota_in_processors());
+  static const int quota = [](double processors) {  // rounded up
+    if (processors >= kUnknown) return kUnknown;
+    const int whole = int(processors);
+    return std::max(1, whole + (processors > whole ? 1 : 0));
+  }(quota_in_processors());
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::min(quota, CPU_COUNT(&set));
   return quota;

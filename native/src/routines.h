@@ -35,8 +35,7 @@ struct Routines {
                      int64_t end, void* scratch);
 
   // Many queries, one kv head: keys and values are packed first.
-  int64_t (*most_many)(const Problem& problem);   // queries that one call should have, and the most that it may
-  int64_t (*least_many)(const Problem& problem);  // queries from which on this is the faster way
+  int64_t (*most_many)(const Problem& problem);  // queries that one call should have, and the most that it may
   size_t (*many_scratch)(const Problem& problem);
   void (*attend_many)(const Problem& problem, int64_t row, int64_t kv_head, const Query* queries, int64_t count,
                       int64_t begin, int64_t end, void* scratch);

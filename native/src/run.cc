@@ -33,7 +33,7 @@ std::vector<Partial> make_partials(const Problem& p, int64_t count, char* memory
 
 void run_rows(const Problem& p, const Rows& rows, const Executor& executor) {
   const Routines& isa = routines();
-  const Limits limits{isa.most_few(p), isa.most_many(p), isa.least_many(p)};
+  const Limits limits{isa.most_few(p), isa.most_many(p)};
   const Plan plan = make_plan(p, rows, shared_keys(p, rows, limits.most_few), limits, executor.threads);
   const Scratch::Use memory(thread_scratch_for_partials(),
                             size_t(partial_floats(p) * plan.num_partials) * sizeof(float));

@@ -32,7 +32,7 @@ struct Request {
     problem.head_dim = between(1, 256);
     problem.sliding_window = between(0, 2) ? 0 : between(1, 5000);
     problem.attention_chunk_size = between(0, 2) ? 0 : between(1, 5000);
-    limits = {between(1, 20), between(1, 300), between(2, 30)};
+    limits = {between(1, 20), between(1, 300)};
     const int64_t longest = between(0, 1) ? 100 : 50000;
     for (int64_t r = 0, count = between(1, 12); r < count; ++r) {
       const int64_t queries = between(0, 1) ? 1 : between(1, 1000);
@@ -247,7 +247,7 @@ TEST(one_long_item_of_many_queries_is_cut_and_even_ones_are_not) {
   request.problem.num_q_heads = 8;
   request.problem.head_dim = 128;
   request.shared.clear();
-  request.limits = {8, 32, 4};
+  request.limits = {8, 32};
   request.rows = Rows{{{0, 0, 32, 16000}}, true};
   CHECK(request.plan(1).items.size() == 1);
   CHECK(request.plan(2).items.size() >= 4);

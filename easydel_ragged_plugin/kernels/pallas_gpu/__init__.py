@@ -7,6 +7,9 @@ work.py    which row, and which part of it, each program takes
 attend.py  the attention kernels
 merge.py   the kernel that joins the parts of split contexts
 update.py  the kernel that writes v3's new keys and values
+blocks.py  what the kernels read: queries, keys and values
+softmax.py the online softmax
+call.py    how a kernel is called, and what it fills
 ========== =====================================================================================================
 
 Pallas' Triton backend is deprecated since JAX 0.11 and still there in 0.12. Its names are used in this folder alone,
@@ -22,15 +25,16 @@ import jax
 import jax.numpy as jnp
 
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.rows import Rows, plausible_rows
+from easydel_ragged_plugin.rows import plausible_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands, Tuning
 from easydel_ragged_plugin.writes import to_cache_dtype
 
 from . import tiles
 from .tiles import MOST_QUERIES, Tiles
+from .work import Work, work_of
 
 if TYPE_CHECKING:
-    from .attend import Results
+    from .call import Results
 
 __all__ = ["KERNEL", "PallasGPU"]
 
@@ -116,12 +120,16 @@ class PallasGPU(Kernel):
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
         sizes = tiles.choose(request, config)
         with jax.named_scope("ragged_page_attention_gpu"):
-            rows = plausible_rows(request, operands)
+            work = self.prepare(request, config, operands) if operands.work is None else operands.work
             pages = operands.pages
             if operands.keys is not None:
-                pages = self.update(request, sizes, rows, operands)
-            results = self.attend(request, sizes, rows, operands._replace(pages=pages))
+                pages = self.update(request, sizes, work, operands)
+            results = self.attend(request, sizes, work, operands._replace(pages=pages))
         return Attended(results.output, pages, results.lse)
+
+    def prepare(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Work:
+        """The lists of work. See :meth:`easydel_ragged_plugin.types.Kernel.prepare`."""
+        return work_of(request, tiles.choose(request, config), plausible_rows(request, operands))
 
     def facts(self) -> dict[str, Any]:
         """The GPU, and for how many geometries its tile sizes were measured on it."""
@@ -153,40 +161,34 @@ class PallasGPU(Kernel):
 
         return TileTuning(interpreted=PallasGPU(interpret=True), interpret=self.interpret)
 
-    def update(self, request: AttentionRequest, sizes: Tiles, rows: Rows, operands: Operands) -> jax.Array:
+    def update(self, request: AttentionRequest, sizes: Tiles, work: Work, operands: Operands) -> jax.Array:
         """The pages with the new keys and values of live tokens, in the same memory where they are donated."""
         from .update import update_pages
-        from .work import query_work
 
         assert operands.keys is not None  # for v3, api.py made both
         assert operands.values is not None
-        work = query_work(request, rows, sizes.update_tokens)
+        assert work.update is not None
         keys, values = (to_cache_dtype(array, request) for array in (operands.keys, operands.values))
         pages = update_pages(
-            request, sizes.update_tokens, work, keys, values, operands.block_tables, _slots(request, operands.pages),
-            self.interpret,
+            request, sizes.update_tokens, work.update, keys, values, operands.block_tables,
+            _slots(request, operands.pages), self.interpret,
         )  # fmt: skip
         return pages.reshape(operands.pages.shape)
 
-    def attend(self, request: AttentionRequest, sizes: Tiles, rows: Rows, operands: Operands) -> Results:
+    def attend(self, request: AttentionRequest, sizes: Tiles, work: Work, operands: Operands) -> Results:
         """Attention over pages that are up to date."""
-        from .attend import Extras, Results, attend_decode, attend_prefill
+        from .attend import attend_decode, attend_prefill
+        from .call import Extras
         from .merge import merge_parts
-        from .work import decode_work, query_work
 
         arrays = (operands.queries, _slots(request, operands.pages), operands.block_tables)
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)
         extras = Extras(sinks, operands.k_scale, operands.v_scale)
-        # Rows whose tokens fill one decode tile at most are decoded.
-        most_tokens = sizes.decode.queries // request.group_size
-        parts = decode_work(request, sizes, rows, most_tokens)
-        results = Results.of_no_rows(request)
-        results, partials = attend_decode(request, sizes.decode, parts, arrays, extras, results, self.interpret)
-        if parts.merges is not None:
-            results = merge_parts(request, parts.merges, partials, extras, results, self.interpret)
-        if request.num_tokens > most_tokens:
-            work = query_work(request, rows, sizes.prefill.queries // request.group_size, most_tokens)
-            results = attend_prefill(request, sizes.prefill, work, arrays, extras, results, self.interpret)
+        results, partials = attend_decode(request, sizes, work, arrays, extras, self.interpret)
+        if work.merges is not None:
+            results = merge_parts(request, work.merges, partials, extras, results, self.interpret)
+        if work.prefill is not None:
+            results = attend_prefill(request, sizes, work, arrays, extras, results, self.interpret)
         return results
 
 

@@ -13,7 +13,9 @@ from jax.experimental.pallas import triton as pltriton
 
 from easydel_ragged_plugin.types import AttentionRequest
 
-from .attend import Extras, Results, Softmax, broadcast_along, finish, iota, launch, store_results
+from .blocks import broadcast_along, iota
+from .call import Extras, Results, launch, store_results
+from .softmax import Softmax, finish
 from .tiles import power_of_two
 from .work import Column
 

@@ -193,6 +193,10 @@ class Tiles:
         if self.update_tokens & (self.update_tokens - 1):
             raise ValueError(f"update_tokens: got {self.update_tokens}, wanted a power of two.")
 
+    def decoded_tokens(self, request: AttentionRequest) -> int:
+        """Most new tokens of a row that is decoded: those whose queries fill one tile. Longer rows are prefilled."""
+        return self.decode.queries // request.group_size
+
     @property
     def least_blocks(self) -> int:
         """Fewest blocks of keys in a part of a split context."""

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 from easydel_ragged_plugin.types import AttentionRequest
 from easydel_ragged_plugin.varying import result_type
 
-from .attend import broadcast_along, iota, row_has_pages
+from .blocks import broadcast_along, iota, row_has_pages
 from .tiles import power_of_two
 from .work import Column
 

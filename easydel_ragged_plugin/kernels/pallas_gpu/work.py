@@ -1,12 +1,13 @@
 """Lists of work: which row, and which part of it, each program of a kernel takes.
 
 Rows differ in length, and a grid is fixed while a call is traced. So the parts of all rows are put into one list by
-a prefix sum over rows, and program i takes part i. The list has room for ``total / part + rows`` parts, because each
-row wastes less than one; programs past its end find no row and do nothing. The lists depend on row lengths alone:
-neither the width of the block table nor dead rows add work.
+a prefix sum over rows, and program i takes part i. A list has room for as many parts as the tokens and the contexts can
+hold; programs past its end find no row and do nothing. The lists depend on row lengths alone: neither the width of the
+block table nor dead rows add work.
 
-This is plain JAX on ``[rows]`` and ``[parts]`` vectors, outside of the kernels. The layers of a model share their
-metadata, so XLA computes a list once for all of them.
+This is plain JAX on ``[rows]``, ``[parts]`` and ``[tokens]`` vectors, outside of the kernels. The layers of a model
+share their metadata, so XLA computes the lists once for all of them; inside of a loop over layers they come from the
+caller (``api.prepare``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tiles
 
-__all__ = ["Column", "DecodeWork", "decode_work", "query_work"]
+__all__ = [
+    "Column",
+    "DecodeRoom",
+    "Work",
+    "decode_room",
+    "decode_work",
+    "has_row",
+    "listed_rows",
+    "query_room",
+    "query_work",
+    "work_of",
+]
 
 
 class Column(enum.IntEnum):
@@ -62,60 +74,126 @@ def _table(rows: Rows, row: jax.Array, live: jax.Array, **columns: jax.Array) ->
     return jnp.where(live[:, None], jnp.stack([found.get(column.name, zeros) for column in Column], axis=1), 0)
 
 
-def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:
-    """Tiles of ``tokens`` new tokens of all rows that have more than ``more_than`` of them.
+class Work(NamedTuple):
+    """All lists of a call, int32; None where it has no such kernel.
 
-    There is room for twice the tokens that there are: one wrong start lets a row claim all of them, and the good rows
-    after it must still find their place.
+    Attributes:
+        update: tiles of new tokens to write.
+        parts: ranges of key blocks of rows that are decoded; ``PARTS`` is 1 where a part is its row's only one.
+        merges: rows of several parts, whose partials are to be merged.
+        prefill: tiles of new tokens of all longer rows.
+        used: ``[tokens]``, 1 where a part or a tile has the token, and 0 where none has.
     """
-    counts = jnp.where(rows.num_queries > more_than, _cdiv(rows.num_queries, tokens), 0)
-    num_parts = 2 * (request.num_tokens // tokens) + min(request.num_rows, request.num_tokens)
-    row, index, live = assign_parts(counts, num_parts)
+
+    update: jax.Array | None
+    parts: jax.Array
+    merges: jax.Array | None
+    prefill: jax.Array | None
+    used: jax.Array
+
+
+def work_of(request: AttentionRequest, sizes: Tiles, rows: Rows) -> Work:
+    """All lists of a call."""
+    decoded = sizes.decoded_tokens(request)
+    update = query_work(request, rows, sizes.update_tokens) if request.writes_pages else None
+    parts, merges = decode_work(request, sizes, rows)
+    prefill, stored = None, rows
+    if request.num_tokens > decoded:
+        tokens = sizes.prefill.queries // request.group_size
+        prefill = query_work(request, rows, tokens, decoded)
+        listed = listed_rows(request, rows, tokens, decoded)
+        stored = rows._replace(num_queries=jnp.where(rows.num_queries > decoded, listed.num_queries, rows.num_queries))
+    return Work(update, parts, merges, prefill, has_row(request, stored))
+
+
+def has_row(request: AttentionRequest, rows: Rows) -> jax.Array:
+    """``[tokens]`` int32: 1 where any row has the token, else 0."""
+    token = jnp.arange(request.num_tokens, dtype=jnp.int32)[:, None]
+    within = (token >= rows.query_start[None, :]) & (token < (rows.query_start + rows.num_queries)[None, :])
+    return jnp.max(within.astype(jnp.int32), axis=1)
+
+
+def query_counts(rows: Rows, tokens: int, more_than: int) -> jax.Array:
+    """Tiles of ``tokens`` new tokens of each row that has more than ``more_than`` of them."""
+    return jnp.where(rows.num_queries > more_than, _cdiv(rows.num_queries, tokens), 0)
+
+
+def query_room(request: AttentionRequest, tokens: int, more_than: int = 0) -> int:
+    """Most tiles that rows of more than ``more_than`` tokens have.
+
+    n tokens in r rows fill ``(n - r) // tokens + r`` tiles at most. A wrong start lets one row claim all tokens, and
+    the good rows after it must still find their place.
+    """
+    rows = min(request.num_rows - 1, request.num_tokens // (more_than + 1))
+    good = (request.num_tokens - rows) // tokens + rows if rows else 0
+    return good + -(-request.num_tokens // tokens)
+
+
+def listed_rows(request: AttentionRequest, rows: Rows, tokens: int, more_than: int) -> Rows:
+    """The rows of :func:`query_work` as far as its list has room for their tiles; all others without queries."""
+    counts = query_counts(rows, tokens, more_than)
+    listed = jnp.clip(query_room(request, tokens, more_than) - exclusive_sum(counts), 0, counts)
+    return rows._replace(num_queries=jnp.minimum(rows.num_queries, listed * tokens))
+
+
+def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:
+    """Tiles of ``tokens`` new tokens of all rows that have more than ``more_than`` of them."""
+    room = query_room(request, tokens, more_than)
+    row, index, live = assign_parts(query_counts(rows, tokens, more_than), room)
     return _table(rows, row, live, FIRST=index * tokens)
 
 
-class DecodeWork(NamedTuple):
-    """Split-KV work of rows with few tokens.
+class DecodeRoom(NamedTuple):
+    """Room for split contexts: parts, rows of several parts, and their partial results."""
 
-    Attributes:
-        parts: ranges of key blocks; ``PARTS`` is 1 where a part is its row's only one.
-        merges: rows of several parts, whose partials are to be merged; None where no row can have several.
-        num_partials: room for partials.
-    """
-
-    parts: jax.Array
-    merges: jax.Array | None
-    num_partials: int
+    parts: int
+    merges: int
+    partials: int
 
 
-def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows, most_tokens: int) -> DecodeWork:
-    """Ranges of key blocks of all rows with up to ``most_tokens`` new tokens.
+def decode_room(request: AttentionRequest, tiles: Tiles) -> DecodeRoom:
+    """What any row lengths need; no merges and no partials where no row can have several parts."""
+    block = tiles.decode.keys
+    most_blocks = -(-request.pages_per_row * request.page_size // block)
+    for limit in (request.options.window, request.options.chunk):
+        if limit is not None:
+            # The tokens of a row see this many keys together, which may begin at any slot of a block.
+            seen = limit + tiles.decoded_tokens(request) - 1
+            most_blocks = min(most_blocks, (seen + block - 2) // block + 1)
+    most_parts = -(-most_blocks // tiles.least_blocks)
+    if most_parts == 1:
+        return DecodeRoom(request.num_rows, 0, 0)
+    rows, wanted = request.num_rows, _wanted_parts(request, tiles)
+    # A row of several parts has more than half of a share in each of them on average.
+    return DecodeRoom(min(rows + wanted, rows * most_parts), min(rows, wanted), min(2 * wanted, rows * most_parts))
+
+
+def _wanted_parts(request: AttentionRequest, tiles: Tiles) -> int:
+    return max(1, -(-tiles.programs // request.num_kv_heads))
+
+
+def decode_work(request: AttentionRequest, tiles: Tiles, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+    """``parts`` and ``merges`` of :class:`Work`: ranges of key blocks of all rows with few tokens.
 
     The rule: ``tiles.programs`` programs should run, of ``tiles.least_blocks`` blocks each at least. All live blocks
     divided by the programs of one kv head give the blocks of a part; a row of more blocks is split evenly. One long
     row is split as finely as the chip is wide; among equal rows that fill the chip none is split.
     """
-    block = tiles.decode.keys
-    wanted = max(1, -(-tiles.programs // request.num_kv_heads))
-    most_blocks = -(-request.pages_per_row * request.page_size // block)
-    most_parts = -(-most_blocks // tiles.least_blocks)
-
+    block, room = tiles.decode.keys, decode_room(request, tiles)
     seen_begin, seen_end = visible_keys(request, rows.context - rows.num_queries, rows.context - 1)
     first = lax.div(seen_begin, jnp.int32(block))
-    blocks = jnp.where((rows.num_queries > 0) & (rows.num_queries <= most_tokens), _cdiv(seen_end, block) - first, 0)
-    share = jnp.maximum(tiles.least_blocks, _cdiv(jnp.sum(blocks, dtype=jnp.int32), wanted))
-    counts = _cdiv(blocks, share)
-    row, index, live = assign_parts(counts, min(request.num_rows + wanted, request.num_rows * most_parts))
+    decoded = (rows.num_queries > 0) & (rows.num_queries <= tiles.decoded_tokens(request))
+    blocks = jnp.where(decoded, _cdiv(seen_end, block) - first, 0)
+    wanted = _cdiv(jnp.sum(blocks, dtype=jnp.int32), _wanted_parts(request, tiles))
+    counts = _cdiv(blocks, jnp.maximum(tiles.least_blocks, wanted))
+    row, index, live = assign_parts(counts, room.parts)
     each = _cdiv(blocks, jnp.maximum(counts, 1))  # the row's own share: its parts are even
     begin = first[row] + index * each[row]
     end = jnp.minimum(begin + each[row], first[row] + blocks[row])
-
     several = counts > 1
     partials = exclusive_sum(jnp.where(several, counts, 0))
-    # A row of several parts has more than half of a share in each of them on average.
-    num_partials = min(2 * wanted, request.num_rows * most_parts)
     parts = _table(rows, row, live, FIRST=begin, END=end, PARTIAL=partials[row] + index, PARTS=counts[row])
-    if most_parts == 1:
-        return DecodeWork(parts, None, num_partials)
-    row, _, live = assign_parts(several.astype(jnp.int32), min(request.num_rows, wanted))
-    return DecodeWork(parts, _table(rows, row, live, PARTIAL=partials[row], PARTS=counts[row]), num_partials)
+    if not room.merges:
+        return parts, None
+    row, _, live = assign_parts(several.astype(jnp.int32), room.merges)
+    return parts, _table(rows, row, live, PARTIAL=partials[row], PARTS=counts[row])

@@ -2,11 +2,12 @@
 
 ========== =====================================================================================================
 sizes.py   what a program holds
+work.py    which rows are long, and the lists of work
 attend.py  the kernel of long rows: a warpgroup that copies pages by TMA, two that multiply by ``wgmma`` in turn
 settle.py  what follows it, in Triton: logsumexps to their places, queries with NaN once more
 ========== =====================================================================================================
 
-The update of v3's pages, the rows with few new tokens and the work lists are those of ``pallas_gpu``. Names of Pallas'
+The update of v3's pages and the rows with few new tokens are left to ``pallas_gpu``. Names of Pallas'
 Mosaic GPU backend are used in this folder alone, and imported when a call is traced.
 """
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import re
+import shutil
+import subprocess
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +30,16 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels import pallas_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
-from easydel_ragged_plugin.rows import Rows, live_rows
+from easydel_ragged_plugin.rows import plausible_rows
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.varying import varying_axes
 
 from . import sizes
+from .sizes import Sizes
+from .work import LongWork, work_of
 
 if TYPE_CHECKING:
-    from easydel_ragged_plugin.kernels.pallas_gpu.attend import Results
+    from easydel_ragged_plugin.kernels.pallas_gpu.call import Results
 
 __all__ = ["KERNEL", "LongRows", "PallasMosaicGPU"]
 
@@ -43,13 +50,16 @@ CAPABILITY = (9, 0)
 """The only one with ``wgmma``. For any other the compiler does not refuse the program: it ends the process."""
 
 OLDEST_JAX = (0, 9, 2)
+FOLLOWS_AXES_JAX = (0, 10)
+"""From then on JAX traces such a kernel inside of ``jax.shard_map`` with its defaults."""
 
-ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
-"""Packages that bring ptxas, NVIDIA's assembler, to JAX."""
+PACKAGES = ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
+"""Those that bring NVIDIA's assembler to JAX: as a library, or as the program ptxas."""
+SYSTEM_PTXAS = "/usr/local/cuda/bin/ptxas"
 MISCOMPILED = ("12.8", "12.9")
 """Versions of CUDA whose ptxas miscompiles causal masks, according to JAX's own attention kernel for Hopper
-(``jax/experimental/pallas/ops/gpu/attention_mgpu.py``). It names 12.8.0 to 12.9.1, which all say 12.8 or 12.9 of
-themselves, and refuses them, too."""
+(``jax/experimental/pallas/ops/gpu/attention_mgpu.py``). It names 12.8.0 to 12.9.1, by the version of the runtime, which
+is one number for all 12.9."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +121,8 @@ class PallasMosaicGPU(Kernel):
     def refuses(self, request: AttentionRequest) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
         reason = self._not_here() or not_its_shape(request) or self.others.refuses(request)
+        if reason is None and jax.__version_info__ < FOLLOWS_AXES_JAX and follows_axes():
+            return f"JAX {jax.__version__} can't trace it inside of jax.shard_map, unless with check_vma=False"
         if reason is None and request.num_tokens <= self._more_than(request, RaggedPageConfig()):
             return f"{request.num_tokens} tokens in all: no row has so many that it is not decoded"
         return reason
@@ -133,8 +145,8 @@ class PallasMosaicGPU(Kernel):
 
     def _more_than(self, request: AttentionRequest, config: RaggedPageConfig) -> int:
         """Rows with more new tokens than that are long."""
-        others = tiles.choose(request, dataclasses.replace(config, kernel_config=None))
-        most = others.decode.queries // request.group_size
+        others = tiles_of_others(request, config)
+        most = others.decoded_tokens(request)
         if config.kernel_config is None or config.kernel_config.more_than is None:
             return most
         wanted: int = config.kernel_config.more_than
@@ -148,52 +160,46 @@ class PallasMosaicGPU(Kernel):
 
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
-        others = tiles.choose(request, dataclasses.replace(config, kernel_config=None))
+        others = tiles_of_others(request, config)
         with jax.named_scope("ragged_page_attention_mosaic_gpu"):
-            # Not all of a row's tiles look at its pages, so a row that lacks one is taken out beforehand.
-            rows = live_rows(request, operands)
+            work: LongWork = self.prepare(request, config, operands) if operands.work is None else operands.work
             pages = operands.pages
             if operands.keys is not None:
-                pages = self.others.update(request, others, rows, operands)
-            results = self._attend(request, config, others, rows, operands._replace(pages=pages))
-            # No kernel stores the output of a token of no live row.
-            live = tokens_of_rows(request, rows)
-            output = jnp.where(live[:, None, None], results.output, jnp.zeros((), request.query_dtype))
-        return Attended(output, pages, results.lse)
+                pages = self.others.update(request, others, work.others, operands)
+            operands = operands._replace(pages=pages)
+            output: Any = jnp.zeros((), request.query_dtype)
+            lse: Any = jnp.float32(-jnp.inf)
+            if self._more_than(request, config):  # decode, which also gives that to tokens of no row
+                output, lse = self.others.attend(request, others, work.others, operands)
+            work = work.with_pages(request, operands.block_tables)
+            long, of_long = self._attend_long_rows(request, work, operands), work.has_token(request)
+            output = jnp.where(of_long[:, None, None], long.output, output)
+            lse = jnp.where(of_long[:, None], long.lse, lse) if request.return_lse else None
+        return Attended(output, pages, lse)
 
-    def _attend(
-        self, request: AttentionRequest, config: RaggedPageConfig, others: tiles.Tiles, rows: Rows, operands: Operands
-    ) -> Results:
-        """Attention over pages that are up to date; anything in the output of tokens of no live row."""
-        from easydel_ragged_plugin.kernels.pallas_gpu.attend import Extras, Results, attend_decode
-        from easydel_ragged_plugin.kernels.pallas_gpu.merge import merge_parts
-        from easydel_ragged_plugin.kernels.pallas_gpu.work import decode_work, query_work
+    def prepare(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> LongWork:
+        """The lists of work. See :meth:`easydel_ragged_plugin.types.Kernel.prepare`."""
+        own, more_than = sizes_of(request), self._more_than(request, config)
+        others = tiles_of_others(request, config)
+        return work_of(request, others, own.tile_tokens, more_than, plausible_rows(request, operands))
+
+    def _attend_long_rows(self, request: AttentionRequest, work: LongWork, operands: Operands) -> Results:
+        """Attention over pages that are up to date; anything for tokens that no tile of ``work`` has."""
+        from easydel_ragged_plugin.kernels.pallas_gpu.call import Results
 
         from .attend import attend_long_rows
         from .settle import settle
 
-        own = sizes.choose(request)
-        assert own is not None  # refuses() has seen to it
-        more_than = self._more_than(request, config)
-        pages, tables, sinks = operands.pages, operands.block_tables, operands.sinks
-        slots = pages.reshape(request.num_pages, request.page_size, request.layout.token_stride)
-        arrays = (operands.queries, slots, tables)
+        own, pages, sinks = sizes_of(request), operands.pages, operands.sinks
         sinks = None if sinks is None else sinks.astype(jnp.float32)
-
-        work = query_work(request, rows, own.tile_tokens, more_than)
         output, logsumexps = attend_long_rows(
-            request, own, work, operands.queries, pages, tables, sinks, self.interpret
+            request, own, work.tiles, operands.queries, pages, operands.block_tables, sinks, self.interpret
         )
+        slots = pages.reshape(request.num_pages, request.page_size, request.layout.token_stride)
+        arrays = (operands.queries, slots, operands.block_tables)
         shape = (request.num_tokens, request.num_q_heads)
         lse = jnp.full(shape, -jnp.inf, jnp.float32) if request.return_lse else None
-        results = settle(request, own, work, logsumexps, arrays, sinks, Results(output, lse), self.interpret)
-        if more_than:
-            extras = Extras(sinks, None, None)
-            parts = decode_work(request, others, rows, more_than)
-            results, partials = attend_decode(request, others.decode, parts, arrays, extras, results, self.interpret)
-            if parts.merges is not None:
-                results = merge_parts(request, parts.merges, partials, extras, results, self.interpret)
-        return results
+        return settle(request, own, work.tiles, logsumexps, arrays, sinks, Results(output, lse), self.interpret)
 
     def facts(self) -> dict[str, Any]:
         """Why it can't run here, where it can't; and the GPU."""
@@ -205,11 +211,21 @@ class PallasMosaicGPU(Kernel):
         return f"{super().fingerprint()}, with {self.others.fingerprint()}"
 
 
-def tokens_of_rows(request: AttentionRequest, rows: Rows) -> jax.Array:
-    """``[tokens]``: whether any row has the token."""
-    token = jnp.arange(request.num_tokens, dtype=jnp.int32)[:, None]
-    start, end = rows.query_start[None, :], (rows.query_start + rows.num_queries)[None, :]
-    return jnp.any((token >= start) & (token < end), axis=1)
+def tiles_of_others(request: AttentionRequest, config: RaggedPageConfig) -> tiles.Tiles:
+    """Tiles of ``pallas_gpu``, whose own ``kernel_config`` has no place in a config of this kernel."""
+    return tiles.choose(request, dataclasses.replace(config, kernel_config=None))
+
+
+def follows_axes() -> bool:
+    """Whether a call is traced inside of ``jax.shard_map`` with ``check_vma``, its default."""
+    return any(varying_axes(jax.lax.axis_index(axis)) for axis in jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def sizes_of(request: AttentionRequest) -> Sizes:
+    """Sizes of the kernel of long rows, for a request that is not refused."""
+    found = sizes.choose(request)
+    assert found is not None
+    return found
 
 
 def not_its_shape(request: AttentionRequest) -> str | None:
@@ -229,23 +245,40 @@ def not_its_shape(request: AttentionRequest) -> str | None:
 
 
 def miscompiles() -> str | None:
-    """Why the assembler that compiles for this process's GPU can't be trusted, or None."""
-    for name in ASSEMBLERS:
+    """Why what assembles programs for this process's GPU can't be trusted, or None.
+
+    XLA takes the library, the first ptxas in the PATH, or another one. Which, it does not say: none may be a bad one.
+    """
+    found = {}
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             version = metadata.version(name)
-            return of_cuda(".".join(version.split(".")[:2]), f"{name} {version}")
-    found = re.search(r"\bcuda (\d+)", jax.local_devices()[0].client.platform_version)
-    if found is None:
-        return "the version of CUDA is unknown; the ptxas of some miscompiles it"
-    number = int(found[1])  # 12080 is 12.8
-    return of_cuda(f"{number // 1000}.{number % 1000 // 10}", f"CUDA {number}")
+            found[f"{name} {version}"] = ".".join(version.split(".")[:2])
+    for path in (shutil.which("ptxas"), SYSTEM_PTXAS):
+        if path is not None:
+            found[path] = version_of(path)
+    known = {source: version for source, version in found.items() if version}
+    if not known:
+        runtime = re.search(r"\bcuda (\d+)", jax.local_devices()[0].client.platform_version)
+        if runtime is None:
+            return "the version of CUDA is unknown; the ptxas of some miscompiles it"
+        number = int(runtime[1])  # 12080 is 12.8
+        known[f"CUDA {number}"] = f"{number // 1000}.{number % 1000 // 10}"
+    for source, version in known.items():
+        if version in MISCOMPILED:
+            return f"ptxas of CUDA {version} ({source}) miscompiles causal masks; install another one, such as CUDA 13"
+    return None
 
 
-def of_cuda(version: str, source: str) -> str | None:
-    """Why ptxas of a version of CUDA can't be trusted, or None."""
-    if version not in MISCOMPILED:
-        return None
-    return f"ptxas of CUDA {version} ({source}) miscompiles causal masks; install another one, such as CUDA 13"
+@functools.cache
+def version_of(ptxas: str) -> str:
+    """Version of CUDA of a ptxas; an empty text where it does not run, and so XLA does not take it."""
+    try:
+        said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = re.search(r"\bV(\d+\.\d+)\.\d+\b", said)
+    return "" if found is None else found[1]
 
 
 KERNEL = PallasMosaicGPU()

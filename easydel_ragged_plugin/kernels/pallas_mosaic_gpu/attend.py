@@ -402,7 +402,7 @@ def compute(
     )
     plgpu.barrier_wait(scratch.keys_there.at[0])
     pl.when(warpgroup == 1)(functools.partial(take_turn, scratch))
-    # As in pallas_gpu: every query of the tile sees all keys of the blocks [whole, diagonal).
+    # Every query of the tile sees all keys of the blocks [whole, diagonal): these are not masked.
     _, last_whole = visible_keys(request, tile.first, tile.first)
     whole, diagonal = begin, jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
     if request.options.is_local:

@@ -16,18 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from easydel_ragged_plugin.kernels.pallas_gpu.attend import (
-    Extras,
-    Places,
-    Queries,
-    Results,
-    Softmax,
-    attend_singly,
-    finish,
-    iota,
-    launch,
-    store_results,
-)
+from easydel_ragged_plugin.kernels.pallas_gpu.attend import attend_singly
+from easydel_ragged_plugin.kernels.pallas_gpu.blocks import Places, Queries, iota
+from easydel_ragged_plugin.kernels.pallas_gpu.call import Extras, Results, launch, store_results
+from easydel_ragged_plugin.kernels.pallas_gpu.softmax import Softmax, finish
 from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
 from easydel_ragged_plugin.types import AttentionRequest
 

@@ -27,16 +27,20 @@ namespace {
 #include "kernels/simd-inl.h"
 #include "kernels/common-inl.h"
 #include "kernels/update-inl.h"
-#include "kernels/decode-inl.h"
-#include "kernels/prefill_products-inl.h"
-#include "kernels/prefill-inl.h"
+#include "kernels/finish-inl.h"
+#include "kernels/few_block-inl.h"
+#include "kernels/few_products-inl.h"
+#include "kernels/few_stage-inl.h"
+#include "kernels/few-inl.h"
+#include "kernels/many_products-inl.h"
+#include "kernels/many-inl.h"
 // clang-format on
 
 }  // namespace
 
 extern const Routines kRoutines;
-const Routines kRoutines = {RAGGED_ISA_NAME, write,      most_few,     few_scratch, attend_few,
-                            most_many,       least_many, many_scratch, attend_many, finish};
+const Routines kRoutines = {RAGGED_ISA_NAME, write,        most_few,    few_scratch, attend_few,
+                            most_many,       many_scratch, attend_many, finish};
 
 }  // namespace RAGGED_ISA
 }  // namespace easydel_ragged

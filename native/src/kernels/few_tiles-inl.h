@@ -1,4 +1,4 @@
-// Decoding on AMX tiles. Keys and values are both taken from the cache as they lie there, 16 tokens x 32 elements at
+// One query on AMX tiles. Keys and values are both taken from the cache as they lie there, 16 tokens x 32 elements at
 // a time.
 //
 // Keys are left operands and the queries of a group columns of the right one, so products come out token by token with
@@ -65,7 +65,7 @@ struct TileScratch {
     const int64_t queries_each = tile_queries(p), chunks = (p.group() + queries_each - 1) / queries_each;
     const int64_t count = p.num_kv_heads * chunks;
     queries = carver.take<uint32_t>(count * queries_each * p.head_dim / 2);
-    weights = carver.take<uint32_t>(2 * queries_each * kDecodeBlock);
+    weights = carver.take<uint32_t>(2 * queries_each * kMostBlock);
     sums = carver.take<float>(count * queries_each * p.head_dim);
     maximum = carver.take<float>(count * kLanes);
     total = carver.take<float>(count * kLanes);
@@ -75,15 +75,14 @@ struct TileScratch {
 
 template <int kQueries, bool kCapped>
 struct TileHeads {
-  static constexpr int64_t kTokens = 32;
   const Problem& p;
-  const DecodeScratch& s;
+  const FewScratch& s;
   const Partial partial;
   const TileScratch tiles;
   const int64_t steps, chunks;
-  bool regular[kDecodeBlock / 16];  // whether 16 tokens of the block lie at equal distances
+  bool regular[kMostBlock / 16];  // whether 16 tokens of the block lie at equal distances
 
-  TileHeads(const Problem& problem, const DecodeScratch& scratch, const Query* query, int64_t, HeadRange heads)
+  TileHeads(const Problem& problem, const FewScratch& scratch, const Query* query, int64_t, HeadRange heads)
       : p(problem),
         s(scratch),
         partial(query->partial),
@@ -109,8 +108,6 @@ struct TileHeads {
     config.load();
   }
   TileHeads(const TileHeads&) = delete;
-
-  RAGGED_INLINE int64_t most_tokens(const Problem&, const DecodeScratch&) { return kDecodeBlock; }
 
   void start(int64_t, int64_t count) {
     for (int64_t t = 0; t < round_up(count, 32); t += 16) {
@@ -246,16 +243,16 @@ struct TileHeads {
 RAGGED_INLINE bool tiles_fit(const Problem& p) { return p.head_dim % 32 == 0; }
 
 template <bool kCapped>
-void decode_tiles(const Problem& p, int64_t row, const Query* query, int64_t begin, int64_t end, void* scratch,
-                  HeadRange kv_heads) {
+void few_tiles(const Problem& p, int64_t row, const Query* query, int64_t begin, int64_t end, void* scratch,
+               HeadRange kv_heads) {
   switch (tile_queries(p)) {
     case 1:
-      return decode_blocks<BF16, PairDot, TileHeads<1, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
+      return few_blocks<BF16, PairDot, TileHeads<1, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     case 2:
-      return decode_blocks<BF16, PairDot, TileHeads<2, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
+      return few_blocks<BF16, PairDot, TileHeads<2, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     case 4:
-      return decode_blocks<BF16, PairDot, TileHeads<4, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
+      return few_blocks<BF16, PairDot, TileHeads<4, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
     default:
-      return decode_blocks<BF16, PairDot, TileHeads<8, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
+      return few_blocks<BF16, PairDot, TileHeads<8, kCapped>>(p, row, query, 1, begin, end, scratch, kv_heads);
   }
 }

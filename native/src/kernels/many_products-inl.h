@@ -1,4 +1,4 @@
-// The two matrix products of prefill, in register blocks: in floats, in pairs of bf16, or on AMX tiles.
+// The two matrix products of many queries, in register blocks: in floats, in pairs of bf16, or on AMX tiles.
 
 // Rows of the two products are (query token, head of the group). They are taken a block at a time, whose scores stay in
 // the first-level cache between the two products. Columns of one register block:

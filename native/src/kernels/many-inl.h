@@ -54,7 +54,7 @@ void pack_values(const T* const* slot, int64_t count, int64_t offset, int64_t he
   }
 }
 
-// Memory of attend_exactly: a partial, then what decoding needs.
+// Memory of attend_exactly: a partial, then what few queries need.
 RAGGED_INLINE Partial exact_partial(const Problem& p, Carver& carver) {
   float* maximum = carver.take<float>(p.num_q_heads);
   float* total = carver.take<float>(p.num_q_heads);
@@ -67,14 +67,14 @@ RAGGED_INLINE size_t exact_scratch(const Problem& p) {
 }
 
 template <class T, class Step>
-struct PrefillScratch {
+struct ManyScratch {
   int64_t rows, depth, width;  // depth: steps over head_dim; width: columns of the sums
   float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
   const T** slot;
   Seen* seen;  // [queries], of a tile
   char* rest;  // of attend_exactly
   size_t size;
-  PrefillScratch(const Problem& p, int64_t tokens, void* base) {
+  ManyScratch(const Problem& p, int64_t tokens, void* base) {
     Carver carver{static_cast<char*>(base)};
     rows = round_up(tokens * p.group(), Step::kRows);
     depth = round_up(p.head_dim, Step::kElements * kLanes) / Step::kElements;
@@ -97,12 +97,15 @@ struct PrefillScratch {
 
 // Where a value is not finite. The queries of a tile see different keys, and a product covers the tile: a weight of 0
 // times an infinite value is NaN, also for a query that does not see the value. Such a NaN never leaves the sums again.
-// So a query token whose sums are not finite is attended once more, with the loops of decoding, which read only keys
-// that the query sees. All other tokens lose no time.
+// So a query token whose sums are not finite is attended once more, with the loops for few queries, which read only
+// keys that the query sees. All other tokens lose no time.
 void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query& query, int64_t begin, int64_t end,
                     char* scratch) {
   Carver carver{scratch};
   Query alone = query;
+  const KeyRange keys = visible_keys(p, query.position, 1);
+  begin = max64(begin, keys.begin);
+  end = min64(end, keys.end);
   if (query.partial.weighted == nullptr) alone.partial = exact_partial(p, carver);
   attend_few_heads(p, row, &alone, 1, begin, end, carver.base + carver.used, {kv_head, kv_head + 1});
   if (query.partial.weighted == nullptr)
@@ -111,8 +114,8 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
 
 // Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
 template <class Step, bool kCapped, bool kMasked>
-RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
-                                   int64_t low, int64_t high, float& maximum_seen, float& total, float& factor) {
+RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
+                                int64_t low, int64_t high, float& maximum_seen, float& total, float& factor) {
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   VecF most = splat(-kInfinity);
@@ -126,21 +129,10 @@ RAGGED_INLINE void prefill_softmax(const Logits& logits, float* scores, float* w
     store(scores + t, x);
     most = maximum(x, most);
   }
-  const float tile_maximum = max_of(most);
-  const float updated = tile_maximum > maximum_seen ? tile_maximum : maximum_seen;
-  const float reference = updated == -kInfinity ? 0.0f : updated;
-  VecF sum = {};
-  for (int64_t t = from; t < to; t += kLanes) {
-    const VecF weight = exp2_nonpositive(load(scores + t) - splat(reference));
-    if constexpr (Step::kElements == 2)
-      store_weights(reinterpret_cast<BF16*>(weights) + t, weight);
-    else
-      store_weights(weights + t, weight);
-    sum = sum + weight;
-  }
-  factor = exp2_nonpositive(maximum_seen - reference);
-  total = total * factor + sum_of(sum);
-  maximum_seen = updated;
+  if constexpr (Step::kElements == 2)
+    factor = add_weights(scores, reinterpret_cast<BF16*>(weights), from, to, most, maximum_seen, total);
+  else
+    factor = add_weights(scores, weights, from, to, most, maximum_seen, total);
 }
 
 // Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
@@ -173,9 +165,9 @@ RAGGED_INLINE void store_output(const Problem& p, const Scratch& s, int64_t r, i
 }
 
 template <class T, class Step, bool kCapped>
-void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
-                  int64_t end, void* scratch) {
-  PrefillScratch<T, Step> s(p, count, scratch);
+void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
+               int64_t end, void* scratch) {
+  ManyScratch<T, Step> s(p, count, scratch);
   const Logits logits(p, kv_head);
   const Cache<T> cache(p, row);
   const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
@@ -228,11 +220,11 @@ void prefill_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* q
         }
         const Seen seen = s.seen[(r + i) / group];
         if (seen.low <= from && seen.high >= to)
-          prefill_softmax<Step, kCapped, false>(logits, scores, weights, from, to, seen.low, seen.high,
-                                                s.maximum[r + i], s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, false>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
+                                             s.total[r + i], s.factor[i]);
         else
-          prefill_softmax<Step, kCapped, true>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
-                                               s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, true>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
+                                            s.total[r + i], s.factor[i]);
       }
       sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
     }
@@ -272,16 +264,6 @@ int64_t most_many(const Problem& p) {
   return max64(1, rows / p.group());
 }
 
-// Packing pays from about so many rows on.
-int64_t least_many(const Problem& p) {
-#if defined(__AMX_BF16__)
-  const int64_t rows = 32;
-#else
-  const int64_t rows = pairs(p) ? 48 : 24;
-#endif
-  return max64(2, rows / p.group());
-}
-
 void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
                  int64_t end, void* scratch) {
   const bool capped = p.logits_soft_cap > 0;
@@ -290,9 +272,9 @@ void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* qu
     const auto attend = [&](auto step) {
       using Step = typename decltype(step)::type;
       if (capped)
-        prefill_rows<T, Step, true>(p, row, kv_head, queries, count, begin, end, scratch);
+        many_rows<T, Step, true>(p, row, kv_head, queries, count, begin, end, scratch);
       else
-        prefill_rows<T, Step, false>(p, row, kv_head, queries, count, begin, end, scratch);
+        many_rows<T, Step, false>(p, row, kv_head, queries, count, begin, end, scratch);
     };
 #if defined(__AVX512BF16__)
     if constexpr (is_same<T, BF16> || sizeof(T) == 1)
@@ -305,7 +287,7 @@ void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* qu
 size_t many_scratch(const Problem& p) {
   const int64_t tokens = most_many(p);
 #if defined(__AVX512BF16__)
-  if (pairs(p)) return PrefillScratch<BF16, BestPairStep>(p, tokens, nullptr).size;
+  if (pairs(p)) return ManyScratch<BF16, BestPairStep>(p, tokens, nullptr).size;
 #endif
-  return PrefillScratch<float, FloatStep>(p, tokens, nullptr).size;
+  return ManyScratch<float, FloatStep>(p, tokens, nullptr).size;
 }

@@ -1,0 +1,119 @@
+"""All that is wanted of a first half hour on a card, as commands of their own: see first_half_hour.md.
+
+    python -m benchmarks.gpu.half_hour --out FOLDER
+
+Each command is a process with a time limit, so one that hangs or crashes leaves the others. What each prints and finds
+is written when it ends. Run it again with the same folder: commands that have ended well are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import ended
+
+from .table import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 480.0
+GEOMETRIES = (("32", "8", "128"), ("64", "8", "64"))
+"""Query heads, kv heads and head_dim that are tuned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: its name, its arguments after Python's, and its environment variables."""
+
+    name: str
+    arguments: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+def commands(out: Path, dry: bool) -> Iterator[Command]:
+    """All commands, in their order. Those that follow from results come when these are there."""
+    dry_run = ("--dry-run",) if dry else ()
+    tuned = (("EASYDEL_RAGGED_CACHE", str(out / "tuned")),)
+    for part in ("Results", "Laws"):
+        for version in ("v3", "v2"):
+            report = f"--junitxml={out / f'contract-{part}-{version}.xml'}"
+            which = ("-q", "-p", "no:cacheprovider", "-k", f"Test{part} and {version}", report)
+            yield Command(
+                f"contract-{part}-{version}",
+                ("-m", "pytest", str(ROOT / "benchmarks" / "gpu" / "contract.py"), *which),
+                (("EASYDEL_RAGGED_DRY_RUN", "1" if dry else "0"),),
+            )
+    names = [entry.case.name for entry in TABLE]
+    for name in names[:1] if dry else names:
+        yield Command(f"table-{name}", (*_table(name, out / f"table-{name}.json"), *dry_run))
+    trace = ("--out", str(out / "trace"), *dry_run)
+    yield Command("profile", ("-m", "benchmarks.gpu.profile", "--case", "decode-64x2k", *trace))
+    for q_heads, kv_heads, head_dim in GEOMETRIES[:1] if dry else GEOMETRIES:
+        shape = ("--q-heads", q_heads, "--kv-heads", kv_heads, "--head-dim", head_dim)
+        tiny = ("--interpret", "--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16")
+        tune = ("-m", "easydel_ragged_plugin", "tune", *(tiny if dry else shape))
+        yield Command(f"tune-{q_heads}-{kv_heads}-{head_dim}", tune, tuned)
+    for name in names:
+        if missed(out / f"table-{name}.json"):
+            yield Command(f"again-{name}", _table(name, out / f"again-{name}.json"), tuned)
+
+
+def _table(case: str, file: Path) -> tuple[str, ...]:
+    return (str(ROOT / "benchmarks" / "gpu"), "--case", case, "--json", str(file))
+
+
+def missed(file: Path) -> bool:
+    """Whether a workload was timed, and its target was not reached."""
+    if not file.exists():
+        return False
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return any(timing["met"] is False for result in results for timing in result["timings"])
+
+
+def run(command: Command, out: Path, limit_s: float) -> dict[str, Any]:
+    """What became of a command: its status, seconds and last lines. Its output is in ``NAME.log``."""
+    begin = time.monotonic()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {"PYTHONPATH": path, **dict(command.variables)}
+    line = (sys.executable, *command.arguments)
+    code, lines = ended(line, out / f"{command.name}.log", limit_s, variables=variables, folder=out)
+    status = "timed out" if code is None else "ok" if code == 0 else f"exit code {code}"
+    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "last": lines[-3:]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="All that is wanted of a first half hour on a card.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for what is found; what has ended well there is left out"
+    )
+    parser.add_argument("--only", help="commands whose names contain this")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each command")
+    parser.add_argument("--dry-run", action="store_true", help="the same way on any machine, interpreted: no times")
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "done.json"
+    done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for command in commands(out, options.dry_run):
+        if (options.only or "") not in command.name or done.get(command.name, {}).get("status") == "ok":
+            continue
+        print(f"{command.name} ...", flush=True)
+        done[command.name] = found = run(command, out, options.limit)
+        beside = file.with_suffix(".new")
+        beside.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        beside.replace(file)
+        print(f"{command.name}: {found['status']}, {found['seconds']:.0f} s", *found["last"], sep="\n    ", flush=True)
+    bad = [name for name, found in done.items() if found["status"] != "ok"]
+    print(f"{len(done) - len(bad)} of {len(done)} commands ended well" + (f"; not {', '.join(bad)}" if bad else ""))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

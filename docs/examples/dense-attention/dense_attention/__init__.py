@@ -1,0 +1,1 @@
+"""A kernel for easydel-ragged-plugin and an operation for EasyDeL; importing the package imports neither."""

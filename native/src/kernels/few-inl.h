@@ -1,0 +1,224 @@
+// Attention of few query tokens, all heads, over keys as they lie in the cache. A block of tokens at a time comes into
+// the second-level cache; each of its keys and values is loaded there for up to four queries at once.
+
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
+
+// Attention of some queries to a block of tokens, on vectors: up to four rows of queries at a time. A row is a query
+// token and a head of the group.
+template <class T, class Dot, bool kStaged>
+struct VectorHeads {
+  using Element = typename Dot::Element;
+  static_assert(kStaged || is_same<T, Element>, "what is converted is staged");
+  const Problem& p;
+  const FewScratch& s;
+  const Query* const queries;
+  const int64_t rows;  // of a kv head
+  bool all_seen = false;
+
+  VectorHeads(const Problem& problem, const FewScratch& scratch, const Query* first, int64_t count, HeadRange heads)
+      : p(problem), s(scratch), queries(first), rows(count * problem.group()) {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) {
+        queries[q].partial.maximum[h] = -kInfinity;
+        queries[q].partial.total[h] = 0.0f;
+        __builtin_memset(weighted(q, h), 0, size_t(partial_stride(p)) * sizeof(float));
+      }
+  }
+  VectorHeads(const VectorHeads&) = delete;
+
+  void start(int64_t begin, int64_t count) {
+    all_seen = true;
+    for (int64_t q = 0; q < rows / p.group(); ++q) {
+      s.seen[q] = seen_of_block(p, queries[q].position, begin, count);
+      all_seen = all_seen && s.seen[q].low == 0 && s.seen[q].high == count;
+    }
+  }
+
+  void attend(int64_t kv_head, int64_t count, Ahead& ahead) {
+    const Logits logits(p, kv_head);
+    const char* const* slot = s.slot;
+    int64_t keys = kv_head * p.head_stride, values = keys + p.value_offset;
+    if constexpr (kStaged) {
+      for (int64_t t = 0; t < count + kBlockPadding; ++t)
+        s.staged_slot[t] = s.staged + min64(t, count - 1) * 2 * s.query_stride * int64_t(sizeof(Element));
+      stage<T, Element>(slot, count, keys, p.head_dim, s.staged, s.query_stride);
+      stage<T, Element>(slot, count, values, p.head_dim, s.staged + s.query_stride * int64_t(sizeof(Element)),
+                        s.query_stride);
+      slot = s.staged_slot;
+      keys = 0;
+      values = s.query_stride;
+    }
+    for (int64_t r = 0; r < rows;) {
+      const Seen seen = all_seen ? Seen{0, count} : s.seen[r / p.group()];
+      int64_t most = min64(4, rows - r), same = 1;
+      if (all_seen)
+        same = most;
+      else
+        while (same < most && s.seen[(r + same) / p.group()].low == seen.low &&
+               s.seen[(r + same) / p.group()].high == seen.high)
+          ++same;
+      if (seen.high > seen.low) {
+        const auto attend_some = [&](auto number) {
+          attend_rows<decltype(number)::value>(logits, kv_head, r, slot + seen.low, seen.high - seen.low, keys, values,
+                                               ahead);
+        };
+        if (same == 4) attend_some(Count<4>{});
+        if (same == 3) attend_some(Count<3>{});
+        if (same == 2) attend_some(Count<2>{});
+        if (same == 1) attend_some(Count<1>{});
+      }
+      r += same;
+    }
+  }
+
+  void finish(HeadRange heads) {
+#if defined(__AVX512BF16__)
+    if constexpr (Dot::kPairs)
+      for (int64_t q = 0; q < rows / p.group(); ++q)
+        for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) in_order(weighted(q, h), p.head_dim);
+#endif
+    (void)heads;
+  }
+
+ private:
+  float* weighted(int64_t query, int64_t head) const {
+    return queries[query].partial.weighted + head * partial_stride(p);
+  }
+
+  template <int kQueries>
+  void attend_rows(const Logits& logits, int64_t kv_head, int64_t row, const char* const* slot, int64_t count,
+                   int64_t keys, int64_t values, Ahead& ahead) {
+    few_products<Dot, kQueries>(s.template queries_of<typename Dot::Query>(kv_head * rows + row), s.query_stride, slot,
+                                count, keys, p.head_dim, s.weights, ahead);
+    float factor[kQueries];
+    float* sums[kQueries];
+    typename Dot::Weight* weights = reinterpret_cast<typename Dot::Weight*>(Dot::kPairs ? s.pairs : s.weights);
+    for (int i = 0; i < kQueries; ++i) {
+      const int64_t query = (row + i) / p.group(), head = kv_head * p.group() + (row + i) % p.group();
+      const Partial& partial = queries[query].partial;
+      float* logit = s.weights + i * kMostBlock;
+      typename Dot::Weight* weight = weights + i * kMostBlock;
+      float &most = partial.maximum[head], &total = partial.total[head];
+      factor[i] = p.logits_soft_cap > 0
+                      ? few_softmax<typename Dot::Weight, true>(logits, logit, weight, count, most, total)
+                      : few_softmax<typename Dot::Weight, false>(logits, logit, weight, count, most, total);
+      sums[i] = weighted(query, head);
+    }
+    few_all_values<kQueries>(Tag<Dot>{}, weights, factor, slot, count, values, p.head_dim, sums, ahead);
+  }
+};
+
+template <class Element, class Source>
+RAGGED_INLINE void read_queries(const Problem& p, const Query* queries, int64_t count, HeadRange kv_heads,
+                                const FewScratch& s) {
+  const int64_t rows = count * p.group();
+  for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h)
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = queries[r / p.group()].token * p.num_q_heads + h * p.group() + r % p.group();
+      Element* to = s.queries_of<Element>(h * rows + r);
+      convert(static_cast<const Source*>(p.queries) + head * p.head_dim, to, p.head_dim);
+      __builtin_memset(to + p.head_dim, 0, size_t(s.query_stride - p.head_dim) * sizeof(*to));
+    }
+}
+
+template <class T, class Dot, class Heads>
+void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t number, int64_t begin, int64_t end,
+                void* scratch, HeadRange kv_heads) {
+  FewScratch s(p, number, scratch);
+  const Cache<T> cache(p, row);
+  with_query_type(p.query_dtype, [&](auto tag) {
+    using Source = typename decltype(tag)::type;
+    if constexpr (sizeof(typename Dot::Query) == sizeof(float) || is_same<Source, BF16>)
+      read_queries<typename Dot::Query, Source>(p, queries, number, kv_heads, s);
+  });
+
+  Heads heads(p, s, queries, number, kv_heads);
+  const int64_t block = FewScratch::most_tokens(p);
+  const int64_t lines_each = find_lines<T>(p, s.lines);
+  int64_t count = min64(block, end - begin);
+  cache.slots(begin, count, s.slot);
+  for (Ahead first{s.slot, s.lines, lines_each, 0, count * lines_each}; first.budget > 0;) first.request();
+  while (count > 0) {
+    for (int64_t t = count; t < count + kBlockPadding; ++t) s.slot[t] = s.slot[count - 1];
+    const int64_t ahead_count = min64(block, end - begin - count);
+    if (ahead_count > 0) cache.slots(begin + count, ahead_count, s.next);
+    Ahead ahead{s.next, s.lines, lines_each, 0, 0};
+    heads.start(begin, count);
+    for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h) {
+      // Each head's work is accompanied by its share of the requests.
+      const int64_t all = ahead_count * lines_each, heads_left = kv_heads.end - h;
+      const int64_t asked = (ahead.slot - s.next) * lines_each + ahead.next;
+      ahead.budget = (all - asked) / heads_left;
+      heads.attend(h, count, ahead);
+    }
+    begin += count;
+    count = ahead_count;
+    const char** swapped = s.slot;
+    s.slot = s.next;
+    s.next = swapped;
+  }
+  heads.finish(kv_heads);
+}
+
+#if defined(__AMX_BF16__)
+#include "kernels/few_tiles-inl.h"
+#endif
+
+// Whether products are made in pairs of bfloat16, which holds all of the cache's numbers, and weights are rounded to
+// it.
+RAGGED_INLINE bool pairs(const Problem& p) {
+  return kDotBF16 && p.float_products == 0 && p.query_dtype == DType::kBF16 &&
+         (p.cache_dtype == DType::kBF16 || element_size(p.cache_dtype) == 1);
+}
+
+void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64_t count, int64_t begin, int64_t end,
+                      void* scratch, HeadRange kv_heads) {
+#if defined(__AMX_BF16__)
+  if (pairs(p) && p.cache_dtype == DType::kBF16 && tiles_fit(p) && count == 1) {
+    if (p.logits_soft_cap > 0)
+      few_tiles<true>(p, row, queries, begin, end, scratch, kv_heads);
+    else
+      few_tiles<false>(p, row, queries, begin, end, scratch, kv_heads);
+    // A tile multiplies an element of the neighboring column by 0, which is NaN where that element is not finite.
+    const float* sums = queries->partial.weighted;
+    const int64_t stride = p.group() * partial_stride(p);
+    if (all_finite(sums + kv_heads.begin * stride, (kv_heads.end - kv_heads.begin) * stride)) return;
+  }
+#endif
+  with_type(p.cache_dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto attend = [&](auto heads, auto dot) {
+      using Heads = typename decltype(heads)::type;
+      using Dot = typename decltype(dot)::type;
+      few_blocks<T, Dot, Heads>(p, row, queries, count, begin, end, scratch, kv_heads);
+    };
+    // What more than four rows read is staged: it is converted once, and lies close together. Keys of a head in the
+    // cache are whole pages of memory apart, so a first-level cache has but a few places for all of them.
+    const bool apart = p.token_stride * int64_t(sizeof(T)) >= kStagedStride;
+    const bool staged = count * p.group() > 4 && (apart || sizeof(T) == 1);
+#if defined(__AVX512BF16__)
+    if constexpr (is_same<T, BF16>)
+      if (pairs(p) && !staged) return attend(Tag<VectorHeads<T, PairDot, false>>{}, Tag<PairDot>{});
+    if constexpr (is_same<T, BF16> || sizeof(T) == 1)
+      if (pairs(p)) return attend(Tag<VectorHeads<T, PairDot, true>>{}, Tag<PairDot>{});
+#endif
+    if (staged) return attend(Tag<VectorHeads<T, FloatDot<float>, true>>{}, Tag<FloatDot<float>>{});
+    attend(Tag<VectorHeads<T, FloatDot<T>, false>>{}, Tag<FloatDot<T>>{});
+  });
+}
+
+void attend_few(const Problem& p, int64_t row, const Query* queries, int64_t count, int64_t begin, int64_t end,
+                void* scratch) {
+  attend_few_heads(p, row, queries, count, begin, end, scratch, {0, p.num_kv_heads});
+}
+
+size_t few_scratch(const Problem& p) {
+  size_t size = FewScratch(p, most_few(p), nullptr).size;
+#if defined(__AMX_BF16__)
+  size += TileScratch(p, nullptr).size;
+#endif
+  return size;
+}

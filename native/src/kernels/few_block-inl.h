@@ -1,0 +1,103 @@
+// Blocks of keys that few queries attend: the tokens of a row that come into the second-level cache together. Their
+// addresses, what is requested from memory ahead of them, and the scratch memory.
+
+constexpr int kMostBlock = 128;               // most tokens of one block
+constexpr int64_t kMostBlockBytes = 1 << 17;  // and most bytes of it: with the next, they fit a second-level cache
+constexpr int64_t kStagedStride = 2048;       // bytes between tokens that are far apart
+#if defined(__AMX_BF16__)
+constexpr int kLeastBlock = 32;
+#else
+constexpr int kLeastBlock = 16;
+#endif
+constexpr int kBlockPadding = 32;  // addresses after a block's, of tokens that may be read as well
+constexpr int kMostQueries = 8;    // rows of queries whose weights are held at a time
+constexpr int64_t kMostFew = 8;    // queries of a call; packing pays from about so many on
+
+// The number does not depend on the heads, which may be split between devices, so that the order of sums does not.
+int64_t most_few(const Problem&) { return kMostFew; }
+
+// Tokens [low, high) of a block, which a query sees; none where high is not above low.
+struct Seen {
+  int64_t low, high;
+};
+RAGGED_INLINE Seen seen_of_block(const Problem& p, int64_t position, int64_t begin, int64_t count) {
+  const KeyRange keys = visible_keys(p, position, 1);
+  return {max64(0, keys.begin - begin), min64(count, keys.end - begin)};
+}
+
+// The next block, which is requested from memory while one is worked on: a line at a time, since a burst would fill the
+// line buffers and stall the arithmetic, and in the order of addresses. By heads, neighboring requests would lie in
+// different pages of memory.
+struct Ahead {
+  const char* const* slot = nullptr;
+  const int32_t* lines = nullptr;  // of a token: the offsets of those that hold elements
+  int64_t lines_each = 0;
+  int64_t next = 0;    // of the lines of *slot
+  int64_t budget = 0;  // lines that may be requested now
+
+  RAGGED_INLINE_MEMBER void request() {
+    if (budget == 0) return;
+    --budget;
+    prefetch(*slot + lines[next]);
+    if (++next == lines_each) {
+      next = 0;
+      ++slot;
+    }
+  }
+};
+
+// What few queries need.
+struct FewScratch {
+  char* queries;             // [kv_heads][rows][query_stride], elements of the products, zeros past head_dim
+  float* weights;            // of the rows that are worked on, [rows][kMostBlock]
+  float* pairs;              // the same in bfloat16
+  Seen* seen;                // [queries]
+  const char** slot;         // addresses of the block's tokens, and after them of tokens that may be read as well
+  const char** next;         // of the next block's
+  const char** staged_slot;  // of the block's tokens in `staged`
+  int32_t* lines;            // Ahead::lines
+  char* staged;              // keys and values of a kv head, converted: [tokens][2][query_stride]
+  char* rest;                // what a way to attend needs for itself
+  int64_t query_stride;
+  size_t size;
+
+  RAGGED_INLINE int64_t most_lines(const Problem& p) {
+    return p.token_stride * int64_t(element_size(p.cache_dtype)) / kCacheLine + 1;
+  }
+  FewScratch(const Problem& p, int64_t count, void* base) {
+    Carver carver{static_cast<char*>(base)};
+    query_stride = round_up(p.head_dim, 64);  // whole vectors of any elements
+    queries = carver.take<char>(count * p.num_q_heads * query_stride * int64_t(sizeof(float)));
+    weights = carver.take<float>(kMostQueries * kMostBlock);
+    pairs = carver.take<float>(kMostQueries * kMostBlock / 2);
+    seen = carver.take<Seen>(count);
+    slot = carver.take<const char*>(kMostBlock + kBlockPadding);
+    next = carver.take<const char*>(kMostBlock + kBlockPadding);
+    staged_slot = carver.take<const char*>(kMostBlock + kBlockPadding);
+    lines = carver.take<int32_t>(most_lines(p));
+    staged = carver.take<char>(most_tokens(p) * 2 * query_stride * int64_t(sizeof(float)));
+    rest = carver.take<char>(0);
+    size = carver.used;
+  }
+  // Tokens of a block. It is the same for all ways to attend, so that the order of sums is.
+  RAGGED_INLINE int64_t most_tokens(const Problem& p) {
+    const int64_t bytes = p.num_kv_heads * p.head_dim * 2 * int64_t(element_size(p.cache_dtype));
+    return max64(kLeastBlock, min64(kMostBlock, kMostBlockBytes / bytes / kLeastBlock * kLeastBlock));
+  }
+  template <class T>
+  RAGGED_INLINE_MEMBER T* queries_of(int64_t row) const {
+    return reinterpret_cast<T*>(queries) + row * query_stride;
+  }
+};
+
+// The lines of a token that hold elements, as offsets in bytes.
+template <class T>
+int64_t find_lines(const Problem& p, int32_t* lines) {
+  int64_t count = 0, next = 0;
+  for (int64_t part = 0; part < 2 * p.num_kv_heads; ++part) {
+    const int64_t begin = (part / 2 * p.head_stride + part % 2 * p.value_offset) * int64_t(sizeof(T));
+    const int64_t last = (begin + p.head_dim * int64_t(sizeof(T)) - 1) / kCacheLine;
+    for (next = max64(next, begin / kCacheLine); next <= last; ++next) lines[count++] = int32_t(next * kCacheLine);
+  }
+  return count;
+}
