@@ -41,9 +41,7 @@ ORDER: dict[str, tuple[str, ...]] = {
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
 
 ONLY_BY_NAME: dict[str, dict[str, str]] = {
-    "gpu": {
-        "pallas_mosaic_gpu": "no GPU has run it yet, and a wrong barrier would stop the process for good"
-    },
+    "gpu": {"pallas_mosaic_gpu": "no GPU has run it yet, and a wrong barrier would stop the process for good"},
     "tpu": {"ejkernel": "where its answers are wrong is not known before the call"},
 }
 """Kernels that run on a platform and are not in its order, and why."""
