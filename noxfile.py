@@ -516,7 +516,7 @@ def tpu_in_every_case(session: nox.Session) -> None:
 def mosaic_in_every_case(session: nox.Session) -> None:
     """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract, and compiled by newer JAX."""
     install(session, "", *group("test"), "absl-py")
-    session.log("The Mosaic kernel, interpreted in every case and compiled by the newest JAX: more than an hour")
+    session.log("The Mosaic kernel, interpreted in every case and compiled by the newest JAX: less than an hour")
     pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
     if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         session.install("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
