@@ -45,6 +45,14 @@ KERNELS = (
     "test_turboquant.py::TestTurboQuantInBrief",
     "test_xla.py::TestXlaInBrief",
 )
+# What NVIDIA's compilers print is read: each program has to be compiled.
+GPU_VARIABLES = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+# The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
+MOSAIC = tuple(
+    f"test_pallas_mosaic_gpu.py::{name}"
+    for name in ("TestMosaicInBrief", "test_layers_of_a_loop_share_what_is_prepared")
+)
+MOSAIC_VARIABLES = {"NPROC": "8", "EASYDEL_RAGGED_TEST_MOSAIC": "require"}
 TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
 SERVED = ("test_contract.py::TestOursV2", "test_contract.py::TestOursV3", "test_demo.py")
 # Compiling is most of the time. The quick sessions compile as users do. In `alone` and `host` tests with the fixture
@@ -226,9 +234,11 @@ def types(session: nox.Session) -> None:
 @nox.session(python=newest_python(), tags=QUICK)
 def kernels(session: nox.Session) -> None:
     """All kernels on the newest JAX, the GPU kernel in an interpreter."""
-    install(session, "", *group("test"))
+    install(session, "", *group("test"), "absl-py")
     session.log("Kernels against the float64 oracle: about 4 minutes, the GPU kernel first")
     pytest(session, *KERNELS)
+    if not session.posargs:  # which may select none of these
+        pytest(session, *MOSAIC, **MOSAIC_VARIABLES)
 
 
 @nox.session(tags=QUICK)
@@ -463,11 +473,11 @@ def gpu(session: nox.Session) -> None:
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
-    install(session, "", *group("test"), "jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12")
-    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 4 minutes")
-    # What the compilers print is read: each program has to be compiled.
-    variables = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    pytest(session, "test_gpu_compile.py", dist="worksteal", **variables)
+    # Pallas' Mosaic GPU backend of JAX 0.9.2 imports absl-py, and does not declare it.
+    plugin = ("jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12", "absl-py")
+    install(session, "", *group("test"), *plugin)
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 5 minutes")
+    pytest(session, "test_gpu_compile.py", "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
 
 
 def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: str) -> None:
@@ -500,6 +510,17 @@ def tpu_in_every_case(session: nox.Session) -> None:
     """What `tpu` leaves out: the TPU kernel on all cases of the contract, and programs for every pair of properties."""
     session.log("The TPU kernel, compiled and interpreted in every case: about 40 minutes")
     test_for_tpu(session, TPU_JAX, "-m", "long", "test_tpu_compile.py", "test_pallas_tpu.py")
+
+
+@nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
+def mosaic_in_every_case(session: nox.Session) -> None:
+    """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract, and compiled by newer JAX."""
+    install(session, "", *group("test"), "absl-py")
+    session.log("The Mosaic kernel, interpreted in every case and compiled by the newest JAX: less than an hour")
+    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
+    if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        session.install("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+        pytest(session, "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

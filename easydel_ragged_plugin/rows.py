@@ -32,6 +32,7 @@ __all__ = [
     "exclusive_sum",
     "first_visible",
     "is_visible",
+    "lacks_page",
     "live_rows",
     "needed_entries",
     "plausible_rows",
@@ -98,15 +99,19 @@ def plausible_rows(request: AttentionRequest, operands: Operands) -> Rows:
     return Rows(start, jnp.where(live, num_queries, 0), context)
 
 
-def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
-    """Rows that are valid; all others have zero queries, so nothing of them is read or written."""
-    rows = plausible_rows(request, operands)
+def lacks_page(request: AttentionRequest, rows: Rows, block_tables: jax.Array) -> jax.Array:
+    """``[rows]``: whether any page that a row needs is not in the cache."""
     first, last = needed_entries(request, rows.context, rows.num_queries)
     entry = jnp.arange(request.pages_per_row, dtype=jnp.int32)[None, :]
     needed = (entry >= first[:, None]) & (entry <= last[:, None])
-    outside = (operands.block_tables < 0) | (operands.block_tables >= request.num_pages)
-    bad = jnp.any(needed & outside, axis=1)
-    return rows._replace(num_queries=jnp.where(bad, 0, rows.num_queries))
+    return jnp.any(needed & ((block_tables < 0) | (block_tables >= request.num_pages)), axis=1)
+
+
+def live_rows(request: AttentionRequest, operands: Operands) -> Rows:
+    """Rows that are valid; all others have zero queries, so nothing of them is read or written."""
+    rows = plausible_rows(request, operands)
+    lacks = lacks_page(request, rows, operands.block_tables)
+    return rows._replace(num_queries=jnp.where(lacks, 0, rows.num_queries))
 
 
 def exclusive_sum(counts: jax.Array) -> jax.Array:

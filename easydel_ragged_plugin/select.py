@@ -12,7 +12,7 @@ import logging
 from . import hooks
 from .config import RaggedPageConfig, current_override, from_environment
 from .errors import Unsupported
-from .kernels import cpu_native, ejkernel, pallas_gpu, pallas_tpu, turboquant, xla
+from .kernels import cpu_native, ejkernel, pallas_gpu, pallas_mosaic_gpu, pallas_tpu, turboquant, xla
 from .types import AttentionRequest, Kernel
 
 __all__ = ["ORDER", "Refusal", "Selection", "kernels", "resolve_config", "select"]
@@ -24,6 +24,7 @@ BUILT_IN: dict[str, Kernel] = {
     for kernel in (
         cpu_native.KERNEL,
         pallas_gpu.KERNEL,
+        pallas_mosaic_gpu.KERNEL,
         pallas_tpu.KERNEL,
         xla.KERNEL,
         turboquant.KERNEL,
@@ -35,10 +36,15 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
     # The host's kernels come after the portable one: in their v3 padding tokens can overwrite live pages.
     "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
-    # The host's kernels run there when they are named: what they get wrong is not known before the call.
     "tpu": ("pallas_tpu", "xla", "turboquant"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
+
+ONLY_BY_NAME: dict[str, dict[str, str]] = {
+    "gpu": {"pallas_mosaic_gpu": "no GPU has run it yet, and a wrong barrier would stop the process for good"},
+    "tpu": {"ejkernel": "where its answers are wrong is not known before the call"},
+}
+"""Kernels that run on a platform and are not in its order, and why."""
 
 ELSEWHERE = ("xla", "turboquant")
 """The order on a platform that is not in :data:`ORDER`."""
@@ -146,8 +152,11 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
     if chosen is None:
         listing = "; ".join(f"{name}: {reasons[name]}" for name in order)
         raise Unsupported(f"{listing}. Request: {request.describe()}.")
+    by_name = {name: f"only by name: {why}" for name, why in ONLY_BY_NAME.get(request.platform, {}).items()}
     refusals = tuple(
-        Refusal(name, reason or "later in the order") for name, reason in reasons.items() if name != chosen
+        Refusal(name, reason or by_name.get(name, "later in the order"))
+        for name, reason in reasons.items()
+        if name != chosen
     )
     selection = Selection(chosen, config, refusals, request)
     hooks.manager().hook.ragged_selected(request=request, selection=selection)

@@ -15,6 +15,7 @@ almost nothing. The public functions take :class:`TurboQuantPages` in place of a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -28,13 +29,30 @@ from .formats import Axes, CacheFormat
 from .layout import PageLayout, Version
 from .options import SCALES, Options
 
-__all__ = ["ARRAYS", "FORMAT", "TurboQuantConstants", "TurboQuantFormat", "TurboQuantPages"]
+__all__ = [
+    "ARRAYS",
+    "FORMAT",
+    "INDEX_LEVELS",
+    "TurboQuantConstants",
+    "TurboQuantFormat",
+    "TurboQuantPages",
+    "compress",
+    "padded_codebook",
+    "queries_for_codes",
+    "rotate_back",
+]
 
 ARRAYS = ("key_indices", "key_signs", "key_norms", "value_indices", "value_norms")
 """The arrays of a layer's cache, in EasyDeL's order."""
 
 INDEX_LEVELS = 16
 """Entries that an index of 4 bits can select."""
+
+NORM_DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes of norms."""
+
+TINY_NORM = 1e-8
+"""A vector is divided by its norm, but by no less than this; EasyDeL's value."""
 
 
 class TurboQuantConstants(NamedTuple):
@@ -114,8 +132,74 @@ class TurboQuantPages(NamedTuple):
                     f"heads as the key indices, and what head_dim {head_dim} with {signs} signs takes."
                 )
             is_code = "norms" not in name
-            if (array.dtype == "uint8") != is_code or (not is_code and not jnp.issubdtype(array.dtype, jnp.floating)):
-                raise ValueError(f"{name}: got dtype {array.dtype}, wanted {'uint8' if is_code else 'a float dtype'}.")
+            dtypes = ("uint8",) if is_code else NORM_DTYPES
+            if array.dtype.name not in dtypes:
+                raise ValueError(f"{name}: got dtype {array.dtype}, wanted {' or '.join(dtypes)}.")
+
+
+def compress(keys: jax.Array, values: jax.Array, cache: TurboQuantPages) -> tuple[jax.Array, ...]:
+    """Codes and norms of new tokens, ``[tokens, kv_heads, ...]`` in the dtypes of the cache's arrays.
+
+    Args:
+        keys, values: ``[tokens, kv_heads, head_dim]``, any float dtype.
+        cache: the cache that they are for: its constants and dtypes.
+    """
+    constants = cache.constants
+    norms, rotated = _rotate(keys, constants)
+    indices = _nearest(rotated, constants.key_codebook)
+    residual = rotated - constants.key_codebook[indices]
+    signs = jnp.einsum("thd,md->thm", residual, constants.projection, precision="highest") >= 0
+    key_norms = jnp.concatenate([norms, jnp.linalg.norm(residual, axis=-1, keepdims=True)], axis=-1)
+    value_norms, rotated = _rotate(values, constants)
+    value_indices = _nearest(rotated, constants.value_codebook)
+    new = (_pack(indices, 2), _pack(signs, 8), key_norms, _pack(value_indices, 2), value_norms[..., 0])
+    return tuple(each.astype(array.dtype) for each, array in zip(new, cache.arrays, strict=True))
+
+
+def _rotate(array: jax.Array, constants: TurboQuantConstants) -> tuple[jax.Array, jax.Array]:
+    """Norm and rotated direction of each head, float32."""
+    array = array.astype(jnp.float32)
+    norms = jnp.linalg.norm(array, axis=-1, keepdims=True)
+    direction = array / jnp.maximum(norms, TINY_NORM)
+    return norms, jnp.einsum("thd,ed->the", direction, constants.rotation, precision="highest")
+
+
+def _nearest(array: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Index of the nearest entry, or of the first of two that are equally near."""
+    return jnp.argmin(jnp.abs(array[..., None] - codebook[None, None, None, :]), axis=-1).astype(jnp.uint8)
+
+
+def _pack(array: jax.Array, count: int) -> jax.Array:
+    """``count`` neighbors of the last axis in each byte, the first in the lowest bits."""
+    parts = array.astype(jnp.uint8).reshape(*array.shape[:-1], array.shape[-1] // count, count)
+    shifts = jnp.arange(0, 8, 8 // count, dtype=jnp.uint8)[None, None, None, :]
+    return jnp.sum(parts << shifts, axis=-1, dtype=jnp.uint8)
+
+
+def queries_for_codes(queries: jax.Array, constants: TurboQuantConstants, dtype: Any) -> jax.Array:
+    """Queries for keys that are centroids times the key's norm, and then signs times the residual's norm.
+
+    Args:
+        queries: ``[tokens, q_heads, head_dim]``.
+        constants: of the cache.
+        dtype: of the products and of the result, float32 or float64.
+
+    Returns:
+        ``[tokens, q_heads, head_dim + signs]``. One product gives both terms of a logit.
+    """
+    rotation, projection = (each.astype(dtype) for each in constants[:2])
+    both = jnp.concatenate([rotation, projection * (math.sqrt(math.pi / 2) / projection.shape[0])])
+    return jnp.einsum("thd,ed->the", queries.astype(dtype), both, precision="highest")
+
+
+def rotate_back(output: jax.Array, constants: TurboQuantConstants) -> jax.Array:
+    """Sums ``[tokens, q_heads, head_dim]`` of rotated values, as sums of values, in the same dtype."""
+    return jnp.einsum("the,ed->thd", output, constants.rotation.astype(output.dtype), precision="highest")
+
+
+def padded_codebook(codebook: jax.Array) -> jax.Array:
+    """All entries ``[INDEX_LEVELS]`` that an index can select. One past the codebook stands for 0."""
+    return jnp.pad(codebook, (0, INDEX_LEVELS - codebook.shape[0]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,13 @@ def missing() -> str | None:
     return None
 
 
+def compiles_mosaic() -> str | None:
+    """Why Mosaic GPU compiles nothing here, or None."""
+    if importlib.util.find_spec("absl") is None:
+        return "Mosaic GPU imports absl-py and does not declare it; pip install absl-py"
+    return missing()
+
+
 OPTIONS: dict[str, Any] = (
     {"xla_dump_emitter_re": ".*"}  # else nothing of what the emitters make is dumped
     if jax.__version_info__ >= (0, 11)
@@ -109,6 +116,10 @@ def ptxas() -> Path | None:
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return next((found for folder in folders for found in sorted(Path(folder).glob("*/bin/ptxas"))), None)
+
+
+if ptxas() is not None:  # XLA would take one that the machine has in its PATH
+    os.environ["PATH"] = os.pathsep.join((str(Path(str(ptxas())).parent), os.environ.get("PATH", "")))
 
 
 @functools.cache

@@ -79,14 +79,14 @@ def bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8)
 
 
-def overlapping_rows(wrong: int, start: int) -> tuple[Batch, np.ndarray]:
-    """A batch of five rows with one wrong start, and which tokens no two rows claim.
+def overlapping_rows(wrong: int, start: int, **fields: Any) -> tuple[Batch, np.ndarray]:
+    """A batch of five rows with one wrong start, and which tokens no two rows claim. ``fields``: those of its case.
 
     The starts are 0, 1, 2, 8, 16 and 21. The row on one side of the wrong one goes backwards; that on the other side
     claims tokens of good rows, and has context enough to be believed. Those rows must not lose what they write.
     """
     rows = (Row(9, 1), Row(30, 1), Row(17, 6), Row(8, 8), Row(25, 5))
-    batch = build_batch(Case("overlapping-rows", rows, num_tokens=21, decode_first=False), "v3")
+    batch = build_batch(Case("overlapping-rows", rows, num_tokens=21, decode_first=False, **fields), "v3")
     starts = batch.query_start_loc.copy()
     starts[wrong] = start
     claims = np.zeros(21, int)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import unittest.mock
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from kernel_calls import WRONG_STARTS, compiled, overlapping_rows, run_batch
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
 from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.select import BUILT_IN, ORDER
+from easydel_ragged_plugin.testing import kernel_driver
 from easydel_ragged_plugin.testing.batches import Version
 from easydel_ragged_plugin.testing.cases import CASES, build_batch, case_named
 from easydel_ragged_plugin.testing.compare import assert_close, assert_same_pages
@@ -215,3 +217,18 @@ def test_float8_cache_saturates(kernel: str) -> None:
     written = pages[batch.written_slots].astype(np.float32)
     assert written.max() == 448
     assert written.min() == -448
+
+
+def test_the_kit_drops_programs_before_memory_maps_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux allows a process 65,530, and XLA's compiler ends it there. Other drivers compile again."""
+    batch = build_batch(case_named("decode"), "v2")
+    first, second = (kernel_driver.KernelDriver(BUILT_IN["xla"], "v2") for _ in range(2))
+    wanted = first.call(batch).output
+    clear_caches = unittest.mock.Mock(wraps=jax.clear_caches)
+    monkeypatch.setattr(jax, "clear_caches", clear_caches)
+    second.call(batch)
+    clear_caches.assert_not_called()
+    monkeypatch.setattr(kernel_driver, "MOST_MEMORY_MAPS", -1)
+    second.call(batch, return_lse=True)
+    clear_caches.assert_called_once()
+    np.testing.assert_array_equal(first.call(batch).output, wanted)

@@ -98,6 +98,7 @@ def test_the_library_shows_no_names_but_its_own() -> None:
     names = {line.split()[0] for line in listed.splitlines()}
     assert names == {
         "easydel_ragged_attention",
+        "easydel_ragged_attention_codes",
         "easydel_ragged_build",
         "easydel_ragged_ffi_version",
         "easydel_ragged_interface",

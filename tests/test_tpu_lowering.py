@@ -229,7 +229,7 @@ def test_what_the_hosts_v3_gets_wrong_is_refused(
     assert refused(selection).startswith(reason or NOT_IN_ORDER)
 
 
-NOT_IN_ORDER = "later in the order"
+NOT_IN_ORDER = "only by name: where its answers are wrong is not known before the call"
 
 
 def refused(selection: Any) -> str:

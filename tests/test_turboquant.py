@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_calls import FEW, IN_BRIEF, THE_REST, WRONG_STARTS, overlapping_rows
+from native_library import LEVELS, UNAVAILABLE, needs_library
 from turboquant_oracle import TurboQuantDriver, check_written, constants, expected_output, random_pages
 
 from easydel_ragged_plugin import Unsupported, explain, override_config, ragged_page_attention_v2, select
 from easydel_ragged_plugin import ragged_page_attention_v3 as v3
+from easydel_ragged_plugin.kernels import cpu_native
 from easydel_ragged_plugin.kernels.turboquant import KERNEL
 from easydel_ragged_plugin.kernels.xla import XlaKernel
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import Batch, Case, Row, build_batch
+from easydel_ragged_plugin.testing.cases import CASES, Batch, Case, Row, build_batch
+from easydel_ragged_plugin.testing.compare import assert_close, assert_lse_close, assert_same_pages
 from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.turboquant import TurboQuantPages
 
@@ -47,18 +50,69 @@ class TestTurboQuantInEveryCase(KernelResults):
     cases: ClassVar = THE_REST
 
 
+def beside_codes(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Cases of bfloat16 with the bounds of a float32 cache: codes times norms are numbers of float32, which a kernel
+    may round to the bfloat16 of the queries."""
+    return tuple(
+        dataclasses.replace(case, cache_dtype="float32") if case.dtype == "bfloat16" else case for case in cases
+    )
+
+
+@needs_library
+@pytest.mark.once
+class TestCpuNative(KernelContract):
+    kernel: ClassVar = cpu_native.KERNEL
+    driver_class: ClassVar = TurboQuantDriver
+    cases: ClassVar = beside_codes(FEW)
+
+
+@needs_library
+@pytest.mark.once
+class TestCpuNativeInEveryCase(KernelResults):
+    kernel: ClassVar = cpu_native.KERNEL
+    driver_class: ClassVar = TurboQuantDriver
+    cases: ClassVar = beside_codes(tuple(case for case in CASES if case not in FEW))
+
+
+@needs_library
+@pytest.mark.once
+@pytest.mark.parametrize("level", [name for name in LEVELS if name != cpu_native.isa()])
+def test_every_instruction_set_unpacks_codes(level: str) -> None:
+    driver = TurboQuantDriver(cpu_native.KERNEL, "v3")
+    cpu_native.set_isa(level)
+    try:
+        for case in beside_codes(FEW):
+            if driver.missing(case) is None:
+                batch = build_batch(case, "v3")
+                outcome = driver.call(batch, return_lse=True)
+                expected, pages, lse = driver.expected_with_lse(batch, outcome)
+                assert_close(outcome.output, expected, case)
+                assert_same_pages(outcome.pages, pages)
+                assert outcome.lse is not None
+                assert_lse_close(outcome.lse, lse, case)
+    finally:
+        cpu_native.set_isa(None)
+
+
+each_kernel = pytest.mark.parametrize("kernel", ["turboquant", pytest.param("cpu_native", marks=needs_library)])
+
+
 @functools.cache
-def compiled(version: str, options: tuple[tuple[str, Any], ...]) -> Any:
+def compiled(version: str, kernel: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    given = {**dict(options), "config": kernel}
+
     def call(pages: Any, queries: Any, keys: Any, values: Any, index: Any, last: Any, sinks: Any) -> Any:
         if version == "v2":
-            return ragged_page_attention_v2(queries, pages, *index, last, sinks, **dict(options)), pages
-        return v3(queries, keys, values, pages, *index, last, sinks, **dict(options))
+            return ragged_page_attention_v2(queries, pages, *index, last, sinks, **given), pages
+        return v3(queries, keys, values, pages, *index, last, sinks, **given)
 
     return jax.jit(call)
 
 
-def run(batch: Batch, pages: TurboQuantPages, version: str = "v3", **options: Any) -> tuple[np.ndarray, Any]:
-    call = compiled(version, tuple(sorted({**batch.case.options.keywords(), **options}.items())))
+def run(
+    batch: Batch, pages: TurboQuantPages, version: str = "v3", kernel: str = "turboquant", **options: Any
+) -> tuple[np.ndarray, Any]:
+    call = compiled(version, kernel, tuple(sorted({**batch.case.options.keywords(), **options}.items())))
     output, pages = call(
         pages,
         *(jnp.asarray(each) for each in (batch.queries, batch.keys, batch.values)),
@@ -69,12 +123,13 @@ def run(batch: Batch, pages: TurboQuantPages, version: str = "v3", **options: An
     return np.asarray(output), pages
 
 
+@each_kernel
 @pytest.mark.usefixtures("as_users_compile")
-def test_indices_that_name_no_centroid_stand_for_zero() -> None:
+def test_indices_that_name_no_centroid_stand_for_zero(kernel: str) -> None:
     """Half of the keys' are such: what the contract compresses has none."""
     batch = build_batch(CASE, "v3")
     before = random_pages(batch.case, len(batch.pages))
-    output, after = run(batch, before)
+    output, after = run(batch, before, kernel=kernel)
     check_written(batch, before, after)
     np.testing.assert_allclose(output, expected_output(batch, after), rtol=2e-5, atol=2e-5)
 
@@ -89,35 +144,40 @@ def test_float64_is_computed_in_float64() -> None:
         np.testing.assert_allclose(output, expected_output(wide, pages), rtol=1e-12, atol=1e-12)
 
 
-def test_short_compute_dtypes_lose_nothing() -> None:
-    """Documented: codes are read in float32 at least."""
+@each_kernel
+def test_short_compute_dtypes_lose_nothing(kernel: str) -> None:
+    """Documented: codes are read in float32 at least, unless the queries are short."""
     batch = build_batch(CASE, "v3")
     pages = random_pages(batch.case, len(batch.pages))
-    output, _ = run(batch, pages, "v2", compute_dtype=jnp.bfloat16)
+    output, _ = run(batch, pages, "v2", kernel, compute_dtype=jnp.bfloat16)
     np.testing.assert_allclose(output, expected_output(batch, pages), rtol=2e-5, atol=2e-5)
 
 
-def test_signs_need_not_be_as_many_as_coordinates() -> None:
+@each_kernel
+@pytest.mark.parametrize("signs", [8, 56, 136])
+def test_signs_need_not_be_as_many_as_coordinates(signs: int, kernel: str) -> None:
     batch = build_batch(CASE, "v3")
-    before = random_pages(batch.case, len(batch.pages), signs=8)
-    output, after = run(batch, before)
+    before = random_pages(batch.case, len(batch.pages), signs=signs)
+    output, after = run(batch, before, kernel=kernel)
     check_written(batch, before, after)
     np.testing.assert_allclose(output, expected_output(batch, after), rtol=2e-5, atol=2e-5)
 
 
-def test_zero_vectors_are_stored_without_nan() -> None:
+@each_kernel
+def test_zero_vectors_are_stored_without_nan(kernel: str) -> None:
     batch = build_batch(CASE, "v3")
     batch = dataclasses.replace(batch, keys=batch.keys * 0, values=batch.values * 0)
-    output, after = run(batch, random_pages(batch.case, len(batch.pages)))
-    assert np.isfinite(output).all()
+    output, after = run(batch, random_pages(batch.case, len(batch.pages)), kernel=kernel)
+    np.testing.assert_allclose(output, expected_output(batch, after), rtol=2e-5, atol=2e-5)
     assert not np.asarray(after.value_norms)[batch.written_slots].any()
 
 
+@each_kernel
 @pytest.mark.parametrize(("wrong", "start"), WRONG_STARTS)
-def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int) -> None:
+def test_good_rows_keep_tokens_that_a_wrong_start_gives_to_others(wrong: int, start: int, kernel: str) -> None:
     batch, claimed_once = overlapping_rows(wrong, start)
     before = random_pages(batch.case, len(batch.pages))
-    output, after = run(batch, before)
+    output, after = run(batch, before, kernel=kernel)
     starts, lens, size = batch.query_start_loc, batch.context_lens, batch.case.page_size
     expected = np.zeros(output.shape)
     for row in range(5):
@@ -167,12 +227,17 @@ def arguments_of(pages: Any, tokens: int = 4, rows: int = 4, heads: int = 4) -> 
 def test_which_code_runs_is_explained() -> None:
     pages = random_pages(CASE, 8)
     selection = explain(v3, *arguments_of(pages))
-    assert selection.kernel == "turboquant"
+    assert selection.kernel == ("turboquant" if UNAVAILABLE else "cpu_native")
     assert "TurboQuant cache" in str(selection)
+    wide = (jnp.zeros((4, 4, 32), jnp.float64) if i == 0 else each for i, each in enumerate(arguments_of(pages)))
+    with jax.enable_x64(True):
+        selection = explain(v3, *wide)
+    assert selection.kernel == "turboquant"
     reasons = {refusal.kernel: refusal.reason for refusal in selection.refusals}
-    assert reasons["cpu_native"] == reasons["xla"] == "takes no TurboQuant cache"
+    assert reasons["xla"] == "takes no TurboQuant cache"
+    assert UNAVAILABLE or reasons["cpu_native"].startswith("float64 queries")
     assert selection.request.describe().endswith("TurboQuant cache")
-    for name in ("cpu_native", "pallas_gpu", "xla"):
+    for name in ("pallas_gpu", "xla"):
         with pytest.raises(Unsupported, match=f"{name}: (takes no TurboQuant cache|runs on gpu)"):
             explain(v3, *arguments_of(pages), config=name)
 
@@ -212,7 +277,10 @@ def test_more_slots_than_an_int32_counts_are_refused_where_they_are_written() ->
         ({"constants": constants(64)}, "wanted .32, 32. and .signs, 32. for queries of head_dim 32"),
         ({"constants": constants(32, 12)}, "wanted an even head_dim, and a multiple of 8 signs"),
         ({"key_signs": jnp.zeros((8, 4, 2, 3), jnp.uint8)}, "key_signs: got shape .8, 4, 2, 3., wanted .8, 4, 2, 4."),
-        ({"value_norms": jnp.zeros((8, 4, 2), jnp.uint8)}, "value_norms: got dtype uint8, wanted a float dtype"),
+        (
+            {"value_norms": jnp.zeros((8, 4, 2), jnp.uint8)},
+            "value_norms: got dtype uint8, wanted float32 or bfloat16 or float16",
+        ),
         ({"value_indices": jnp.zeros((8, 4, 2, 16), jnp.int8)}, "value_indices: got dtype int8, wanted uint8"),
     ],
 )
@@ -230,8 +298,9 @@ def test_other_kv_heads_than_the_caches_are_refused() -> None:
         explain(v3, queries, keys[:, :1], values[:, :1], *rest)
 
 
+@each_kernel
 @pytest.mark.parametrize("norms", [jnp.bfloat16, jnp.float32])
-def test_donated_cache_is_not_copied(norms: Any) -> None:
+def test_donated_cache_is_not_copied(norms: Any, kernel: str) -> None:
     def memory(num_pages: int) -> tuple[int, int]:
         pages = random_pages(CASE, 1)
         shapes = [
@@ -242,7 +311,7 @@ def test_donated_cache_is_not_copied(norms: Any) -> None:
         ]
 
         def step(arrays: Any, queries: Any, keys: Any, values: Any, *index: Any) -> Any:
-            output, after = v3(queries, keys, values, pages.with_arrays(arrays), *index)
+            output, after = v3(queries, keys, values, pages.with_arrays(arrays), *index, config=kernel)
             assert isinstance(after, TurboQuantPages)
             return output, after.arrays
 
@@ -254,5 +323,5 @@ def test_donated_cache_is_not_copied(norms: Any) -> None:
         return analysis.temp_size_in_bytes, num_pages * CASE.page_size
 
     (small, _), (large, slots) = memory(64), memory(8192)
-    # On a CPU a map of one int32 for each slot grows with the cache; its smallest array is as large here.
-    assert large - small < 1.2 * 4 * slots
+    # On a CPU `turboquant` has a map of one int32 for each slot; the smallest array of the cache is as large here.
+    assert large - small < (1.2 * 4 * slots if kernel == "turboquant" else 4096)

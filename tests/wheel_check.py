@@ -58,7 +58,9 @@ def of_macos(library: lief.MachO.Binary, tag: str) -> list[str]:
     oldest = library.build_version.minos[:2] if library.has_build_version else None
     if oldest != [int(named[1]), int(named[2])]:
         found.append(f"oldest macOS: got {oldest}, wanted that of {tag}")
-    if named[3] == "arm64" and not library.has_code_signature:  # zig signs for ARM alone, and macOS wants it there alone
+    if (
+        named[3] == "arm64" and not library.has_code_signature
+    ):  # zig signs for ARM alone, and macOS wants it there alone
         found.append("no signature, without which macOS loads nothing on ARM")
     own, *loaded = (each.name for each in library.libraries)
     if own != "@rpath/libeasydel_ragged.dylib":

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from easydel_ragged_plugin import turboquant
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 from easydel_ragged_plugin.varying import result_type
@@ -38,7 +39,7 @@ __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "se
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
 
-INTERFACE = 4
+INTERFACE = 5
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
 TARGETS = tuple(f"easydel_ragged_attention_v{version}" for version in range(1, INTERFACE + 1))
@@ -47,6 +48,9 @@ in place of buffers that it would misread."""
 
 TARGET = TARGETS[-1]
 """The name that this version calls."""
+
+CODES_TARGET = f"easydel_ragged_attention_codes_v{INTERFACE}"
+"""The name that this version calls over TurboQuant caches."""
 
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*QUERY_DTYPES, "float8_e4m3fn", "float8_e5m2")
@@ -188,19 +192,25 @@ def _register() -> None:
     for target in TARGETS:
         handler = library.easydel_ragged_attention if target == TARGET else library.easydel_ragged_other_interface
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
+    codes = jax.ffi.pycapsule(library.easydel_ragged_attention_codes)
+    jax.ffi.register_ffi_target(CODES_TARGET, codes, platform="cpu")
 
 
 def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
     """The numbers of a call that are known when it is traced: ``RAGGED_ATTRIBUTES`` in ``native/src/problem.h``."""
     layout = request.layout
+    # Pairs of bfloat16 are multiplied only where the operands are to be bfloat16. Codes are more exact: they are where
+    # the queries are no better.
+    pairs = request.compute_dtype.name == "bfloat16"
+    if request.cache_format == turboquant.FORMAT:
+        pairs = pairs and request.query_dtype.name == "bfloat16"
     return {
         "softmax_scale": np.float32(request.logits_scale),
         "logits_soft_cap": np.float32(request.options.soft_cap or 0.0),
         "v_scale": np.float32(request.v_scale),
         "sliding_window": np.int64(request.options.window or 0),
         "attention_chunk_size": np.int64(request.options.chunk or 0),
-        # Pairs of bfloat16 are multiplied only where the operands are to be bfloat16.
-        "float_products": np.int64(request.compute_dtype.name != "bfloat16"),
+        "float_products": np.int64(not pairs),
         "num_kv_heads": np.int64(request.num_kv_heads),
         "page_size": np.int64(layout.page_size),
         "token_stride": np.int64(layout.token_stride),
@@ -208,6 +218,73 @@ def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
         "value_offset": np.int64(layout.value_offset),
         "padded_head_dim": np.int64(layout.padded_head_dim),
     }
+
+
+def _nothing() -> jax.Array:
+    """An array that is not there."""
+    return jnp.zeros((0,), jnp.float32)
+
+
+def _sinks(operands: Operands) -> jax.Array:
+    return _nothing() if operands.sinks is None else operands.sinks.astype(jnp.float32)
+
+
+def _index(operands: Operands) -> tuple[jax.Array, ...]:
+    return operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution
+
+
+def _lse_type(request: AttentionRequest, operands: Operands) -> jax.ShapeDtypeStruct:
+    shape = (request.num_tokens, request.num_q_heads) if request.return_lse else (0,)
+    return result_type(shape, jnp.float32, operands)
+
+
+def _attend_plain(request: AttentionRequest, operands: Operands) -> Attended:
+    arrays = [
+        operands.queries,
+        operands.pages,
+        *_index(operands),
+        _sinks(operands),
+        _nothing() if operands.k_scale is None else operands.k_scale,
+        _nothing() if operands.v_scale is None else operands.v_scale,
+    ]
+    results = [result_type(operands.queries.shape, request.query_dtype, operands), _lse_type(request, operands)]
+    aliases = {}
+    keys, values = operands.keys, operands.values
+    if keys is not None and values is not None:
+        if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
+            keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+        # Pages in and out are one buffer: where the caller donates them, nothing is copied.
+        aliases = {1: 2}
+        arrays += [keys, values]
+        results.append(result_type(operands.pages.shape, operands.pages.dtype, operands))
+    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
+    output, lse, *updated = call(*arrays, **_attributes(request))
+    return Attended(output, updated[0] if updated else operands.pages, lse)
+
+
+def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
+    """New tokens are compressed, queries rotated, and outputs rotated back outside of the call."""
+    cache: turboquant.TurboQuantPages = operands.pages
+    constants = cache.constants
+    arrays = [
+        turboquant.queries_for_codes(operands.queries, constants, jnp.float32),
+        *_index(operands),
+        _sinks(operands),
+        turboquant.padded_codebook(constants.key_codebook.astype(jnp.float32)),
+        turboquant.padded_codebook(constants.value_codebook.astype(jnp.float32)),
+    ]
+    results = [result_type(operands.queries.shape, jnp.float32, operands), _lse_type(request, operands)]
+    aliases = {}
+    first = len(arrays)
+    arrays += cache.arrays
+    if operands.keys is not None and operands.values is not None:
+        aliases = {first + i: 2 + i for i in range(len(cache.arrays))}
+        arrays += turboquant.compress(operands.keys, operands.values, cache)
+        results += [result_type(each.shape, each.dtype, operands) for each in cache.arrays]
+    call = jax.ffi.ffi_call(CODES_TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
+    output, lse, *updated = call(*arrays, **_attributes(request))
+    output = turboquant.rotate_back(output, constants).astype(request.query_dtype)
+    return Attended(output, cache.with_arrays(updated) if updated else cache, lse)
 
 
 class CpuNativeKernel(Kernel):
@@ -232,9 +309,10 @@ class CpuNativeKernel(Kernel):
                 "vmem_limit_bytes",  # it uses none
             }
         ),
+        cache_formats=frozenset({"plain", turboquant.FORMAT.name}),
         results=frozenset({"lse"}),
     )
-    custom_calls = (TARGET,)
+    custom_calls = (TARGET, CODES_TARGET)
     label = "native (this package)"
     color = "#0f766e"
 
@@ -273,7 +351,7 @@ class CpuNativeKernel(Kernel):
             return unavailable
         if request.query_dtype.name not in QUERY_DTYPES:
             return f"{request.query_dtype.name} queries; takes {', '.join(QUERY_DTYPES)}"
-        if request.cache_dtype.name not in CACHE_DTYPES:
+        if request.cache_format != turboquant.FORMAT and request.cache_dtype.name not in CACHE_DTYPES:
             return f"a {request.cache_dtype.name} cache; takes {', '.join(CACHE_DTYPES)}"
         if request.compute_dtype.name not in QUERY_DTYPES:
             return f"compute_dtype {request.compute_dtype.name}; computes in float32"
@@ -293,36 +371,10 @@ class CpuNativeKernel(Kernel):
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`. Block sizes of the config do not apply here."""
         with _registration:
             _register()
-        nothing = jnp.zeros((0,), jnp.float32)  # an array that is not there
-        arrays = [
-            operands.queries,
-            operands.pages,
-            operands.context_lens,
-            operands.block_tables,
-            operands.query_start_loc,
-            operands.distribution,
-            nothing if operands.sinks is None else operands.sinks.astype(jnp.float32),
-            nothing if operands.k_scale is None else operands.k_scale,
-            nothing if operands.v_scale is None else operands.v_scale,
-        ]
-        lse_shape = operands.queries.shape[:2] if request.return_lse else nothing.shape
-        results = [
-            result_type(operands.queries.shape, request.query_dtype, operands),
-            result_type(lse_shape, jnp.float32, operands),
-        ]
-        aliases = {}
-        keys, values = operands.keys, operands.values
-        if keys is not None and values is not None:
-            if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
-                keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-            # Pages in and out are one buffer: where the caller donates them, nothing is copied.
-            aliases = {1: 2}
-            arrays += [keys, values]
-            results.append(result_type(operands.pages.shape, operands.pages.dtype, operands))
-        call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
+        attend = _attend_codes if request.cache_format == turboquant.FORMAT else _attend_plain
         with jax.named_scope("ragged_page_attention_native"):
-            output, lse, *updated = call(*arrays, **_attributes(request))
-        return Attended(output, updated[0] if updated else operands.pages, lse if request.return_lse else None)
+            output, pages, lse = attend(request, operands)
+        return Attended(output, pages, lse if request.return_lse else None)
 
 
 KERNEL = CpuNativeKernel()

@@ -10,7 +10,6 @@ The formulas are those of :mod:`easydel_ragged_plugin.turboquant`. How they are 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,16 @@ import numpy as np
 from easydel_ragged_plugin.blockwise import Results, Softmax, Tiling, attend_tiles, empty_results, statistics_dtype
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.rows import Rows, live_rows
-from easydel_ragged_plugin.turboquant import ARRAYS, FORMAT, INDEX_LEVELS, TurboQuantConstants, TurboQuantPages
+from easydel_ragged_plugin.turboquant import (
+    ARRAYS,
+    FORMAT,
+    TurboQuantConstants,
+    TurboQuantPages,
+    compress,
+    padded_codebook,
+    queries_for_codes,
+    rotate_back,
+)
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 from easydel_ragged_plugin.writes import select_slots, too_many_slots, write_tokens
 
@@ -31,9 +39,6 @@ BLOCK_TOKENS = 256
 
 DECODE_TILE, PREFILL_TILE = 4, 64
 """Query tokens of a tile: where a batch has no more than the first number for each row on average; elsewhere."""
-
-TINY_NORM = 1e-8
-"""A vector is divided by its norm, but by no less than this; EasyDeL's value."""
 
 
 class Tables(NamedTuple):
@@ -48,24 +53,8 @@ def update(request: AttentionRequest, rows: Rows, operands: Operands) -> TurboQu
     """Compress the keys and values of live tokens into their slots; every other slot keeps its bits."""
     assert operands.keys is not None
     assert operands.values is not None
-    constants = operands.pages.constants
-    norms, rotated = rotate(operands.keys, constants)
-    indices = nearest(rotated, constants.key_codebook)
-    residual = rotated - constants.key_codebook[indices]
-    signs = jnp.einsum("thd,md->thm", residual, constants.projection, precision="highest") >= 0
-    key_norms = jnp.concatenate([norms, jnp.linalg.norm(residual, axis=-1, keepdims=True)], axis=-1)
-    value_norms, rotated = rotate(operands.values, constants)
-    new = (
-        pack(indices, 2),
-        pack(signs, 8),
-        key_norms,
-        pack(nearest(rotated, constants.value_codebook), 2),
-        value_norms[..., 0],
-    )
-    lines = {
-        name: each.astype(array.dtype).reshape(request.num_tokens, -1)
-        for name, each, array in zip(ARRAYS, new, operands.pages.arrays, strict=True)
-    }
+    new = compress(operands.keys, operands.values, operands.pages)
+    lines = {name: each.reshape(request.num_tokens, -1) for name, each in zip(ARRAYS, new, strict=True)}
     return operands.pages._replace(**write(request, rows, operands, lines))
 
 
@@ -106,26 +95,6 @@ def write(
     return written | {name: select_slots(arrays[name], each, source) for name, each in state.lines.items()}
 
 
-def rotate(array: jax.Array, constants: TurboQuantConstants) -> tuple[jax.Array, jax.Array]:
-    """Norm and rotated direction of each head, float32."""
-    array = array.astype(jnp.float32)
-    norms = jnp.linalg.norm(array, axis=-1, keepdims=True)
-    direction = array / jnp.maximum(norms, TINY_NORM)
-    return norms, jnp.einsum("thd,ed->the", direction, constants.rotation, precision="highest")
-
-
-def nearest(array: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the nearest entry, or of the first of two that are equally near."""
-    return jnp.argmin(jnp.abs(array[..., None] - codebook[None, None, None, :]), axis=-1).astype(jnp.uint8)
-
-
-def pack(array: jax.Array, count: int) -> jax.Array:
-    """``count`` neighbors of the last axis in each byte, the first in the lowest bits."""
-    parts = array.astype(jnp.uint8).reshape(*array.shape[:-1], array.shape[-1] // count, count)
-    shifts = jnp.arange(0, 8, 8 // count, dtype=jnp.uint8)[None, None, None, :]
-    return jnp.sum(parts << shifts, axis=-1, dtype=jnp.uint8)
-
-
 def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
     """Look-up tables in ``dtype``. An index past the codebook gives 0."""
     byte = np.arange(256)
@@ -133,7 +102,7 @@ def tables_of(constants: TurboQuantConstants, dtype: jnp.dtype) -> Tables:
     signs = np.where(byte[:, None] >> np.arange(8) & 1, 1.0, -1.0)
 
     def pairs(codebook: jax.Array) -> jax.Array:
-        return jnp.pad(codebook.astype(dtype), (0, INDEX_LEVELS - codebook.shape[0]))[pair]
+        return padded_codebook(codebook.astype(dtype))[pair]
 
     return Tables(pairs(constants.key_codebook), jnp.asarray(signs, dtype), pairs(constants.value_codebook))
 
@@ -148,13 +117,8 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
     wanted = config.num_kv_pages_per_block or BLOCK_TOKENS // request.page_size
     tiling = Tiling(tile, max(1, min(wanted, request.pages_per_row)), dtype, dtype)
 
-    queries = operands.queries.astype(dtype)
-    queries = queries.reshape(-1, request.num_kv_heads, request.group_size, request.head_dim)
-    rotation, projection = constants.rotation.astype(dtype), constants.projection.astype(dtype)
-    rotated = jnp.einsum("thgd,ed->thge", queries, rotation, precision="highest")
-    projected = jnp.einsum("thgd,md->thgm", queries, projection, precision="highest")
-    # One product gives both terms of a logit: centroids times the key's norm, signs times the residual's norm.
-    both = jnp.concatenate([rotated, projected * (math.sqrt(math.pi / 2) / projection.shape[0])], axis=-1)
+    queries = queries_for_codes(operands.queries, constants, dtype)
+    queries = queries.reshape(-1, request.num_kv_heads, request.group_size, queries.shape[-1])
     tables = tables_of(constants, dtype)
 
     def read(cache: tuple[jax.Array, ...], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,10 +128,10 @@ def attend(request: AttentionRequest, config: RaggedPageConfig, rows: Rows, oper
         return state.weighted / jnp.where(state.total == 0, 1.0, state.total)[..., None]
 
     results = empty_results(request, tile, dtype)
-    results = attend_tiles(request, tiling, rows, operands, pages.arrays, both, read, normalize, results)
-    output = results.output[: request.num_tokens]
-    output = jnp.einsum("thge,ed->thgd", output, rotation, precision="highest").astype(request.query_dtype)
-    return Results(output, results.lse).finished(request)
+    results = attend_tiles(request, tiling, rows, operands, pages.arrays, queries, read, normalize, results)
+    sums = results.output[: request.num_tokens]
+    output = rotate_back(sums.reshape(request.num_tokens, request.num_q_heads, -1), constants)
+    return Results(output.reshape(sums.shape).astype(request.query_dtype), results.lse).finished(request)
 
 
 def unpack(cache: tuple[jax.Array, ...], ids: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:

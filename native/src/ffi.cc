@@ -56,71 +56,48 @@ bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shap
   const auto dims = buffer.dimensions();
   return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
 }
-bool is_index(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::S32; }
 
-// A call that writes has keys, values and updated pages; others have none of them. Sinks, scales and lse of shape [0]
-// are not there.
-ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries, ffi::AnyBuffer pages,
-                  ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-                  ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
-                  std::optional<ffi::AnyBuffer> keys, std::optional<ffi::AnyBuffer> values,
-                  ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
-                  std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
-  Problem p;
-  static_cast<Attributes&>(p) = attributes;
-  const auto q = queries.dimensions(), tables = block_tables.dimensions(), cache = pages.dimensions();
-  if (q.size() != 3 || tables.size() != 2 || cache.size() < 3) return bad("wrong ranks");
-  if (!to_dtype(queries.element_type(), p.query_dtype) || !to_dtype(pages.element_type(), p.cache_dtype) ||
-      output->element_type() != queries.element_type())
-    return bad("an unsupported dtype");
+// What all calls have: queries, index arrays, sinks, results. Sinks and lse of shape [0] are not there.
+struct Batch {
+  ffi::AnyBuffer queries, context_lens, block_tables, query_start_loc, distribution, sinks, output, lse;
+};
+
+std::optional<std::string> read(const Batch& batch, Problem& p) {
+  const auto q = batch.queries.dimensions(), o = batch.output.dimensions(), tables = batch.block_tables.dimensions();
+  if (q.size() != 3 || o.size() != 3 || tables.size() != 2) return "wrong ranks";
+  if (!to_dtype(batch.queries.element_type(), p.query_dtype) ||
+      batch.output.element_type() != batch.queries.element_type())
+    return "an unsupported dtype";
   p.num_tokens = q[0];
   p.num_q_heads = q[1];
-  p.head_dim = q[2];
+  p.key_dim = q[2];
+  p.head_dim = o[2];
   p.num_rows = tables[0];
   p.pages_per_row = tables[1];
-  p.num_pages = cache[0];
+  if (!has_shape(batch.output, {p.num_tokens, p.num_q_heads, p.head_dim})) return "an output of the wrong shape";
+  for (const ffi::AnyBuffer& index :
+       {batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution})
+    if (index.element_type() != ffi::S32) return "index arrays that are not int32";
+  if (!has_shape(batch.context_lens, {p.num_rows}) || !has_shape(batch.query_start_loc, {p.num_rows + 1}) ||
+      !has_shape(batch.distribution, {3}))
+    return "metadata of the wrong shape";
+  const bool has_sinks = !has_shape(batch.sinks, {0}), has_lse = !has_shape(batch.lse, {0});
+  if (batch.sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(batch.sinks, {p.num_q_heads})))
+    return "wrong sinks";
+  if (batch.lse.element_type() != ffi::F32 || (has_lse && !has_shape(batch.lse, {p.num_tokens, p.num_q_heads})))
+    return "a wrong lse";
+  p.queries = batch.queries.untyped_data();
+  p.output = batch.output.untyped_data();
+  p.lse = has_lse ? batch.lse.typed_data<float>() : nullptr;
+  p.context_lens = batch.context_lens.typed_data<int32_t>();
+  p.block_tables = batch.block_tables.typed_data<int32_t>();
+  p.query_start_loc = batch.query_start_loc.typed_data<int32_t>();
+  p.sinks = has_sinks ? batch.sinks.typed_data<float>() : nullptr;
+  return std::nullopt;
+}
 
-  int64_t slot_size = 1;
-  for (size_t i = 2; i < cache.size(); ++i) slot_size *= cache[i];
-  if (cache[1] != p.page_size || slot_size != p.token_stride) return bad("strides that are not those of the pages");
-  if (!has_shape(*output, {p.num_tokens, p.num_q_heads, p.head_dim})) return bad("an output of the wrong shape");
-  if (!is_index(context_lens) || !is_index(block_tables) || !is_index(query_start_loc) || !is_index(distribution))
-    return bad("index arrays that are not int32");
-  if (!has_shape(context_lens, {p.num_rows}) || !has_shape(query_start_loc, {p.num_rows + 1}) ||
-      !has_shape(distribution, {3}))
-    return bad("metadata of the wrong shape");
-  const bool has_sinks = !has_shape(sinks, {0});
-  if (sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(sinks, {p.num_q_heads}))) return bad("wrong sinks");
-  const bool has_k_scale = !has_shape(k_scale, {0}), has_v_scale = !has_shape(v_scale, {0});
-  if (k_scale.element_type() != ffi::F32 || (has_k_scale && !has_shape(k_scale, {p.num_kv_heads})) ||
-      v_scale.element_type() != ffi::F32 || (has_v_scale && !has_shape(v_scale, {p.num_kv_heads})))
-    return bad("wrong scales");
-  const bool has_lse = !has_shape(*lse, {0});
-  if (lse->element_type() != ffi::F32 || (has_lse && !has_shape(*lse, {p.num_tokens, p.num_q_heads})))
-    return bad("a wrong lse");
-  if (keys.has_value() != values.has_value() || keys.has_value() != updated_pages.has_value())
-    return bad("keys, values or updated pages without the others");
-  if (keys.has_value()) {
-    if (!to_dtype(keys->element_type(), p.new_dtype) || values->element_type() != keys->element_type())
-      return bad("keys or values of an unsupported dtype");
-    for (const ffi::AnyBuffer& fresh : {*keys, *values})
-      if (!has_shape(fresh, {p.num_tokens, p.num_kv_heads, p.head_dim}))
-        return bad("keys or values of the wrong shape");
-    // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
-    if ((*updated_pages)->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
-    p.keys = keys->untyped_data();
-    p.values = values->untyped_data();
-  }
-  p.queries = queries.untyped_data();
-  p.pages = pages.untyped_data();
-  p.output = output->untyped_data();
-  p.lse = has_lse ? lse->typed_data<float>() : nullptr;
-  p.context_lens = context_lens.typed_data<int32_t>();
-  p.block_tables = block_tables.typed_data<int32_t>();
-  p.query_start_loc = query_start_loc.typed_data<int32_t>();
-  p.sinks = has_sinks ? sinks.typed_data<float>() : nullptr;
-  p.k_scales = has_k_scale ? k_scale.typed_data<float>() : nullptr;
-  p.v_scales = has_v_scale ? v_scale.typed_data<float>() : nullptr;
+// Runs a problem that has everything but its live rows.
+ffi::Error run_call(Problem& p, const ffi::AnyBuffer& distribution, ffi::ThreadPool& pool) {
   if (const char* reason = check(p)) return bad(reason);
   if (p.num_tokens == 0) return ffi::Error::Success();
   p.live_rows = distribution.typed_data<int32_t>()[2];
@@ -137,6 +114,93 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
     return ffi::Error(ffi::ErrorCode::kInternal, std::string("cpu_native: ") + error.what());
   }
   return ffi::Error::Success();
+}
+
+// A call that writes has keys, values and updated pages; others have none of them. Scales of shape [0] are not there.
+ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries, ffi::AnyBuffer pages,
+                  ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
+                  ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
+                  std::optional<ffi::AnyBuffer> keys, std::optional<ffi::AnyBuffer> values,
+                  ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
+                  std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
+  Problem p;
+  static_cast<Attributes&>(p) = attributes;
+  const Batch batch{queries, context_lens, block_tables, query_start_loc, distribution, sinks, *output, *lse};
+  if (const auto reason = read(batch, p)) return bad(*reason);
+  const auto cache = pages.dimensions();
+  if (cache.size() < 3) return bad("wrong ranks");
+  if (!to_dtype(pages.element_type(), p.cache_dtype)) return bad("an unsupported dtype");
+  p.num_pages = cache[0];
+  int64_t slot_size = 1;
+  for (size_t i = 2; i < cache.size(); ++i) slot_size *= cache[i];
+  if (cache[1] != p.page_size || slot_size != p.token_stride) return bad("strides that are not those of the pages");
+  const bool has_k_scale = !has_shape(k_scale, {0}), has_v_scale = !has_shape(v_scale, {0});
+  if (k_scale.element_type() != ffi::F32 || (has_k_scale && !has_shape(k_scale, {p.num_kv_heads})) ||
+      v_scale.element_type() != ffi::F32 || (has_v_scale && !has_shape(v_scale, {p.num_kv_heads})))
+    return bad("wrong scales");
+  if (keys.has_value() != values.has_value() || keys.has_value() != updated_pages.has_value())
+    return bad("keys, values or updated pages without the others");
+  if (keys.has_value()) {
+    if (!to_dtype(keys->element_type(), p.new_dtype) || values->element_type() != keys->element_type())
+      return bad("keys or values of an unsupported dtype");
+    for (const ffi::AnyBuffer& fresh : {*keys, *values})
+      if (!has_shape(fresh, {p.num_tokens, p.num_kv_heads, p.head_dim}))
+        return bad("keys or values of the wrong shape");
+    // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
+    if ((*updated_pages)->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
+    p.keys = keys->untyped_data();
+    p.values = values->untyped_data();
+  }
+  p.pages = pages.untyped_data();
+  p.k_scales = has_k_scale ? k_scale.typed_data<float>() : nullptr;
+  p.v_scales = has_v_scale ? v_scale.typed_data<float>() : nullptr;
+  return run_call(p, distribution, pool);
+}
+
+// The same over a TurboQuant cache: its five arrays, for a call that writes those of the new tokens, too, and as many
+// results, which are the cache updated.
+ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries,
+                        ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
+                        ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer key_codebook,
+                        ffi::AnyBuffer value_codebook, ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> output,
+                        ffi::Result<ffi::AnyBuffer> lse, ffi::RemainingRets updated) {
+  constexpr size_t kArrays = Codes::kArrays;
+  Problem p;
+  static_cast<Attributes&>(p) = attributes;
+  const Batch batch{queries, context_lens, block_tables, query_start_loc, distribution, sinks, *output, *lse};
+  if (const auto reason = read(batch, p)) return bad(*reason);
+  for (const ffi::AnyBuffer& codebook : {key_codebook, value_codebook})
+    if (codebook.element_type() != ffi::F32 || !has_shape(codebook, {16})) return bad("a wrong codebook");
+  const bool writes = updated.size() > 0;
+  if (arrays.size() != (writes ? 2 * kArrays : kArrays) || updated.size() != (writes ? kArrays : 0))
+    return bad("a wrong number of arrays");
+  p.cache_dtype = DType::kCodes;
+  p.codes.key_codebook = key_codebook.typed_data<float>();
+  p.codes.value_codebook = value_codebook.typed_data<float>();
+  for (size_t i = 0; i < kArrays; ++i) {
+    const ffi::AnyBuffer array = *arrays.get<ffi::AnyBuffer>(i);
+    const auto dims = array.dimensions();
+    if (dims.size() < 3 || dims[1] != p.page_size) return bad("wrong ranks");
+    if (i > 0 && dims[0] != p.num_pages) return bad("arrays of different numbers of pages");
+    p.num_pages = dims[0];
+    p.codes.arrays[i] = static_cast<uint8_t*>(array.untyped_data());
+    p.codes.bytes[i] = int64_t(ffi::ByteWidth(array.element_type()));
+    for (size_t axis = 2; axis < dims.size(); ++axis) p.codes.bytes[i] *= dims[axis];
+    const bool is_norm = i == Codes::kKeyNorms || i == Codes::kValueNorms;
+    DType& norm = i == Codes::kKeyNorms ? p.codes.key_norms : p.codes.value_norms;
+    if (is_norm ? !to_dtype(array.element_type(), norm) : array.element_type() != ffi::U8)
+      return bad("codes of an unsupported dtype");
+    if (!writes) continue;
+    const ffi::AnyBuffer fresh = *arrays.get<ffi::AnyBuffer>(kArrays + i);
+    if (fresh.element_type() != array.element_type() || int64_t(fresh.size_bytes()) != p.num_tokens * p.codes.bytes[i])
+      return bad("new codes of the wrong shape");
+    if ((*updated.get<ffi::AnyBuffer>(i))->untyped_data() != array.untyped_data())
+      return bad("codes that are not aliased");
+    p.codes.fresh[i] = static_cast<const uint8_t*>(fresh.untyped_data());
+  }
+  p.keys = p.codes.fresh[Codes::kKeyIndices];
+  p.values = p.codes.fresh[Codes::kValueIndices];
+  return run_call(p, distribution, pool);
 }
 
 }  // namespace
@@ -189,6 +253,27 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) 
   return handler->Call(frame);
 }
 
+RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention_codes(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Attrs<easydel_ragged::Attributes>()
+                             .Arg<ffi::AnyBuffer>()  // queries
+                             .Arg<ffi::AnyBuffer>()  // context_lens
+                             .Arg<ffi::AnyBuffer>()  // block_tables
+                             .Arg<ffi::AnyBuffer>()  // query_start_loc
+                             .Arg<ffi::AnyBuffer>()  // distribution
+                             .Arg<ffi::AnyBuffer>()  // sinks
+                             .Arg<ffi::AnyBuffer>()  // key_codebook
+                             .Arg<ffi::AnyBuffer>()  // value_codebook
+                             .RemainingArgs()        // arrays
+                             .Ret<ffi::AnyBuffer>()  // output
+                             .Ret<ffi::AnyBuffer>()  // lse
+                             .RemainingRets()        // updated
+                             .To(easydel_ragged::attend_codes)
+                             .release();
+  return handler->Call(frame);
+}
+
 // Runs in place of the handlers of other interface versions, whose buffers and attributes may mean other things.
 RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_other_interface(XLA_FFI_CallFrame* frame) {
   static auto* handler = ffi::Ffi::Bind()
@@ -209,7 +294,7 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_other_interface(XLA_FFI_CallFrame* f
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 // Version of what this library and cpu_native.py agree on: functions, arguments, results, attributes.
-RAGGED_EXPORT int easydel_ragged_interface() { return 4; }
+RAGGED_EXPORT int easydel_ragged_interface() { return 5; }
 
 // Threads that a call takes at most, however many XLA's pool has.
 RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_processors(); }

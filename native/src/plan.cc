@@ -27,8 +27,10 @@ constexpr int64_t kLeastManyTokens = 512;
 constexpr double kItemsPerThread = 8.0;
 constexpr double kWaitedFor = 1.15;  // of the time without waiting
 
-// Keys and values of one token, in bytes of the cache.
-double token_bytes(const Problem& p) { return double(2 * p.num_kv_heads * p.head_dim) * element_size(p.cache_dtype); }
+// Keys and values of one token, in bytes of the cache. To unpack codes takes as long as to read bfloat16.
+double token_bytes(const Problem& p) {
+  return p.cache_dtype == DType::kCodes ? double(4 * p.num_kv_heads * p.head_dim) : double(slot_bytes(p));
+}
 
 int64_t new_tokens(const Rows& rows) {
   int64_t tokens = 0;

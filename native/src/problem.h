@@ -13,7 +13,20 @@
 
 namespace easydel_ragged {
 
-enum class DType : int32_t { kF32, kBF16, kF16, kF8E4M3FN, kF8E5M2 };
+enum class DType : int32_t { kF32, kBF16, kF16, kF8E4M3FN, kF8E5M2, kCodes };
+
+// A TurboQuant cache (easydel_ragged_plugin/turboquant.py), dtype kCodes. Its keys have head_dim coordinates and then
+// the signs; queries are rotated and projected likewise, and outputs are of rotated values.
+struct Codes {
+  enum Name { kKeyIndices, kKeySigns, kKeyNorms, kValueIndices, kValueNorms, kArrays };
+  uint8_t* arrays[kArrays] = {};       // [pages, page_size, bytes[name]]
+  const uint8_t* fresh[kArrays] = {};  // of the new tokens, [tokens, bytes[name]]
+  int64_t bytes[kArrays] = {};         // of a slot, all kv heads
+  DType key_norms = DType::kF32;       // their dtypes
+  DType value_norms = DType::kF32;
+  const float* key_codebook = nullptr;  // [16]
+  const float* value_codebook = nullptr;
+};
 
 // Numbers that are fixed when a call is compiled. Each line is a field of Problem and an attribute of the FFI call; a
 // new one needs a line here and one in `_attributes` of cpu_native.py. The last five are the layout of the cache, in
@@ -45,10 +58,11 @@ struct Problem : Attributes {
   DType cache_dtype = DType::kF32;
   DType new_dtype = DType::kF32;  // of keys and values
 
-  const void* queries = nullptr;  // [tokens, q_heads, head_dim]
+  const void* queries = nullptr;  // [tokens, q_heads, key_dim]
   const void* keys = nullptr;     // [tokens, kv_heads, head_dim]; null for v2
   const void* values = nullptr;
   void* pages = nullptr;                     // written only where keys is not null
+  Codes codes;                               // in place of pages where cache_dtype is kCodes; keys are codes.fresh then
   void* output = nullptr;                    // [tokens, q_heads, head_dim]
   float* lse = nullptr;                      // [tokens, q_heads]; null: not wanted
   const int32_t* context_lens = nullptr;     // [rows]
@@ -61,7 +75,8 @@ struct Problem : Attributes {
   int64_t live_rows = 0;  // run-time value: rows from here on are dead
   int64_t num_tokens = 0;
   int64_t num_q_heads = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  // of values and output
+  int64_t key_dim = 0;   // of queries and keys: head_dim, except that of codes has their signs, too
   int64_t num_rows = 0;
   int64_t pages_per_row = 0;
   int64_t num_pages = 0;
@@ -71,6 +86,9 @@ struct Problem : Attributes {
 };
 
 size_t element_size(DType dtype);
+
+// Keys and values of one slot, in bytes of the cache.
+int64_t slot_bytes(const Problem& problem);
 
 // Why the static part of a problem is not usable, or null when it is. Reads no array.
 const char* check(const Problem& problem);

@@ -38,6 +38,8 @@ inline double element(const void* array, int64_t i, DType dtype) {
       return small(bits, 4, 3, false);
     case DType::kF8E5M2:
       return small(bits, 5, 2, true);
+    case DType::kCodes:
+      break;
   }
   return NAN;
 }
@@ -74,6 +76,29 @@ struct Claims {
   }
 };
 
+// Coordinate `d` of the key of a slot and kv head: of a TurboQuant cache one that is rotated, or a sign.
+inline double key_number(const Problem& p, int64_t slot, int64_t kv_head, int64_t d) {
+  if (p.cache_dtype != DType::kCodes)
+    return element(p.pages, slot * p.token_stride + kv_head * p.head_stride + d, p.cache_dtype);
+  const int64_t head = slot * p.num_kv_heads + kv_head, signs = p.key_dim - p.head_dim;
+  const bool is_sign = d >= p.head_dim;
+  const double norm = element(p.codes.arrays[Codes::kKeyNorms], 2 * head + is_sign, p.codes.key_norms);
+  if (is_sign) {
+    const int64_t bit = head * signs + d - p.head_dim;
+    return p.codes.arrays[Codes::kKeySigns][bit / 8] >> bit % 8 & 1 ? norm : -norm;
+  }
+  const int64_t at = head * p.head_dim + d;
+  return norm * p.codes.key_codebook[p.codes.arrays[Codes::kKeyIndices][at / 2] >> at % 2 * 4 & 15];
+}
+
+inline double value_number(const Problem& p, int64_t slot, int64_t kv_head, int64_t d) {
+  if (p.cache_dtype != DType::kCodes)
+    return element(p.pages, slot * p.token_stride + kv_head * p.head_stride + p.value_offset + d, p.cache_dtype);
+  const int64_t head = slot * p.num_kv_heads + kv_head, at = head * p.head_dim + d;
+  return element(p.codes.arrays[Codes::kValueNorms], head, p.codes.value_norms) *
+         p.codes.value_codebook[p.codes.arrays[Codes::kValueIndices][at / 2] >> at % 2 * 4 & 15];
+}
+
 struct Answer {
   std::vector<double> output;  // [head_dim]
   double lse;
@@ -83,18 +108,16 @@ struct Answer {
 inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head) {
   const int64_t kv_head = head / (p.num_q_heads / p.num_kv_heads);
   const int64_t position = p.context_lens[row] - p.query_start_loc[row + 1] + token;
-  const auto place = [&](int64_t key) {
-    const int64_t page = p.block_tables[row * p.pages_per_row + key / p.page_size];
-    return (page * p.page_size + key % p.page_size) * p.token_stride + kv_head * p.head_stride;
+  const auto slot = [&](int64_t key) {
+    return p.block_tables[row * p.pages_per_row + key / p.page_size] * p.page_size + key % p.page_size;
   };
   std::vector<double> query, logits;
-  for (int64_t d = 0; d < p.head_dim; ++d)
-    query.push_back(element(p.queries, (token * p.num_q_heads + head) * p.head_dim + d, p.query_dtype));
+  for (int64_t d = 0; d < p.key_dim; ++d)
+    query.push_back(element(p.queries, (token * p.num_q_heads + head) * p.key_dim + d, p.query_dtype));
   double most = p.sinks ? p.sinks[head] : -INFINITY;
   for (int64_t key = oldest_key(p, position); key <= position; ++key) {
     double product = 0;
-    for (int64_t d = 0; d < p.head_dim; ++d)
-      product += query[size_t(d)] * element(p.pages, place(key) + d, p.cache_dtype);
+    for (int64_t d = 0; d < p.key_dim; ++d) product += query[size_t(d)] * key_number(p, slot(key), kv_head, d);
     const double k_scale = p.k_scales ? p.k_scales[kv_head] : 1.0;
     const double logit = product * k_scale * p.softmax_scale, cap = p.logits_soft_cap;
     logits.push_back(cap > 0 ? cap * std::tanh(logit / cap) : logit);
@@ -106,7 +129,7 @@ inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head)
     const double weight = std::exp(logits[size_t(key - oldest_key(p, position))] - most);
     total += weight;
     for (int64_t d = 0; d < p.head_dim; ++d)
-      answer.output[size_t(d)] += weight * element(p.pages, place(key) + p.value_offset + d, p.cache_dtype);
+      answer.output[size_t(d)] += weight * value_number(p, slot(key), kv_head, d);
   }
   for (double& value : answer.output) value *= p.v_scale * (p.v_scales ? p.v_scales[kv_head] : 1.0) / total;
   answer.lse = most + std::log(total);

@@ -32,6 +32,8 @@ class Bytes {
 
 struct Arrays {
   std::vector<uint8_t> queries, keys, values, pages, output;
+  std::vector<uint8_t> codes[Codes::kArrays], fresh_codes[Codes::kArrays];  // in place of keys, values and pages
+  std::vector<float> codebooks;
   std::vector<int32_t> context_lens, block_tables, query_start_loc;
   std::vector<float> sinks, k_scales, v_scales, lse;
 };
@@ -70,6 +72,37 @@ inline void spoil(Bytes& bytes, std::vector<uint8_t>& elements, DType dtype) {
     std::memcpy(&elements[bytes.next32() % count * size], &bits, size);  // little-endian
 }
 
+// The arrays of a TurboQuant cache and of the new tokens' codes.
+inline void make_codes(Bytes& bytes, Problem& p, Arrays& a, bool writes) {
+  const int64_t heads = p.num_kv_heads, norm = int64_t(element_size(p.codes.key_norms)) * heads;
+  const int64_t sizes[] = {heads * p.head_dim / 2, heads * (p.key_dim - p.head_dim) / 8, 2 * norm,
+                           heads * p.head_dim / 2, int64_t(element_size(p.codes.value_norms)) * heads};
+  static uint8_t none;
+  for (int i = 0; i < Codes::kArrays; ++i) {
+    p.codes.bytes[i] = sizes[i];
+    const bool is_norm = i == Codes::kKeyNorms || i == Codes::kValueNorms;
+    const DType dtype = i == Codes::kKeyNorms ? p.codes.key_norms : p.codes.value_norms;
+    const auto random = [&](int64_t slots) {
+      if (is_norm) return random_elements(bytes, slots * sizes[i] / int64_t(element_size(dtype)), dtype);
+      std::vector<uint8_t> all(size_t(slots * sizes[i]));
+      uint32_t state = bytes.next32() | 1u;
+      for (uint8_t& each : all) each = uint8_t((state = state * 1664525u + 1013904223u) >> 24);
+      return all;
+    };
+    a.codes[i] = random(p.num_pages * p.page_size);
+    if (is_norm && bytes.one_in(6)) spoil(bytes, a.codes[i], dtype);
+    p.codes.arrays[i] = a.codes[i].data();
+    if (!writes) continue;
+    a.fresh_codes[i] = random(p.num_tokens);
+    p.codes.fresh[i] = a.fresh_codes[i].empty() ? &none : a.fresh_codes[i].data();
+  }
+  for (int i = 0; i < 32; ++i) a.codebooks.push_back(float(bytes.between(-20, 20)) / 16);
+  p.codes.key_codebook = a.codebooks.data();
+  p.codes.value_codebook = a.codebooks.data() + 16;
+  p.keys = p.codes.fresh[Codes::kKeyIndices];
+  p.values = p.codes.fresh[Codes::kValueIndices];
+}
+
 // `orderly`: rows of the batch follow one another and share no page that is written; else the index arrays may hold
 // anything.
 inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
@@ -82,7 +115,15 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   p.num_kv_heads = bytes.between(1, 3);
   p.num_q_heads = p.num_kv_heads * bytes.between(1, 9);
   const int64_t dims[] = {1, 7, 16, 31, 33, 64, 72, 80, 96, 128, 192};
-  p.head_dim = dims[bytes.between(0, 10)];
+  p.head_dim = p.key_dim = dims[bytes.between(0, 10)];
+  const bool codes = bytes.one_in(6);
+  if (codes) {
+    p.cache_dtype = DType::kCodes;
+    p.head_dim += p.head_dim % 2;
+    p.key_dim = p.head_dim + 8 * bytes.between(1, 17);
+    p.codes.key_norms = DType(bytes.between(0, 2));
+    p.codes.value_norms = DType(bytes.between(0, 2));
+  }
   p.page_size = bytes.between(1, 40);
   p.num_rows = bytes.between(0, 6);
   p.pages_per_row = bytes.between(1, 12);
@@ -99,8 +140,9 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   p.v_scale = 1.0f;
   p.padded_head_dim = p.head_dim;
   p.value_offset = p.head_dim;
-  p.token_stride = p.num_kv_heads * 2 * p.head_dim;
-  if (v3 && p.head_dim != 64) {
+  p.token_stride = codes ? 0 : p.num_kv_heads * 2 * p.head_dim;
+  if (codes) {
+  } else if (v3 && p.head_dim != 64) {
     p.padded_head_dim = (p.head_dim + 127) / 128 * 128;
     p.value_offset = p.padded_head_dim;
     const int64_t pack = int64_t(4 / element_size(p.cache_dtype));
@@ -146,11 +188,12 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     if (bytes.one_in(6)) p.live_rows = int32_t(bytes.next32());
     if (bytes.one_in(6)) p.num_tokens = bytes.between(0, 200);
   }
-  a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.head_dim, p.query_dtype);
-  a.output.assign(a.queries.size(), 0xff);
-  a.pages = random_elements(bytes, p.num_pages * p.page_size * p.token_stride, p.cache_dtype);
-  if (bytes.one_in(4)) spoil(bytes, a.pages, p.cache_dtype);
-  if (v3) {
+  a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.key_dim, p.query_dtype);
+  a.output.assign(a.queries.size() / size_t(p.key_dim) * size_t(p.head_dim), 0xff);
+  if (codes) make_codes(bytes, p, a, v3);
+  if (!codes) a.pages = random_elements(bytes, p.num_pages * p.page_size * p.token_stride, p.cache_dtype);
+  if (!codes && bytes.one_in(4)) spoil(bytes, a.pages, p.cache_dtype);
+  if (v3 && !codes) {
     a.keys = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
     a.values = random_elements(bytes, p.num_tokens * p.num_kv_heads * p.head_dim, p.new_dtype);
     if (bytes.one_in(4)) spoil(bytes, a.values, p.new_dtype);
@@ -165,7 +208,7 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     p.sinks = a.sinks.data();
   }
   for (std::vector<float>* scales : {&a.k_scales, &a.v_scales})
-    if (bytes.one_in(4))
+    if (bytes.one_in(4) && !codes)
       for (int64_t h = 0; h < p.num_kv_heads; ++h) scales->push_back(float(bytes.between(1, 12)) / 8);
   p.k_scales = a.k_scales.empty() ? nullptr : a.k_scales.data();
   p.v_scales = a.v_scales.empty() ? nullptr : a.v_scales.data();

@@ -59,7 +59,7 @@ struct Decoding {
 
   Decoding(int64_t rows, int64_t context) {
     p.num_kv_heads = p.num_q_heads = 8;
-    p.head_dim = p.padded_head_dim = p.value_offset = 64;
+    p.head_dim = p.key_dim = p.padded_head_dim = p.value_offset = 64;
     p.head_stride = 128;
     p.token_stride = 8 * 128;
     p.page_size = 16;

@@ -24,7 +24,18 @@ from easydel_ragged_plugin.types import AttentionRequest
 
 from .tiles import Tiles
 
-__all__ = ["Column", "DecodeRoom", "Work", "decode_room", "decode_work", "query_room", "query_work", "work_of"]
+__all__ = [
+    "Column",
+    "DecodeRoom",
+    "Work",
+    "decode_room",
+    "decode_work",
+    "has_row",
+    "listed_rows",
+    "query_room",
+    "query_work",
+    "work_of",
+]
 
 
 class Column(enum.IntEnum):
@@ -86,16 +97,20 @@ def work_of(request: AttentionRequest, sizes: Tiles, rows: Rows) -> Work:
     decoded = sizes.decoded_tokens(request)
     update = query_work(request, rows, sizes.update_tokens) if request.writes_pages else None
     parts, merges = decode_work(request, sizes, rows)
-    prefill, stored = None, rows.num_queries
+    prefill, stored = None, rows
     if request.num_tokens > decoded:
         tokens = sizes.prefill.queries // request.group_size
         prefill = query_work(request, rows, tokens, decoded)
-        counts = query_counts(rows, tokens, decoded)
-        listed = jnp.clip(query_room(request, tokens, decoded) - exclusive_sum(counts), 0, counts)
-        stored = jnp.where(rows.num_queries > decoded, jnp.minimum(stored, listed * tokens), stored)
+        listed = listed_rows(request, rows, tokens, decoded)
+        stored = rows._replace(num_queries=jnp.where(rows.num_queries > decoded, listed.num_queries, rows.num_queries))
+    return Work(update, parts, merges, prefill, has_row(request, stored))
+
+
+def has_row(request: AttentionRequest, rows: Rows) -> jax.Array:
+    """``[tokens]`` int32: 1 where any row has the token, else 0."""
     token = jnp.arange(request.num_tokens, dtype=jnp.int32)[:, None]
-    within = (token >= rows.query_start[None, :]) & (token < (rows.query_start + stored)[None, :])
-    return Work(update, parts, merges, prefill, jnp.max(within.astype(jnp.int32), axis=1))
+    within = (token >= rows.query_start[None, :]) & (token < (rows.query_start + rows.num_queries)[None, :])
+    return jnp.max(within.astype(jnp.int32), axis=1)
 
 
 def query_counts(rows: Rows, tokens: int, more_than: int) -> jax.Array:
@@ -112,6 +127,13 @@ def query_room(request: AttentionRequest, tokens: int, more_than: int = 0) -> in
     rows = min(request.num_rows - 1, request.num_tokens // (more_than + 1))
     good = (request.num_tokens - rows) // tokens + rows if rows else 0
     return good + -(-request.num_tokens // tokens)
+
+
+def listed_rows(request: AttentionRequest, rows: Rows, tokens: int, more_than: int) -> Rows:
+    """The rows of :func:`query_work` as far as its list has room for their tiles; all others without queries."""
+    counts = query_counts(rows, tokens, more_than)
+    listed = jnp.clip(query_room(request, tokens, more_than) - exclusive_sum(counts), 0, counts)
+    return rows._replace(num_queries=jnp.minimum(rows.num_queries, listed * tokens))
 
 
 def query_work(request: AttentionRequest, rows: Rows, tokens: int, more_than: int = 0) -> jax.Array:

@@ -39,6 +39,12 @@ struct Tag {
   using type = T;
 };
 
+// In place of an element's type: a cache of codes, whose slots have numbers in place of addresses. It is several
+// arrays.
+struct Coded {
+  uint8_t bits;
+};
+
 template <class F>
 RAGGED_INLINE void with_type(DType dtype, F&& f) {
   switch (dtype) {
@@ -52,7 +58,15 @@ RAGGED_INLINE void with_type(DType dtype, F&& f) {
       return f(Tag<E4M3>{});
     case DType::kF8E5M2:
       return f(Tag<E5M2>{});
+    case DType::kCodes:
+      return;
   }
+}
+// Codes included.
+template <class F>
+RAGGED_INLINE void with_cache_type(DType dtype, F&& f) {
+  if (dtype == DType::kCodes) return f(Tag<Coded>{});
+  with_type(dtype, f);
 }
 template <class F>
 RAGGED_INLINE void with_query_type(DType dtype, F&& f) {
@@ -87,13 +101,12 @@ template <class T>
 struct Cache {
   const T* pages;
   const int32_t* table;
-  int64_t page_size, page_stride, token_stride;
+  int64_t page_size, token_stride;
 
   Cache(const Problem& p, int64_t row)
       : pages(static_cast<const T*>(p.pages)),
         table(p.block_tables + row * p.pages_per_row),
         page_size(p.page_size),
-        page_stride(p.page_size * p.token_stride),
         token_stride(p.token_stride) {}
 
   // Addresses of the slots that hold positions [begin, begin + count).
@@ -101,9 +114,13 @@ struct Cache {
   void slots(int64_t begin, int64_t count, Address* slot) const {
     int64_t entry = begin / page_size, offset = begin % page_size;
     for (int64_t i = 0; i < count; ++entry, offset = 0) {
-      const T* at = pages + table[entry] * page_stride + offset * token_stride;
-      for (; offset < page_size && i < count; ++offset, ++i, at += token_stride)
-        slot[i] = reinterpret_cast<Address>(at);
+      const int64_t first = table[entry] * page_size;
+      for (; offset < page_size && i < count; ++offset, ++i) {
+        if constexpr (is_same<T, Coded>)
+          slot[i] = reinterpret_cast<Address>(uintptr_t(first + offset));
+        else
+          slot[i] = reinterpret_cast<Address>(pages + (first + offset) * token_stride);
+      }
     }
   }
 };
@@ -129,18 +146,26 @@ struct Logits {
   }
 };
 
+// Factors of the tokens of a block of codes: the norms of its keys and values.
+struct Factors {
+  float *keys, *values;  // of logits, and of weights
+};
+
 // Online softmax: from base-2 logits [from, to) to weights, which may be in place. `most` holds the largest logit of
 // each lane. Returns the factor for what was summed before.
-template <class Weight>
+template <bool kFactors, class Weight>
 RAGGED_INLINE float add_weights(const float* logits, Weight* weights, int64_t from, int64_t to, VecF most,
-                                float& maximum_seen, float& total) {
+                                const Factors& factors, float& maximum_seen, float& total) {
   const float new_maximum = max_of(most);
   const float updated = new_maximum > maximum_seen ? new_maximum : maximum_seen;
   const float reference = updated == -kInfinity ? 0.0f : updated;
   VecF sum = {};
   for (int64_t t = from; t < to; t += kLanes) {
     const VecF weight = exp2_nonpositive(load(logits + t) - splat(reference));
-    store_weights(weights + t, weight);
+    if constexpr (kFactors)
+      store_weights(weights + t, weight * load(factors.values + t));
+    else
+      store_weights(weights + t, weight);
     sum = sum + weight;
   }
   const float factor = exp2_nonpositive(maximum_seen - reference);

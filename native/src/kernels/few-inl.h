@@ -44,9 +44,13 @@ struct VectorHeads {
     if constexpr (kStaged) {
       for (int64_t t = 0; t < count + kBlockPadding; ++t)
         s.staged_slot[t] = s.staged + min64(t, count - 1) * 2 * s.query_stride * int64_t(sizeof(Element));
-      stage<T, Element>(slot, count, keys, p.head_dim, s.staged, s.query_stride);
-      stage<T, Element>(slot, count, values, p.head_dim, s.staged + s.query_stride * int64_t(sizeof(Element)),
-                        s.query_stride);
+      Element* staged = reinterpret_cast<Element*>(s.staged);
+      if constexpr (is_same<T, Coded>) {
+        unpack_head(p, slot, count, kv_head, staged, s.query_stride, s.factors);
+      } else {
+        stage<T>(slot, count, keys, p.head_dim, staged, s.query_stride);
+        stage<T>(slot, count, values, p.head_dim, staged + s.query_stride, s.query_stride);
+      }
       slot = s.staged_slot;
       keys = 0;
       values = s.query_stride;
@@ -62,8 +66,9 @@ struct VectorHeads {
           ++same;
       if (seen.high > seen.low) {
         const auto attend_some = [&](auto number) {
+          const Factors factors{s.factors.keys + seen.low, s.factors.values + seen.low};
           attend_rows<decltype(number)::value>(logits, kv_head, r, slot + seen.low, seen.high - seen.low, keys, values,
-                                               ahead);
+                                               factors, ahead);
         };
         if (same == 4) attend_some(Count<4>{});
         if (same == 3) attend_some(Count<3>{});
@@ -90,9 +95,10 @@ struct VectorHeads {
 
   template <int kQueries>
   void attend_rows(const Logits& logits, int64_t kv_head, int64_t row, const char* const* slot, int64_t count,
-                   int64_t keys, int64_t values, Ahead& ahead) {
+                   int64_t keys, int64_t values, const Factors& factors, Ahead& ahead) {
+    constexpr bool kFactors = is_same<T, Coded>;
     few_products<Dot, kQueries>(s.template queries_of<typename Dot::Query>(kv_head * rows + row), s.query_stride, slot,
-                                count, keys, p.head_dim, s.weights, ahead);
+                                count, keys, p.key_dim, s.weights, ahead);
     float factor[kQueries];
     float* sums[kQueries];
     typename Dot::Weight* weights = reinterpret_cast<typename Dot::Weight*>(Dot::kPairs ? s.pairs : s.weights);
@@ -103,14 +109,15 @@ struct VectorHeads {
       typename Dot::Weight* weight = weights + i * kMostBlock;
       float &most = partial.maximum[head], &total = partial.total[head];
       factor[i] = p.logits_soft_cap > 0
-                      ? few_softmax<typename Dot::Weight, true>(logits, logit, weight, count, most, total)
-                      : few_softmax<typename Dot::Weight, false>(logits, logit, weight, count, most, total);
+                      ? few_softmax<true, kFactors>(logits, logit, weight, count, factors, most, total)
+                      : few_softmax<false, kFactors>(logits, logit, weight, count, factors, most, total);
       sums[i] = weighted(query, head);
     }
     few_all_values<kQueries>(Tag<Dot>{}, weights, factor, slot, count, values, p.head_dim, sums, ahead);
   }
 };
 
+// In elements of the products.
 template <class Element, class Source>
 RAGGED_INLINE void read_queries(const Problem& p, const Query* queries, int64_t count, HeadRange kv_heads,
                                 const FewScratch& s) {
@@ -119,8 +126,8 @@ RAGGED_INLINE void read_queries(const Problem& p, const Query* queries, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = queries[r / p.group()].token * p.num_q_heads + h * p.group() + r % p.group();
       Element* to = s.queries_of<Element>(h * rows + r);
-      convert(static_cast<const Source*>(p.queries) + head * p.head_dim, to, p.head_dim);
-      __builtin_memset(to + p.head_dim, 0, size_t(s.query_stride - p.head_dim) * sizeof(*to));
+      convert(static_cast<const Source*>(p.queries) + head * p.key_dim, to, p.key_dim);
+      __builtin_memset(to + p.key_dim, 0, size_t(s.query_stride - p.key_dim) * sizeof(*to));
     }
 }
 
@@ -131,27 +138,29 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   const Cache<T> cache(p, row);
   with_query_type(p.query_dtype, [&](auto tag) {
     using Source = typename decltype(tag)::type;
-    if constexpr (sizeof(typename Dot::Query) == sizeof(float) || is_same<Source, BF16>)
+    if constexpr (sizeof(typename Dot::Query) == sizeof(float) || is_same<Source, BF16> || is_same<T, Coded>)
       read_queries<typename Dot::Query, Source>(p, queries, number, kv_heads, s);
   });
 
   Heads heads(p, s, queries, number, kv_heads);
   const int64_t block = FewScratch::most_tokens(p);
-  const int64_t lines_each = find_lines<T>(p, s.lines);
+  int64_t lines_each = 0;
+  if constexpr (!is_same<T, Coded>) lines_each = find_lines<T>(p, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
-  for (Ahead first{s.slot, s.lines, lines_each, 0, count * lines_each}; first.budget > 0;) first.request();
+  Ahead first = lines_ahead<T>(p, s, s.slot, count, lines_each);
+  for (first.budget = first.left; first.budget > 0;) first.request();
   while (count > 0) {
     for (int64_t t = count; t < count + kBlockPadding; ++t) s.slot[t] = s.slot[count - 1];
     const int64_t ahead_count = min64(block, end - begin - count);
     if (ahead_count > 0) cache.slots(begin + count, ahead_count, s.next);
-    Ahead ahead{s.next, s.lines, lines_each, 0, 0};
+    Ahead ahead = lines_ahead<T>(p, s, s.next, ahead_count, lines_each);
     heads.start(begin, count);
     for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h) {
       // Each head's work is accompanied by its share of the requests.
-      const int64_t all = ahead_count * lines_each, heads_left = kv_heads.end - h;
-      const int64_t asked = (ahead.slot - s.next) * lines_each + ahead.next;
-      ahead.budget = (all - asked) / heads_left;
+      ahead.left += ahead.budget;  // what the last head left over
+      ahead.budget = ahead.left / (kv_heads.end - h);
+      ahead.left -= ahead.budget;
       heads.attend(h, count, ahead);
     }
     begin += count;
@@ -167,11 +176,12 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
 #include "kernels/few_tiles-inl.h"
 #endif
 
-// Whether products are made in pairs of bfloat16, which holds all of the cache's numbers, and weights are rounded to
-// it.
+// Whether products are made in pairs of bfloat16, which holds all numbers of the cache and of the queries, or to which
+// both are rounded in any case; weights are rounded to it, too.
 RAGGED_INLINE bool pairs(const Problem& p) {
-  return kDotBF16 && p.float_products == 0 && p.query_dtype == DType::kBF16 &&
-         (p.cache_dtype == DType::kBF16 || element_size(p.cache_dtype) == 1);
+  return kDotBF16 && p.float_products == 0 &&
+         (p.cache_dtype == DType::kCodes ||
+          (p.query_dtype == DType::kBF16 && p.cache_dtype != DType::kF32 && p.cache_dtype != DType::kF16));
 }
 
 void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64_t count, int64_t begin, int64_t end,
@@ -188,7 +198,7 @@ void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64
     if (all_finite(sums + kv_heads.begin * stride, (kv_heads.end - kv_heads.begin) * stride)) return;
   }
 #endif
-  with_type(p.cache_dtype, [&](auto tag) {
+  with_cache_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto attend = [&](auto heads, auto dot) {
       using Heads = typename decltype(heads)::type;
@@ -205,8 +215,9 @@ void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64
     if constexpr (is_same<T, BF16> || sizeof(T) == 1)
       if (pairs(p)) return attend(Tag<VectorHeads<T, PairDot, true>>{}, Tag<PairDot>{});
 #endif
-    if (staged) return attend(Tag<VectorHeads<T, FloatDot<float>, true>>{}, Tag<FloatDot<float>>{});
-    attend(Tag<VectorHeads<T, FloatDot<T>, false>>{}, Tag<FloatDot<T>>{});
+    if (staged || is_same<T, Coded>)
+      return attend(Tag<VectorHeads<T, FloatDot<float>, true>>{}, Tag<FloatDot<float>>{});
+    if constexpr (!is_same<T, Coded>) attend(Tag<VectorHeads<T, FloatDot<T>, false>>{}, Tag<FloatDot<T>>{});
   });
 }
 

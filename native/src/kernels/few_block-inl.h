@@ -32,6 +32,7 @@ struct Ahead {
   const char* const* slot = nullptr;
   const int32_t* lines = nullptr;  // of a token: the offsets of those that hold elements
   int64_t lines_each = 0;
+  int64_t left = 0;    // lines that were in no budget yet
   int64_t next = 0;    // of the lines of *slot
   int64_t budget = 0;  // lines that may be requested now
 
@@ -48,7 +49,7 @@ struct Ahead {
 
 // What few queries need.
 struct FewScratch {
-  char* queries;             // [kv_heads][rows][query_stride], elements of the products, zeros past head_dim
+  char* queries;             // [kv_heads][rows][query_stride], elements of the products, zeros past key_dim
   float* weights;            // of the rows that are worked on, [rows][kMostBlock]
   float* pairs;              // the same in bfloat16
   Seen* seen;                // [queries]
@@ -57,6 +58,8 @@ struct FewScratch {
   const char** staged_slot;  // of the block's tokens in `staged`
   int32_t* lines;            // Ahead::lines
   char* staged;              // keys and values of a kv head, converted: [tokens][2][query_stride]
+  Factors factors;           // of the block's tokens, where the cache is of codes
+  const char** requests;     // then: lines of the next block
   char* rest;                // what a way to attend needs for itself
   int64_t query_stride;
   size_t size;
@@ -66,7 +69,7 @@ struct FewScratch {
   }
   FewScratch(const Problem& p, int64_t count, void* base) {
     Carver carver{static_cast<char*>(base)};
-    query_stride = round_up(p.head_dim, 64);  // whole vectors of any elements
+    query_stride = round_up(p.key_dim, 64);  // whole vectors of any elements
     queries = carver.take<char>(count * p.num_q_heads * query_stride * int64_t(sizeof(float)));
     weights = carver.take<float>(kMostQueries * kMostBlock);
     pairs = carver.take<float>(kMostQueries * kMostBlock / 2);
@@ -76,13 +79,15 @@ struct FewScratch {
     staged_slot = carver.take<const char*>(kMostBlock + kBlockPadding);
     lines = carver.take<int32_t>(most_lines(p));
     staged = carver.take<char>(most_tokens(p) * 2 * query_stride * int64_t(sizeof(float)));
+    const int64_t coded = p.cache_dtype == DType::kCodes ? kMostBlock + kLanes : 0;
+    factors = {carver.take<float>(coded), carver.take<float>(coded)};
+    requests = carver.take<const char*>(coded * (slot_bytes(p) / kCacheLine + 2 * Codes::kArrays));
     rest = carver.take<char>(0);
     size = carver.used;
   }
   // Tokens of a block. It is the same for all ways to attend, so that the order of sums is.
   RAGGED_INLINE int64_t most_tokens(const Problem& p) {
-    const int64_t bytes = p.num_kv_heads * p.head_dim * 2 * int64_t(element_size(p.cache_dtype));
-    return max64(kLeastBlock, min64(kMostBlock, kMostBlockBytes / bytes / kLeastBlock * kLeastBlock));
+    return max64(kLeastBlock, min64(kMostBlock, kMostBlockBytes / slot_bytes(p) / kLeastBlock * kLeastBlock));
   }
   template <class T>
   RAGGED_INLINE_MEMBER T* queries_of(int64_t row) const {
@@ -100,4 +105,24 @@ int64_t find_lines(const Problem& p, int32_t* lines) {
     for (next = max64(next, begin / kCacheLine); next <= last; ++next) lines[count++] = int32_t(next * kCacheLine);
   }
   return count;
+}
+
+// The lines of a block that is to come.
+template <class T>
+Ahead lines_ahead(const Problem& p, const FewScratch& s, const char* const* slot, int64_t count, int64_t lines_each) {
+  if constexpr (!is_same<T, Coded>) return {slot, s.lines, lines_each, count * lines_each};
+  // Codes are in several arrays: of these the lines are listed one by one.
+  int64_t found = 0;
+  for (int array = 0; array < Codes::kArrays; ++array) {
+    const int64_t bytes = p.codes.bytes[array];
+    uintptr_t last = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      const uintptr_t first =
+          uintptr_t(p.codes.arrays[array]) + reinterpret_cast<uintptr_t>(slot[t]) * uintptr_t(bytes);
+      for (uintptr_t line = first / kCacheLine; line <= (first + uintptr_t(bytes) - 1) / kCacheLine; ++line)
+        if (line != last) s.requests[found++] = reinterpret_cast<const char*>((last = line) * kCacheLine);
+    }
+  }
+  s.lines[0] = 0;
+  return {s.requests, s.lines, 1, found};
 }

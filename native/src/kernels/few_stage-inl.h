@@ -26,14 +26,14 @@ struct Table {
   }
 };
 template <class T>
-RAGGED_INLINE void stage_by_table(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim, char* to,
+RAGGED_INLINE void stage_by_table(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim, BF16* to,
                                   int64_t stride) {
   static constexpr Table<T> table;
   const __m512i low_a = load_bits<__m512i>(table.low), low_b = load_bits<__m512i>(table.low + 64);
   const __m512i high_a = load_bits<__m512i>(table.high), high_b = load_bits<__m512i>(table.high + 64);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), sign = _mm512_set1_epi8(-128);
   for (int64_t t = 0; t < count; ++t) {
-    BF16* row = reinterpret_cast<BF16*>(to) + 2 * t * stride;
+    BF16* row = to + 2 * t * stride;
     for (int64_t d = 0; d < head_dim; d += 64) {
       const uint64_t columns = head_dim - d >= 64 ? ~uint64_t{0} : (uint64_t{1} << (head_dim - d)) - 1;
       const __m512i bytes =
@@ -50,10 +50,9 @@ RAGGED_INLINE void stage_by_table(const char* const* slot, int64_t count, int64_
 
 // Keys or values of a block for one kv head, in the elements of the products.
 template <class T, class S>
-void stage(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim, char* to, int64_t stride) {
+void stage(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim, S* to, int64_t stride) {
 #if defined(__AVX512VBMI__)
   if constexpr (is_same<S, BF16> && sizeof(T) == 1) return stage_by_table<T>(slot, count, offset, head_dim, to, stride);
 #endif
-  for (int64_t t = 0; t < count; ++t)
-    convert(at<T>(slot[t], offset), reinterpret_cast<S*>(to) + 2 * t * stride, head_dim);
+  for (int64_t t = 0; t < count; ++t) convert(at<T>(slot[t], offset), to + 2 * t * stride, head_dim);
 }

@@ -28,6 +28,7 @@ namespace {
 #include "kernels/common-inl.h"
 #include "kernels/update-inl.h"
 #include "kernels/finish-inl.h"
+#include "kernels/codes-inl.h"
 #include "kernels/few_block-inl.h"
 #include "kernels/few_products-inl.h"
 #include "kernels/few_stage-inl.h"

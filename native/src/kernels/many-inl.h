@@ -66,18 +66,27 @@ RAGGED_INLINE size_t exact_scratch(const Problem& p) {
   return carver.used + few_scratch(p);
 }
 
+// Elements of a step's products.
+template <class Step>
+using ElementOf = typename Choose<Step::kElements == 2, BF16, float>::type;
+
 template <class T, class Step>
 struct ManyScratch {
-  int64_t rows, depth, width;  // depth: steps over head_dim; width: columns of the sums
+  using Element = ElementOf<Step>;
+  int64_t rows, depth, width;  // depth: steps over key_dim; width: columns of the sums
   float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
   const T** slot;
-  Seen* seen;  // [queries], of a tile
-  char* rest;  // of attend_exactly
+  Element* staged;              // keys and values of a tile of codes, [kTile][2][staged_stride]
+  const Element** staged_slot;  // [kTile]
+  int64_t staged_stride;
+  Factors factors;  // [kTile], of codes
+  Seen* seen;       // [queries], of a tile
+  char* rest;       // of attend_exactly
   size_t size;
   ManyScratch(const Problem& p, int64_t tokens, void* base) {
     Carver carver{static_cast<char*>(base)};
     rows = round_up(tokens * p.group(), Step::kRows);
-    depth = round_up(p.head_dim, Step::kElements * kLanes) / Step::kElements;
+    depth = round_up(p.key_dim, Step::kElements * kLanes) / Step::kElements;
     width = round_up(p.head_dim, kLanes);
     queries = carver.take<float>(rows * depth);
     keys = carver.take<float>(kTile * depth);
@@ -89,6 +98,12 @@ struct ManyScratch {
     total = carver.take<float>(rows);
     factor = carver.take<float>(Step::kRows);
     slot = carver.take<const T*>(kTile);
+    staged_stride = round_up(p.key_dim, 64);
+    const int64_t unpacked = p.cache_dtype == DType::kCodes ? kTile : 0;
+    staged = carver.take<Element>(unpacked * 2 * staged_stride);
+    staged_slot = carver.take<const Element*>(unpacked);
+    factors = {carver.take<float>(unpacked), carver.take<float>(unpacked)};
+    for (int64_t t = 0; base != nullptr && t < unpacked; ++t) staged_slot[t] = staged + t * 2 * staged_stride;
     seen = carver.take<Seen>(tokens);
     rest = carver.take<char>(int64_t(exact_scratch(p)));
     size = carver.used;
@@ -113,26 +128,30 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
 }
 
 // Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
-template <class Step, bool kCapped, bool kMasked>
+template <class Step, bool kCapped, bool kFactors, bool kMasked>
 RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
-                                int64_t low, int64_t high, float& maximum_seen, float& total, float& factor) {
+                                const Seen& seen, const Factors& factors, float& maximum_seen, float& total,
+                                float& factor) {
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   VecF most = splat(-kInfinity);
   for (int64_t t = from; t < to; t += kLanes) {
-    VecF x = logits.of<kCapped>(load(scores + t));
+    VecF x = load(scores + t);
+    if constexpr (kFactors) x = x * load(factors.keys + t);
+    x = logits.of<kCapped>(x);
     if constexpr (kMasked) {
       const VecI column = lane + splat_int(int32_t(t));
-      x = column >= splat_int(int32_t(low)) ? x : splat(-kInfinity);
-      x = column < splat_int(int32_t(high)) ? x : splat(-kInfinity);
+      x = column >= splat_int(int32_t(seen.low)) ? x : splat(-kInfinity);
+      x = column < splat_int(int32_t(seen.high)) ? x : splat(-kInfinity);
     }
     store(scores + t, x);
     most = maximum(x, most);
   }
   if constexpr (Step::kElements == 2)
-    factor = add_weights(scores, reinterpret_cast<BF16*>(weights), from, to, most, maximum_seen, total);
+    factor =
+        add_weights<kFactors>(scores, reinterpret_cast<BF16*>(weights), from, to, most, factors, maximum_seen, total);
   else
-    factor = add_weights(scores, weights, from, to, most, maximum_seen, total);
+    factor = add_weights<kFactors>(scores, weights, from, to, most, factors, maximum_seen, total);
 }
 
 // Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
@@ -167,6 +186,8 @@ RAGGED_INLINE void store_output(const Problem& p, const Scratch& s, int64_t r, i
 template <class T, class Step, bool kCapped>
 void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
                int64_t end, void* scratch) {
+  using Element = ElementOf<Step>;
+  constexpr bool kFactors = is_same<T, Coded>;
   ManyScratch<T, Step> s(p, count, scratch);
   const Logits logits(p, kv_head);
   const Cache<T> cache(p, row);
@@ -180,11 +201,8 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
       __builtin_memset(to, 0, size_t(s.depth) * sizeof(float));
       if (r >= live) continue;
       const Source* query =
-          static_cast<const Source*>(p.queries) + (queries[r / group].token * p.num_q_heads + head(r)) * p.head_dim;
-      if constexpr (Step::kElements == 2)
-        __builtin_memcpy(to, query, size_t(p.head_dim) * sizeof(Source));
-      else
-        convert(query, to, p.head_dim);
+          static_cast<const Source*>(p.queries) + (queries[r / group].token * p.num_q_heads + head(r)) * p.key_dim;
+      convert(query, reinterpret_cast<Element*>(to), p.key_dim);
     }
   });
   for (int64_t r = 0; r < s.rows; ++r) {
@@ -197,8 +215,18 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t tokens = min64(kTile, end - start);
     cache.slots(start, tokens, s.slot);
-    pack_keys<Step>(s.slot, tokens, offset, p.head_dim, s.depth, s.keys);
-    pack_values<Step>(s.slot, tokens, offset + p.value_offset, p.head_dim, s.values);
+    const auto pack = [&](auto slot, int64_t key, int64_t value) {
+      pack_keys<Step>(slot, tokens, key, p.key_dim, s.depth, s.keys);
+      pack_values<Step>(slot, tokens, value, p.head_dim, s.values);
+    };
+    if constexpr (is_same<T, Coded>) {
+      unpack_head(p, reinterpret_cast<const char* const*>(s.slot), tokens, kv_head, s.staged, s.staged_stride,
+                  s.factors);
+      for (int64_t t = tokens; t < round_up(tokens, 2 * kLanes); ++t) s.factors.keys[t] = s.factors.values[t] = 0.0f;
+      pack(s.staged_slot, 0, s.staged_stride);
+    } else {
+      pack(s.slot, offset, offset + p.value_offset);
+    }
     for (int64_t q = 0; q < count; ++q) s.seen[q] = seen_of_block(p, queries[q].position, start, tokens);
     for (int64_t r = 0; r < s.rows; r += Step::kRows) {
       int64_t from = kTile, to = 0;
@@ -220,11 +248,11 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
         }
         const Seen seen = s.seen[(r + i) / group];
         if (seen.low <= from && seen.high >= to)
-          many_softmax<Step, kCapped, false>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
-                                             s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, kFactors, false>(logits, scores, weights, from, to, seen, s.factors,
+                                                       s.maximum[r + i], s.total[r + i], s.factor[i]);
         else
-          many_softmax<Step, kCapped, true>(logits, scores, weights, from, to, seen.low, seen.high, s.maximum[r + i],
-                                            s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, kFactors, true>(logits, scores, weights, from, to, seen, s.factors,
+                                                      s.maximum[r + i], s.total[r + i], s.factor[i]);
       }
       sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
     }
@@ -267,7 +295,7 @@ int64_t most_many(const Problem& p) {
 void attend_many(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
                  int64_t end, void* scratch) {
   const bool capped = p.logits_soft_cap > 0;
-  with_type(p.cache_dtype, [&](auto tag) {
+  with_cache_type(p.cache_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto attend = [&](auto step) {
       using Step = typename decltype(step)::type;

@@ -48,6 +48,15 @@ constexpr bool is_same = false;
 template <class A>
 constexpr bool is_same<A, A> = true;
 
+template <bool first, class A, class B>
+struct Choose {
+  using type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using type = B;
+};
+
 template <class To, class From>
 RAGGED_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
@@ -215,7 +224,15 @@ RAGGED_INLINE VecU widen(VecU16 v) {
   return __builtin_convertvector(v, VecU);
 #endif
 }
-RAGGED_INLINE VecU widen(VecU8 v) { return __builtin_convertvector(v, VecU); }
+RAGGED_INLINE VecU widen(VecU8 v) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu8_epi32((__m128i)v);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v)));
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
+}
 RAGGED_INLINE VecF load(const BF16* from) { return bit_cast<VecF>(widen(load_bits<VecU16>(from)) << 16); }
 RAGGED_INLINE VecF load(const F16* from) {
 #if defined(__AVX512F__)

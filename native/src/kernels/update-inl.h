@@ -34,7 +34,21 @@ void write_tokens(const Problem& p, int64_t row, int64_t position, int64_t token
   }
 }
 
+void write_codes(const Problem& p, int64_t row, int64_t position, int64_t token, int64_t count) {
+  const Cache<Coded> cache(p, row);
+  for (int64_t i = 0; i < count; ++i) {
+    uintptr_t slot;
+    cache.slots(position + i, 1, &slot);
+    for (int array = 0; array < Codes::kArrays; ++array) {
+      const int64_t bytes = p.codes.bytes[array];
+      __builtin_memcpy(p.codes.arrays[array] + int64_t(slot) * bytes, p.codes.fresh[array] + (token + i) * bytes,
+                       size_t(bytes));
+    }
+  }
+}
+
 void write(const Problem& p, int64_t row, int64_t position, int64_t token, int64_t count) {
+  if (p.cache_dtype == DType::kCodes) return write_codes(p, row, position, token, count);
   with_type(p.new_dtype, [&](auto from) {
     with_type(p.cache_dtype, [&](auto to) {
       write_tokens<typename decltype(from)::type, typename decltype(to)::type>(p, row, position, token, count);

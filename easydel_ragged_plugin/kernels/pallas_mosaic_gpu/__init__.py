@@ -1,0 +1,284 @@
+"""Prefill for Hopper: rows of many new tokens in Pallas' Mosaic GPU, all others as in ``pallas_gpu``.
+
+========== =====================================================================================================
+sizes.py   what a program holds
+work.py    which rows are long, and the lists of work
+attend.py  the kernel of long rows: a warpgroup that copies pages by TMA, two that multiply by ``wgmma`` in turn
+settle.py  what follows it, in Triton: logsumexps to their places, queries with NaN once more
+========== =====================================================================================================
+
+The update of v3's pages and the rows with few new tokens are left to ``pallas_gpu``. Names of Pallas'
+Mosaic GPU backend are used in this folder alone, and imported when a call is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.errors import Unsupported
+from easydel_ragged_plugin.kernels import pallas_gpu
+from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.rows import plausible_rows
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.varying import varying_axes
+
+from . import sizes
+from .sizes import Sizes
+from .work import LongWork, work_of
+
+if TYPE_CHECKING:
+    from easydel_ragged_plugin.kernels.pallas_gpu.call import Results
+
+__all__ = ["KERNEL", "LongRows", "PallasMosaicGPU"]
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+CAPABILITY = (9, 0)
+"""The only one with ``wgmma``. For any other the compiler does not refuse the program: it ends the process."""
+
+OLDEST_JAX = (0, 9, 2)
+FOLLOWS_AXES_JAX = (0, 10)
+"""From then on JAX traces such a kernel inside of ``jax.shard_map`` with its defaults."""
+
+PACKAGES = ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
+"""Those that bring NVIDIA's assembler to JAX: as a library, or as the program ptxas."""
+SYSTEM_PTXAS = "/usr/local/cuda/bin/ptxas"
+MISCOMPILED = ("12.8", "12.9")
+"""Versions of CUDA whose ptxas miscompiles causal masks, according to JAX's own attention kernel for Hopper
+(``jax/experimental/pallas/ops/gpu/attention_mgpu.py``). It names 12.8.0 to 12.9.1, by the version of the runtime, which
+is one number for all 12.9."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRows:
+    """Which rows the Mosaic kernel takes.
+
+    Attributes:
+        more_than: those with more new tokens; all others are decoded as in ``pallas_gpu``. At most the tokens that a
+            tile of its decode kernel holds, 16 queries unless tuned. None for exactly these.
+    """
+
+    more_than: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.more_than is not None and (not isinstance(self.more_than, int) or self.more_than < 0):
+            raise ValueError(f"more_than: got {self.more_than!r}, wanted None or an int of at least 0.")
+
+
+class PallasMosaicGPU(Kernel):
+    """Ragged page attention v2 and v3 on NVIDIA Hopper.
+
+    ``RaggedPageConfig(kernel_config=LongRows(...))`` says which rows are long. The other fields of a config size the
+    tiles of the decode kernel, as in ``pallas_gpu``.
+
+    Args:
+        interpret: run on any platform, slowly, in JAX's interpreter for GPUs: what the tests on a CPU do.
+    """
+
+    name = "pallas_mosaic_gpu"
+    platforms = frozenset({"gpu"})
+    technologies = frozenset({"mosaic", "pallas"})
+    features = Features(
+        options=frozenset(
+            {
+                "softmax_scale",
+                "sliding_window",
+                "attention_chunk_size",
+                "logits_soft_cap",
+                "k_scale",
+                "v_scale",
+                "sinks",
+                "update_pages",
+                "vmem_limit_bytes",  # a TPU's; it uses none
+            }
+        ),
+        results=frozenset({"lse"}),
+    )
+    custom_calls = (*pallas_gpu.KERNEL.custom_calls, "mosaic_gpu_v2")
+    label = "Mosaic (this package)"
+    color = "#7c3aed"
+    config_type = LongRows
+
+    def __init__(self, *, interpret: bool = False) -> None:
+        self.interpret = interpret
+        self.others = pallas_gpu.PallasGPU(interpret=interpret)
+        if interpret:
+            self.platforms = self.platforms | {"cpu"}
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.refuses`."""
+        reason = self._not_here() or not_its_shape(request) or self.others.refuses(request)
+        if reason is None and jax.__version_info__ < FOLLOWS_AXES_JAX and follows_axes():
+            return f"JAX {jax.__version__} can't trace it inside of jax.shard_map, unless with check_vma=False"
+        if reason is None and request.num_tokens <= self._more_than(request, RaggedPageConfig()):
+            return f"{request.num_tokens} tokens in all: no row has so many that it is not decoded"
+        return reason
+
+    def _not_here(self) -> str | None:
+        """Why it can't run in this process, or None."""
+        if jax.__version_info__ < OLDEST_JAX or importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+            return f"needs Pallas' Mosaic GPU backend as JAX 0.9.2 and later have it, this is JAX {jax.__version__}"
+        if (self.interpret or jax.__version_info__ < (0, 12)) and importlib.util.find_spec("absl") is None:
+            return "Pallas' Mosaic GPU backend imports absl-py, which is not installed; pip install absl-py"
+        if self.interpret:
+            if jax.__version_info__ < (0, 12):
+                return f"JAX's interpreter for GPUs runs it from 0.12 on, this is JAX {jax.__version__}"
+            return None
+        capability = tiles.card()[1].capability
+        if capability != CAPABILITY:
+            found = "an unknown one" if capability is None else ".".join(map(str, capability))
+            return f"takes compute capability {'.'.join(map(str, CAPABILITY))} alone (Hopper), this is {found}"
+        return miscompiles()
+
+    def _more_than(self, request: AttentionRequest, config: RaggedPageConfig) -> int:
+        """Rows with more new tokens than that are long."""
+        others = tiles_of_others(request, config)
+        most = others.decoded_tokens(request)
+        if config.kernel_config is None or config.kernel_config.more_than is None:
+            return most
+        wanted: int = config.kernel_config.more_than
+        if wanted > most:
+            raise Unsupported(
+                f"{self.name}: rows with up to {wanted} new tokens are to be decoded (LongRows.more_than), tiles of "
+                f"{others.decode.queries} queries hold {most} tokens of {request.group_size} query heads for a kv "
+                "head. Lower more_than, or leave it to the kernel."
+            )
+        return wanted
+
+    def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
+        """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
+        others = tiles_of_others(request, config)
+        with jax.named_scope("ragged_page_attention_mosaic_gpu"):
+            work: LongWork = self.prepare(request, config, operands) if operands.work is None else operands.work
+            pages = operands.pages
+            if operands.keys is not None:
+                pages = self.others.update(request, others, work.others, operands)
+            operands = operands._replace(pages=pages)
+            output: Any = jnp.zeros((), request.query_dtype)
+            lse: Any = jnp.float32(-jnp.inf)
+            if self._more_than(request, config):  # decode, which also gives that to tokens of no row
+                output, lse = self.others.attend(request, others, work.others, operands)
+            work = work.with_pages(request, operands.block_tables)
+            long, of_long = self._attend_long_rows(request, work, operands), work.has_token(request)
+            output = jnp.where(of_long[:, None, None], long.output, output)
+            lse = jnp.where(of_long[:, None], long.lse, lse) if request.return_lse else None
+        return Attended(output, pages, lse)
+
+    def prepare(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> LongWork:
+        """The lists of work. See :meth:`easydel_ragged_plugin.types.Kernel.prepare`."""
+        own, more_than = sizes_of(request), self._more_than(request, config)
+        others = tiles_of_others(request, config)
+        return work_of(request, others, own.tile_tokens, more_than, plausible_rows(request, operands))
+
+    def _attend_long_rows(self, request: AttentionRequest, work: LongWork, operands: Operands) -> Results:
+        """Attention over pages that are up to date; anything for tokens that no tile of ``work`` has."""
+        from easydel_ragged_plugin.kernels.pallas_gpu.call import Results
+
+        from .attend import attend_long_rows
+        from .settle import settle
+
+        own, pages, sinks = sizes_of(request), operands.pages, operands.sinks
+        sinks = None if sinks is None else sinks.astype(jnp.float32)
+        output, logsumexps = attend_long_rows(
+            request, own, work.tiles, operands.queries, pages, operands.block_tables, sinks, self.interpret
+        )
+        slots = pages.reshape(request.num_pages, request.page_size, request.layout.token_stride)
+        arrays = (operands.queries, slots, operands.block_tables)
+        shape = (request.num_tokens, request.num_q_heads)
+        lse = jnp.full(shape, -jnp.inf, jnp.float32) if request.return_lse else None
+        return settle(request, own, work.tiles, logsumexps, arrays, sinks, Results(output, lse), self.interpret)
+
+    def facts(self) -> dict[str, Any]:
+        """Why it can't run here, where it can't; and the GPU."""
+        reason = self._not_here()
+        return {"available": reason is None, "reason": reason, "card": tiles.card()[0] or None}
+
+    def fingerprint(self) -> str:
+        """With what the kernel of few tokens depends on."""
+        return f"{super().fingerprint()}, with {self.others.fingerprint()}"
+
+
+def tiles_of_others(request: AttentionRequest, config: RaggedPageConfig) -> tiles.Tiles:
+    """Tiles of ``pallas_gpu``, whose own ``kernel_config`` has no place in a config of this kernel."""
+    return tiles.choose(request, dataclasses.replace(config, kernel_config=None))
+
+
+def follows_axes() -> bool:
+    """Whether a call is traced inside of ``jax.shard_map`` with ``check_vma``, its default."""
+    return any(varying_axes(jax.lax.axis_index(axis)) for axis in jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def sizes_of(request: AttentionRequest) -> Sizes:
+    """Sizes of the kernel of long rows, for a request that is not refused."""
+    found = sizes.choose(request)
+    assert found is not None
+    return found
+
+
+def not_its_shape(request: AttentionRequest) -> str | None:
+    """Why the kernel of long rows does not take these shapes and dtypes, or None."""
+    for what, dtype in (("queries", request.query_dtype), ("compute_dtype", request.compute_dtype)):
+        if dtype.name not in DTYPES:
+            return f"{what}: {dtype.name}; takes {', '.join(DTYPES)}"
+    if request.cache_dtype != request.compute_dtype:
+        return f"cache: {request.cache_dtype.name}; takes that of the queries, {request.query_dtype.name}"
+    if request.head_dim not in HEAD_DIMS:
+        return f"head_dim {request.head_dim}; takes {', '.join(map(str, HEAD_DIMS))}"
+    if request.page_size not in PAGE_SIZES:
+        return f"page_size {request.page_size}; takes {', '.join(map(str, PAGE_SIZES))}"
+    if sizes.choose(request) is None:
+        return f"{request.group_size} query heads for a kv head; takes 1 to 8, and multiples of 8 up to 64"
+    return None
+
+
+def miscompiles() -> str | None:
+    """Why what assembles programs for this process's GPU can't be trusted, or None.
+
+    XLA takes the library, the first ptxas in the PATH, or another one. Which, it does not say: none may be a bad one.
+    """
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+            found[f"{name} {version}"] = ".".join(version.split(".")[:2])
+    for path in (shutil.which("ptxas"), SYSTEM_PTXAS):
+        if path is not None:
+            found[path] = version_of(path)
+    known = {source: version for source, version in found.items() if version}
+    if not known:
+        runtime = re.search(r"\bcuda (\d+)", jax.local_devices()[0].client.platform_version)
+        if runtime is None:
+            return "the version of CUDA is unknown; the ptxas of some miscompiles it"
+        number = int(runtime[1])  # 12080 is 12.8
+        known[f"CUDA {number}"] = f"{number // 1000}.{number % 1000 // 10}"
+    for source, version in known.items():
+        if version in MISCOMPILED:
+            return f"ptxas of CUDA {version} ({source}) miscompiles causal masks; install another one, such as CUDA 13"
+    return None
+
+
+@functools.cache
+def version_of(ptxas: str) -> str:
+    """Version of CUDA of a ptxas; an empty text where it does not run, and so XLA does not take it."""
+    try:
+        said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = re.search(r"\bV(\d+\.\d+)\.\d+\b", said)
+    return "" if found is None else found[1]
+
+
+KERNEL = PallasMosaicGPU()
