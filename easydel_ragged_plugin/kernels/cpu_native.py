@@ -233,9 +233,34 @@ def _index(operands: Operands) -> tuple[jax.Array, ...]:
     return operands.context_lens, operands.block_tables, operands.query_start_loc, operands.distribution
 
 
-def _lse_type(request: AttentionRequest, operands: Operands) -> jax.ShapeDtypeStruct:
-    shape = (request.num_tokens, request.num_q_heads) if request.return_lse else (0,)
-    return result_type(shape, jnp.float32, operands)
+def _call(
+    target: str,
+    request: AttentionRequest,
+    operands: Operands,
+    arrays: list[jax.Array],
+    dtype: Any,
+    updated: dict[int, Any],
+) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
+    """Call the library.
+
+    Args:
+        arrays: the operands of the call.
+        dtype: of the output.
+        updated: operands that are the cache, and are updated in place, by their place in ``arrays``. Where the caller
+            donates them, nothing is copied.
+
+    Returns:
+        The output, the updated operands, and the logsumexp where it is wanted.
+    """
+    results = [result_type(operands.queries.shape, dtype, operands)]
+    results += [result_type(each.shape, each.dtype, operands) for each in updated.values()]
+    if request.return_lse:
+        results.append(result_type((request.num_tokens, request.num_q_heads), jnp.float32, operands))
+    aliases = {place: 1 + i for i, place in enumerate(updated)}
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=aliases)
+    output, *rest = call(*arrays, **_attributes(request))
+    lse = rest.pop() if request.return_lse else None
+    return output, rest, lse
 
 
 def _attend_plain(request: AttentionRequest, operands: Operands) -> Attended:
@@ -247,19 +272,15 @@ def _attend_plain(request: AttentionRequest, operands: Operands) -> Attended:
         _nothing() if operands.k_scale is None else operands.k_scale,
         _nothing() if operands.v_scale is None else operands.v_scale,
     ]
-    results = [result_type(operands.queries.shape, request.query_dtype, operands), _lse_type(request, operands)]
-    aliases = {}
+    updated = {}
     keys, values = operands.keys, operands.values
     if keys is not None and values is not None:
         if keys.dtype != values.dtype or keys.dtype.name not in CACHE_DTYPES:
             keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-        # Pages in and out are one buffer: where the caller donates them, nothing is copied.
-        aliases = {1: 2}
         arrays += [keys, values]
-        results.append(result_type(operands.pages.shape, operands.pages.dtype, operands))
-    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
-    output, lse, *updated = call(*arrays, **_attributes(request))
-    return Attended(output, updated[0] if updated else operands.pages, lse)
+        updated = {1: operands.pages}
+    output, pages, lse = _call(TARGET, request, operands, arrays, request.query_dtype, updated)
+    return Attended(output, pages[0] if pages else operands.pages, lse)
 
 
 def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
@@ -273,18 +294,15 @@ def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
         turboquant.padded_codebook(constants.key_codebook.astype(jnp.float32)),
         turboquant.padded_codebook(constants.value_codebook.astype(jnp.float32)),
     ]
-    results = [result_type(operands.queries.shape, jnp.float32, operands), _lse_type(request, operands)]
-    aliases = {}
+    updated = {}
     first = len(arrays)
     arrays += cache.arrays
     if operands.keys is not None and operands.values is not None:
-        aliases = {first + i: 2 + i for i in range(len(cache.arrays))}
+        updated = {first + i: each for i, each in enumerate(cache.arrays)}
         arrays += turboquant.compress(operands.keys, operands.values, cache)
-        results += [result_type(each.shape, each.dtype, operands) for each in cache.arrays]
-    call = jax.ffi.ffi_call(CODES_TARGET, results, vmap_method="sequential", input_output_aliases=aliases)
-    output, lse, *updated = call(*arrays, **_attributes(request))
+    output, pages, lse = _call(CODES_TARGET, request, operands, arrays, jnp.float32, updated)
     output = turboquant.rotate_back(output, constants).astype(request.query_dtype)
-    return Attended(output, cache.with_arrays(updated) if updated else cache, lse)
+    return Attended(output, cache.with_arrays(pages) if pages else cache, lse)
 
 
 class CpuNativeKernel(Kernel):
@@ -373,8 +391,7 @@ class CpuNativeKernel(Kernel):
             _register()
         attend = _attend_codes if request.cache_format == turboquant.FORMAT else _attend_plain
         with jax.named_scope("ragged_page_attention_native"):
-            output, pages, lse = attend(request, operands)
-        return Attended(output, pages, lse if request.return_lse else None)
+            return attend(request, operands)
 
 
 KERNEL = CpuNativeKernel()

@@ -57,10 +57,20 @@ bool has_shape(const ffi::AnyBuffer& buffer, std::initializer_list<int64_t> shap
   return dims.size() == shape.size() && std::equal(dims.begin(), dims.end(), shape.begin());
 }
 
-// What all calls have: queries, index arrays, sinks, results. Sinks and lse of shape [0] are not there.
+// What all calls have: queries, index arrays, sinks, results. Sinks of shape [0] are not there.
 struct Batch {
-  ffi::AnyBuffer queries, context_lens, block_tables, query_start_loc, distribution, sinks, output, lse;
+  ffi::AnyBuffer queries, context_lens, block_tables, query_start_loc, distribution, sinks, output;
+  std::optional<ffi::AnyBuffer> lse;
 };
+
+// The results after the output: `arrays` of the cache, updated, and the logsumexp where it is wanted.
+bool has_results(const ffi::RemainingRets& results, size_t arrays) {
+  return results.size() == arrays || results.size() == arrays + 1;
+}
+std::optional<ffi::AnyBuffer> lse_of(const ffi::RemainingRets& results, size_t arrays) {
+  if (results.size() == arrays) return std::nullopt;
+  return **results.get<ffi::AnyBuffer>(arrays);
+}
 
 std::optional<std::string> read(const Batch& batch, Problem& p) {
   const auto q = batch.queries.dimensions(), o = batch.output.dimensions(), tables = batch.block_tables.dimensions();
@@ -81,14 +91,14 @@ std::optional<std::string> read(const Batch& batch, Problem& p) {
   if (!has_shape(batch.context_lens, {p.num_rows}) || !has_shape(batch.query_start_loc, {p.num_rows + 1}) ||
       !has_shape(batch.distribution, {3}))
     return "metadata of the wrong shape";
-  const bool has_sinks = !has_shape(batch.sinks, {0}), has_lse = !has_shape(batch.lse, {0});
+  const bool has_sinks = !has_shape(batch.sinks, {0});
   if (batch.sinks.element_type() != ffi::F32 || (has_sinks && !has_shape(batch.sinks, {p.num_q_heads})))
     return "wrong sinks";
-  if (batch.lse.element_type() != ffi::F32 || (has_lse && !has_shape(batch.lse, {p.num_tokens, p.num_q_heads})))
+  if (batch.lse && (batch.lse->element_type() != ffi::F32 || !has_shape(*batch.lse, {p.num_tokens, p.num_q_heads})))
     return "a wrong lse";
   p.queries = batch.queries.untyped_data();
   p.output = batch.output.untyped_data();
-  p.lse = has_lse ? batch.lse.typed_data<float>() : nullptr;
+  p.lse = batch.lse ? batch.lse->typed_data<float>() : nullptr;
   p.context_lens = batch.context_lens.typed_data<int32_t>();
   p.block_tables = batch.block_tables.typed_data<int32_t>();
   p.query_start_loc = batch.query_start_loc.typed_data<int32_t>();
@@ -116,16 +126,20 @@ ffi::Error run_call(Problem& p, const ffi::AnyBuffer& distribution, ffi::ThreadP
   return ffi::Error::Success();
 }
 
-// A call that writes has keys, values and updated pages; others have none of them. Scales of shape [0] are not there.
+// A call that writes has keys, values and, as a result, updated pages; others have none of them. Scales of shape [0]
+// are not there.
 ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries, ffi::AnyBuffer pages,
                   ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
                   ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
                   std::optional<ffi::AnyBuffer> keys, std::optional<ffi::AnyBuffer> values,
-                  ffi::Result<ffi::AnyBuffer> output, ffi::Result<ffi::AnyBuffer> lse,
-                  std::optional<ffi::Result<ffi::AnyBuffer>> updated_pages) {
+                  ffi::Result<ffi::AnyBuffer> output, ffi::RemainingRets results) {
   Problem p;
   static_cast<Attributes&>(p) = attributes;
-  const Batch batch{queries, context_lens, block_tables, query_start_loc, distribution, sinks, *output, *lse};
+  const size_t updated = keys.has_value() ? 1 : 0;
+  if (keys.has_value() != values.has_value() || !has_results(results, updated))
+    return bad("keys, values or updated pages without the others");
+  const Batch batch{queries,      context_lens, block_tables, query_start_loc,
+                    distribution, sinks,        *output,      lse_of(results, updated)};
   if (const auto reason = read(batch, p)) return bad(*reason);
   const auto cache = pages.dimensions();
   if (cache.size() < 3) return bad("wrong ranks");
@@ -138,8 +152,6 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
   if (k_scale.element_type() != ffi::F32 || (has_k_scale && !has_shape(k_scale, {p.num_kv_heads})) ||
       v_scale.element_type() != ffi::F32 || (has_v_scale && !has_shape(v_scale, {p.num_kv_heads})))
     return bad("wrong scales");
-  if (keys.has_value() != values.has_value() || keys.has_value() != updated_pages.has_value())
-    return bad("keys, values or updated pages without the others");
   if (keys.has_value()) {
     if (!to_dtype(keys->element_type(), p.new_dtype) || values->element_type() != keys->element_type())
       return bad("keys or values of an unsupported dtype");
@@ -147,7 +159,8 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
       if (!has_shape(fresh, {p.num_tokens, p.num_kv_heads, p.head_dim}))
         return bad("keys or values of the wrong shape");
     // The pages are one buffer in and out: XLA copies them first where their old values are still needed.
-    if ((*updated_pages)->untyped_data() != pages.untyped_data()) return bad("pages that are not aliased");
+    if ((*results.get<ffi::AnyBuffer>(0))->untyped_data() != pages.untyped_data())
+      return bad("pages that are not aliased");
     p.keys = keys->untyped_data();
     p.values = values->untyped_data();
   }
@@ -163,17 +176,18 @@ ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuf
                         ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
                         ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer key_codebook,
                         ffi::AnyBuffer value_codebook, ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> output,
-                        ffi::Result<ffi::AnyBuffer> lse, ffi::RemainingRets updated) {
+                        ffi::RemainingRets results) {
   constexpr size_t kArrays = Codes::kArrays;
+  const bool writes = arrays.size() == 2 * kArrays;
+  const size_t updated = writes ? kArrays : 0;
   Problem p;
   static_cast<Attributes&>(p) = attributes;
-  const Batch batch{queries, context_lens, block_tables, query_start_loc, distribution, sinks, *output, *lse};
+  if ((!writes && arrays.size() != kArrays) || !has_results(results, updated)) return bad("a wrong number of arrays");
+  const Batch batch{queries,      context_lens, block_tables, query_start_loc,
+                    distribution, sinks,        *output,      lse_of(results, updated)};
   if (const auto reason = read(batch, p)) return bad(*reason);
   for (const ffi::AnyBuffer& codebook : {key_codebook, value_codebook})
     if (codebook.element_type() != ffi::F32 || !has_shape(codebook, {16})) return bad("a wrong codebook");
-  const bool writes = updated.size() > 0;
-  if (arrays.size() != (writes ? 2 * kArrays : kArrays) || updated.size() != (writes ? kArrays : 0))
-    return bad("a wrong number of arrays");
   p.cache_dtype = DType::kCodes;
   p.codes.key_codebook = key_codebook.typed_data<float>();
   p.codes.value_codebook = value_codebook.typed_data<float>();
@@ -194,7 +208,7 @@ ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuf
     const ffi::AnyBuffer fresh = *arrays.get<ffi::AnyBuffer>(kArrays + i);
     if (fresh.element_type() != array.element_type() || int64_t(fresh.size_bytes()) != p.num_tokens * p.codes.bytes[i])
       return bad("new codes of the wrong shape");
-    if ((*updated.get<ffi::AnyBuffer>(i))->untyped_data() != array.untyped_data())
+    if ((*results.get<ffi::AnyBuffer>(i))->untyped_data() != array.untyped_data())
       return bad("codes that are not aliased");
     p.codes.fresh[i] = static_cast<const uint8_t*>(fresh.untyped_data());
   }
@@ -246,8 +260,7 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention(XLA_FFI_CallFrame* frame) 
                              .OptionalArg<ffi::AnyBuffer>()  // keys
                              .OptionalArg<ffi::AnyBuffer>()  // values
                              .Ret<ffi::AnyBuffer>()          // output
-                             .Ret<ffi::AnyBuffer>()          // lse
-                             .OptionalRet<ffi::AnyBuffer>()  // updated_pages
+                             .RemainingRets()                // results
                              .To(easydel_ragged::attend)
                              .release();
   return handler->Call(frame);
@@ -267,8 +280,7 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention_codes(XLA_FFI_CallFrame* f
                              .Arg<ffi::AnyBuffer>()  // value_codebook
                              .RemainingArgs()        // arrays
                              .Ret<ffi::AnyBuffer>()  // output
-                             .Ret<ffi::AnyBuffer>()  // lse
-                             .RemainingRets()        // updated
+                             .RemainingRets()        // results
                              .To(easydel_ragged::attend_codes)
                              .release();
   return handler->Call(frame);

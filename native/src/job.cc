@@ -91,13 +91,19 @@ struct Job {
 
 void run_job(const std::array<int64_t, kPhases>& sizes, size_t scratch_bytes, const Work& work,
              const Executor& executor, int helpers) {
+  if (helpers <= 0 || !executor.spawn) {
+    const Scratch::Use scratch(thread_scratch(), scratch_bytes);
+    for (int phase = 0; phase < kPhases; ++phase)
+      for (int64_t item = 0; item < sizes[phase]; ++item) work(phase, item, scratch.memory());
+    return;
+  }
   const auto job = std::make_shared<Job>();
   for (int phase = 0; phase < kPhases; ++phase) job->phases[phase].size = sizes[phase];
   job->work = &work;
   job->scratch_bytes = scratch_bytes;
   const Scratch::Use scratch(thread_scratch(), scratch_bytes);
   try {
-    for (int i = 0; i < helpers && executor.spawn; ++i) executor.spawn([job] { job->help(); });
+    for (int i = 0; i < helpers; ++i) executor.spawn([job] { job->help(); });
   } catch (...) {
     // Those that have started may be at work, so the caller may not leave: it goes on with fewer.
   }

@@ -74,12 +74,15 @@ class Planner {
 
   void add_pieces(const std::vector<SharedKeys>& shared) {
     first_answer_.assign(rows_.live.size(), -1);
-    std::vector<int64_t> own(rows_.live.size(), 0);  // where a row's own keys begin
+    pieces_.reserve(rows_.live.size());
+    plan_.queries.reserve(rows_.live.size());
+    plan_.answers.reserve(rows_.live.size());
+    std::vector<int64_t> own(shared.empty() ? 0 : rows_.live.size(), 0);  // where a row's own keys begin
     for (const SharedKeys& keys : shared) {
       for (int32_t r : keys.rows) own[r] = std::max(own[r], keys.end);
       add_shared(keys);
     }
-    for (size_t r = 0; r < rows_.live.size(); ++r) add_row(int32_t(r), own[r]);
+    for (size_t r = 0; r < rows_.live.size(); ++r) add_row(int32_t(r), own.empty() ? 0 : own[r]);
   }
 
   double cost() const {
@@ -89,6 +92,7 @@ class Planner {
   }
 
   void add_items(double cost_of_call, int threads) {
+    plan_.items.reserve(pieces_.size());
     for (const Piece& piece : pieces_) {
       const int64_t parts = parts_of(piece, cost_of_call, threads), length = piece.end - piece.begin;
       const int64_t step = (length + parts - 1) / parts;
@@ -234,8 +238,9 @@ Plan make_plan(const Problem& p, const Rows& rows, const std::vector<SharedKeys>
   if (p.keys != nullptr) add_writes(p, rows, threads, plan);
   planner.add_items(attention, threads);
   // The longest first: what is left for the end is short. Rows that overlap keep their order.
-  std::stable_sort(plan.items.begin(), plan.items.end(),
-                   [&rows](const Item& a, const Item& b) { return rows.ordered ? a.cost > b.cost : a.row < b.row; });
+  const auto before = [&rows](const Item& a, const Item& b) { return rows.ordered ? a.cost > b.cost : a.row < b.row; };
+  if (!std::is_sorted(plan.items.begin(), plan.items.end(), before))
+    std::stable_sort(plan.items.begin(), plan.items.end(), before);
   const size_t widest = std::max(plan.shared_writes ? plan.writes.size() : 0, plan.items.size());
   plan.helpers = int32_t(std::min<size_t>(size_t(threads), std::max<size_t>(widest, 1))) - 1;
   return plan;

@@ -48,10 +48,9 @@ std::vector<SharedKeys> shared_keys(const Problem& p, const Rows& rows, int64_t 
   const Sharing sharing{p, rows, found};
   // By their first page: where all of these differ, nothing is shared.
   std::vector<uint64_t> by_page;
-  by_page.reserve(rows.live.size());
   for (size_t r = 0; r < rows.live.size(); ++r) {
     const Row& row = rows.live[r];
-    if (row.count > most_tokens || sharing.pages(int32_t(r)) == 0) continue;
+    if (row.count > most_tokens || sharing.pages(int32_t(r)) * p.page_size < kLeastShared) continue;
     if (first_visible(p, row.position + row.count - 1) > 0) continue;
     by_page.push_back(uint64_t(uint32_t(sharing.table(int32_t(r))[0])) << 32 | uint64_t(r));
   }

@@ -31,7 +31,8 @@ void clear(const Problem& p, int64_t token, int64_t end) {
 Rows live_rows(const Problem& p) {
   Rows rows{{}, true};
   int64_t claimed = 0;  // tokens before this one belong to an earlier row
-  const int64_t total = std::min(p.live_rows, p.num_rows);
+  const int64_t total = std::max<int64_t>(0, std::min(p.live_rows, p.num_rows));
+  rows.live.reserve(size_t(total));
   for (int64_t r = 0; r < total; ++r) {
     const int64_t token = p.query_start_loc[r], count = p.query_start_loc[r + 1] - token;
     const Row row{r, token, count, p.context_lens[r] - count};

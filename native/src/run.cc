@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <vector>
 
 #include "isa.h"
@@ -70,13 +71,14 @@ void run_rows(const Problem& p, const Rows& rows, const Executor& executor) {
   const size_t scratch_bytes =
       std::max(any(Item::kFew) ? isa.few_scratch(p) : 0, any(Item::kMany) ? isa.many_scratch(p) : 0);
   const int64_t writes = plan.shared_writes ? int64_t(plan.writes.size()) : 0;
-  const Work work = [&](int phase, int64_t index, char* scratch) {
+  const auto work = [&](int phase, int64_t index, char* scratch) {
     if (phase == 0)
       write(plan.writes[index]);
     else
       attend(plan.items[index], scratch);
   };
-  run_job({writes, int64_t(plan.items.size())}, scratch_bytes, work, executor, plan.helpers);
+  // A reference, which std::function holds without memory of its own.
+  run_job({writes, int64_t(plan.items.size())}, scratch_bytes, std::ref(work), executor, plan.helpers);
 }
 
 }  // namespace

@@ -148,8 +148,10 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   if constexpr (!is_same<T, Coded>) lines_each = find_lines<T>(p, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
-  Ahead first = lines_ahead<T>(p, s, s.slot, count, lines_each);
-  for (first.budget = first.left; first.budget > 0;) first.request();
+  if (end - begin > kLeastBlock) {  // fewer are there as soon as they were requested
+    Ahead first = lines_ahead<T>(p, s, s.slot, count, lines_each);
+    for (first.budget = first.left; first.budget > 0;) first.request();
+  }
   while (count > 0) {
     for (int64_t t = count; t < count + kBlockPadding; ++t) s.slot[t] = s.slot[count - 1];
     const int64_t ahead_count = min64(block, end - begin - count);
