@@ -93,7 +93,7 @@ def host_version() -> str | None:
 
 
 def streams_whole_answers() -> bool:
-    """Whether the installed EasyDeL's server streams a chat in full.
+    """Whether the installed EasyDeL's server streams a chat in full; True where no EasyDeL is installed.
 
     0.2.0.2 sends the newest part of an answer each time, also where there have been several since the last time.
     """

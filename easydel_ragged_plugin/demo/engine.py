@@ -14,6 +14,7 @@ import itertools
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,9 @@ __all__ = ["Answer", "Engine", "Measurement", "Settings", "Workers", "import_hos
 
 CANCEL_S = 0.02
 """When a request that is cancelled before its first token is cancelled: it has been tokenized, and may wait."""
+
+SHUTDOWN_S = 10.0
+"""How long tokenizer processes may take to end by themselves. They are killed then."""
 
 _request_numbers = itertools.count()
 
@@ -152,23 +156,30 @@ class Workers:
         # The default of 30 s in EasyDeL 0.2.0.2 is short for a loaded machine.
         self._manager = manager(model, startup_timeout=300.0)
         self._error: BaseException | None = None
-        self._starting = threading.Thread(target=self._start, daemon=True)
-        self._starting.start()
+        self._known: list[Any] = []
+        # Not the thread itself is waited for: Python 3.11 takes one for ended when Ctrl-C comes meanwhile.
+        self._started = threading.Event()
         at_leaving.append(self._kill)
+        threading.Thread(target=self._start, daemon=True).start()
 
     def _start(self) -> None:
-        # A terminal sends Ctrl-C to them, too. They would end at once, and EasyDeL wait for their answer for ever.
+        # Terminals send Ctrl-C to them, too, and supervisors SIGTERM. They would end at once, and EasyDeL wait for
+        # their answer for ever. A SIGTERM that ends this process at once has to end them, too.
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, and of processes that it starts
+            handled = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
+            blocked = {signal.SIGINT, signal.SIGTERM} if handled else {signal.SIGINT}
+            signal.pthread_sigmask(signal.SIG_BLOCK, blocked)  # of this thread, and of processes that it starts
         try:
             self._manager.start(detokenizer_max_states=1 << 12, tokenizer_endpoint=None, detokenizer_endpoint=None)
         except BaseException as error:  # raised again where the endpoints are read
             self._error = error
+        finally:
+            self._started.set()
 
     @property
     def endpoints(self) -> dict[str, str]:
         """Arguments of the engine that make it use these processes; waits until they answer."""
-        self._starting.join()
+        self._started.wait()
         if self._error is not None:
             raise self._error
         return {
@@ -177,21 +188,45 @@ class Workers:
         }
 
     def _processes(self) -> list[Any]:
-        found = (getattr(self._manager, f"_{name}_process", None) for name in ("tokenizer", "detokenizer"))
-        return [process for process in found if process is not None]
+        """Those that were started, also where the manager has forgotten them: it does so before they have ended."""
+        for name in ("tokenizer", "detokenizer"):
+            process = getattr(self._manager, f"_{name}_process", None)
+            if process is not None and process not in self._known:
+                self._known.append(process)
+        return self._known
 
     def _kill(self) -> None:
-        for process in self._processes():
+        """End the processes at once, and remove their sockets. Those that have ended are left alone."""
+        processes = list(self._processes())
+        for process in processes:
             process.kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1.0)
+            endpoint = process.args[process.args.index("--endpoint") + 1]  # the manager's own comes later
+            with contextlib.suppress(OSError):
+                os.unlink(endpoint.removeprefix("ipc://"))
 
     def close(self) -> None:
-        """End the processes."""
-        self._starting.join()
-        at_leaving.remove(self._kill)
-        if all(process.poll() is None for process in self._processes()):
-            self._manager.shutdown()
-        else:  # one has ended, or was ended by somebody, and would not answer
+        """End the processes, also while they start, and remove their sockets. A second call does nothing."""
+        while not self._started.wait(0.1):
             self._kill()
+        if self._kill not in at_leaving:
+            return
+        if self._error is None and all(process.poll() is None for process in self._processes()):
+            # In a thread: it waits for ever for one that ends meanwhile.
+            stopping = threading.Event()
+
+            def shutdown() -> None:
+                try:
+                    self._manager.shutdown()
+                finally:
+                    stopping.set()
+
+            threading.Thread(target=shutdown, daemon=True).start()
+            stopping.wait(SHUTDOWN_S)
+        self._kill()
+        at_leaving.remove(self._kill)  # last: a second Ctrl-C comes while this waits
 
     def __enter__(self) -> Workers:
         return self

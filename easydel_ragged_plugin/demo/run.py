@@ -14,12 +14,12 @@ from rich.text import Text
 
 from easydel_ragged_plugin import host, select, startup
 from easydel_ragged_plugin.config import KERNEL_VARIABLE, from_environment
-from easydel_ragged_plugin.interrupt import interruptible
+from easydel_ragged_plugin.interrupt import ends_like_ctrl_c, interruptible
 from easydel_ragged_plugin.terminal import CommandError, count_compilations, hushed, stage, usable_cache_dir
 
 from . import model as models
 from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
-from .serve import About, ends_like_ctrl_c, listen, serve
+from .serve import About, listen, serve
 
 __all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "run_server", "start_engine"]
 
@@ -32,7 +32,10 @@ DEFAULT_PROMPTS = (
 """The first is the default; a comparison takes all of them, in one batch."""
 
 SERVED_AT_ONCE = 4
-"""Requests that the server answers at once; others wait."""
+"""Requests that the server answers at once; others wait. EasyDeL keeps as many tokens of the context back."""
+
+CONTEXT = 2048
+"""Tokens of the server's longest conversation, where the model has so many positions."""
 
 PROMPT_TOKENS_PER_STEP = 64
 """Tokens of the server's largest step: conversations are longer than the demo's prompts."""
@@ -176,7 +179,7 @@ def _stream_one(console: Console, engine: Engine, prompt: str, max_tokens: int) 
     return answers, seconds
 
 
-def _serve(console: Console, engine: Engine, prompts: Sequence[str], max_tokens: int) -> None:
+def _answer(console: Console, engine: Engine, prompts: Sequence[str], max_tokens: int) -> None:
     engine.chat(prompts, 2)  # the first steps of a process are slower: buffers, threads, tokenizer
     if len(prompts) == 1:
         answers, seconds = _stream_one(console, engine, prompts[0], max_tokens)
@@ -288,7 +291,7 @@ def run(
         if compare:
             _compare(console, engines, prompts, max_tokens, repeats)
         else:
-            _serve(console, next(iter(engines.values())), prompts, max_tokens)
+            _answer(console, next(iter(engines.values())), prompts, max_tokens)
 
 
 def run_server(
@@ -296,7 +299,7 @@ def run_server(
     mechanism: str,
     model: str | None,
     host_kernels: bool,
-    context: int,
+    context: int | None,
     page_size: int,
     dtype: str,
     verbose: bool,
@@ -330,18 +333,36 @@ def run_server(
             engine.chat(DEFAULT_PROMPTS[:1], 2)
         console.print()
         name = models.MODEL_NAME if model is None else _name(model)
-        serve(console, engine, About.of(engine, name, _kernel(engine)), listening)
+        end_answers = serve(console, engine, About.of(engine, name, _kernel(engine)), listening, host_name)
         with stage(console, "stopping"):
+            end_answers()
             running.close()
 
 
-def _server_settings(config: Any, context: int, page_size: int, dtype: str) -> Settings:
-    """Engine settings for conversations: ``context`` tokens, or as many as the model has positions."""
-    positions = getattr(config, "max_position_embeddings", None) or context
+def _server_settings(config: Any, context: int | None, page_size: int, dtype: str) -> Settings:
+    """Engine settings for conversations.
+
+    Args:
+        context: tokens of the longest one; None for :data:`CONTEXT`, or as many as the model allows.
+
+    Raises:
+        CommandError: the model has too few positions for it.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    pages = -(-((context or CONTEXT) + SERVED_AT_ONCE) // page_size)
+    if positions is not None:  # whole pages: more than was wanted, and never more than the model has
+        most = positions // page_size * page_size - SERVED_AT_ONCE
+        if most < 1:
+            raise CommandError(f"--page-size {page_size}: the model has {positions} positions. Give a smaller page.")
+        if context is not None and context > most:
+            raise CommandError(
+                f"--context {context}: the model has {positions} positions, of which pages of {page_size} tokens and "
+                f"the {SERVED_AT_ONCE} tokens that EasyDeL keeps back leave {most}. Give at most {most}."
+            )
+        pages = min(pages, positions // page_size)
     return Settings(
         mechanism="ragged_page_attention_v3",
-        # Whole pages: more than was wanted, and never more than the model has.
-        max_model_len=max(page_size, min(-(-context // page_size), positions // page_size) * page_size),
+        max_model_len=pages * page_size,
         max_requests=SERVED_AT_ONCE,
         decode_bucket=SERVED_AT_ONCE,
         tokens_per_step=PROMPT_TOKENS_PER_STEP,

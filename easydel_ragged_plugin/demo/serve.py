@@ -6,18 +6,20 @@ the page (``chat.html``), ``/about`` says what it shows of the server.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import functools
+import hashlib
 import importlib
 import inspect
 import json
 import shlex
-import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from importlib import resources
 from typing import Any
 
@@ -29,16 +31,19 @@ from easydel_ragged_plugin.terminal import CommandError
 
 from .engine import Engine
 
-__all__ = ["About", "application", "listen", "serve"]
+__all__ = ["About", "OwnPagesOnly", "application", "listen", "serve"]
 
 STOP_S = 10.0
 """How long a stop waits for answers that are on their way. They are cut short, so it takes less than a second."""
+
+CONNECTIONS_S = 3
+"""How long a stop waits for clients that do not close their connections."""
 
 CONTENT_POLICY = "; ".join(
     (
         "default-src 'none'",
         "connect-src 'self'",
-        "script-src 'unsafe-inline'",
+        "script-src '{script}'",
         "style-src 'unsafe-inline'",
         "img-src data:",
         "base-uri 'none'",
@@ -46,7 +51,10 @@ CONTENT_POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""What the page may load and reach: nothing but this server."""
+"""What the page may load, run and reach: nothing but its script and this server."""
+
+HERE = ("localhost", "127.0.0.1", "[::1]")
+"""Names that this machine has for itself, as a ``Host`` header has them."""
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 """For a model that has none: the texts alone, a line each."""
@@ -60,7 +68,7 @@ class About:
         model: its name in requests.
         kernel: kernels of this package that answer, or that EasyDeL's own class does.
         operation: module and name of the class that calls them.
-        context: tokens of the longest conversation, the answer included.
+        context: tokens of the longest conversation, the answer included. EasyDeL keeps a few of the engine's back.
         host: EasyDeL and its version.
     """
 
@@ -73,7 +81,8 @@ class About:
     @classmethod
     def of(cls, engine: Engine, model: str, kernel: str) -> About:
         """Of a running engine, by the name that ``model`` has in requests."""
-        return cls(model, kernel, engine.operation, engine.settings.max_model_len, f"EasyDeL {host.host_version()}")
+        context = engine.settings.max_model_len - engine.esurge.reserve_tokens
+        return cls(model, kernel, engine.operation, context, f"EasyDeL {host.host_version()}")
 
 
 def listen(host_name: str, port: int) -> socket.socket:
@@ -86,9 +95,10 @@ def listen(host_name: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # the second where no host can have such a name
+        reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
         raise CommandError(
-            f"--host {host_name}: no such address: {error.strerror}. Give 127.0.0.1 for this machine alone, or "
+            f"--host {host_name}: no such address: {reason}. Give 127.0.0.1 for this machine alone, or "
             "0.0.0.0 for all that reach it."
         ) from error
     try:
@@ -107,15 +117,49 @@ def _refusal(error: OSError) -> str:
     return f"can't listen there: {error.strerror or error}. Give another host or port."
 
 
+class _Producer:
+    """The thread of EasyDeL that runs one streamed answer.
+
+    Attributes:
+        started: whether it was asked to begin.
+        ended: set when the engine has ended the answer.
+    """
+
+    def __init__(self) -> None:
+        self.started = False
+        self.ended = threading.Event()
+
+    def run(self, stream: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        try:
+            yield from stream()
+        finally:
+            self.ended.set()
+
+
+_producer: contextvars.ContextVar[_Producer] = contextvars.ContextVar("_producer")
+"""Of the request that a task of the event loop answers."""
+
+
 def _server_class() -> type:
-    """EasyDeL's server, which ends a streamed answer whose reader has gone.
+    """EasyDeL's server, which ends a streamed answer whose reader has gone."""
+    return _ends_unread(importlib.import_module("easydel.inference.esurge.server").eSurgeApiServer)
+
+
+def _ends_unread(base: Any) -> type:
+    """A subclass of EasyDeL's server that ends the answers that nobody reads.
 
     EasyDeL looks for that between two tokens, but its handler is canceled before; then the engine goes on, unread,
     until the context is full.
     """
-    base = importlib.import_module("easydel.inference.esurge.server").eSurgeApiServer
+
+    def start_stream_task(self: Any, stream_fn: Callable[[], Iterator[Any]]) -> Any:
+        producer = _producer.get(_Producer())
+        producer.started = True
+        return base._start_stream_task(self, lambda: producer.run(stream_fn))
+
     handlers = ("chat_completions", "completions", "responses")
-    return type("Server", (base,), {name: _ends_with_its_reader(getattr(base, name)) for name in handlers})
+    replaced: dict[str, Any] = {name: _ends_with_its_reader(getattr(base, name)) for name in handlers}
+    return type("Server", (base,), {**replaced, "_start_stream_task": start_stream_task})
 
 
 def _ends_with_its_reader(handler: Any) -> Any:
@@ -133,14 +177,60 @@ def _ends_with_its_reader(handler: Any) -> Any:
 
 
 async def _read(chunks: Any, engine: Any, request_id: str) -> AsyncIterator[Any]:
-    finished = False
+    producer = _Producer()
+    _producer.set(producer)
     try:
-        async for chunk in chunks:
-            yield chunk
-        finished = True
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
     finally:
-        if not finished:
+        if producer.started and not producer.ended.is_set():
+            # In a thread: it waits for the engine, and others read meanwhile.
+            threading.Thread(target=_abort, args=(engine, request_id, producer.ended), daemon=True).start()
+
+
+def _abort(engine: Any, request_id: str, ended: threading.Event) -> None:
+    """End one answer, also one that the scheduler does not have yet."""
+    while not ended.is_set():
+        with contextlib.suppress(Exception):  # EasyDeL tells its log
             engine.abort_request(request_id)
+        ended.wait(0.1)
+
+
+class OwnPagesOnly:
+    """An ASGI application that refuses what pages of other sites send.
+
+    A browser lets any page send requests to this machine, and, where that page's own name leads here, read the answers.
+
+    Args:
+        app: what answers the others.
+        names: under which this server is reached, as ``Host`` headers have them, without port.
+    """
+
+    def __init__(self, app: Any, names: Collection[str]) -> None:
+        self.app = app
+        self.names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        reason = None if scope["type"] == "lifespan" else self._reason(dict(scope["headers"]))
+        if reason is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": reason})
+        else:
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})
+
+    def _reason(self, headers: dict[bytes, bytes]) -> str | None:
+        """Why a request is refused; None where it is not."""
+        host_header, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
+        name, _, port = host_header.rpartition(":")
+        if (name if name and port.isdecimal() else host_header).lower() not in self.names:
+            return f"Host {host_header!r}: wanted one of {', '.join(sorted(self.names))}. --host names another one."
+        if origin is not None and origin.decode("latin-1").partition("://")[2] != host_header:
+            return f"Origin {origin.decode('latin-1')!r}: pages of other sites may not call this server."
+        return None
 
 
 def application(engine: Engine, about: About) -> Any:
@@ -159,7 +249,10 @@ def application(engine: Engine, about: About) -> Any:
     )
     html = importlib.import_module("fastapi.responses").HTMLResponse
     page = resources.files(__package__).joinpath("chat.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": CONTENT_POLICY, "Referrer-Policy": "no-referrer"}
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = CONTENT_POLICY.format(script=f"sha256-{digest}")
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
     server.app.add_api_route(
         "/", lambda: html(page, headers=headers), response_model=None, summary="A page to talk to the model."
     )
@@ -181,6 +274,12 @@ def everyone(listening: socket.socket) -> bool:
     return not (name.startswith("127.") or name == "::1")
 
 
+def others(listening: socket.socket) -> str | None:
+    """``http://...`` for other machines, where :func:`address` is for this one alone; None where they are equal."""
+    name, port = listening.getsockname()[:2]
+    return f"http://{socket.gethostname()}:{port}" if name in ("0.0.0.0", "::") else None
+
+
 def example(url: str, model: str) -> str:
     """A command for a shell that asks the server."""
     question = {
@@ -192,25 +291,26 @@ def example(url: str, model: str) -> str:
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {body}"
 
 
-@contextlib.contextmanager
-def ends_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, too: what supervisors send, and otherwise nothing would be put in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def serve(
+    console: Console, engine: Engine, about: About, listening: socket.socket, host_name: str
+) -> Callable[[], None]:
+    """Answer until Ctrl-C or SIGTERM.
 
+    Args:
+        host_name: under which the server is reached, beside :data:`HERE`.
 
-def serve(console: Console, engine: Engine, about: About, listening: socket.socket) -> None:
-    """Answer until Ctrl-C or SIGTERM, then cut short what is on its way, and return."""
+    Returns:
+        Cuts short what is on its way, and waits for the server's end.
+    """
     uvicorn = importlib.import_module("uvicorn")
     app = application(engine, about).app
+    if not everyone(listening):
+        app = OwnPagesOnly(app, (*HERE, f"[{host_name}]" if ":" in host_name else host_name))
     # In a thread, uvicorn leaves Ctrl-C to us. Its lines about each request would fill the log.
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False))
+    config = uvicorn.Config(
+        app, lifespan="on", log_level="warning", access_log=False, timeout_graceful_shutdown=CONNECTIONS_S
+    )
+    server = uvicorn.Server(config)
     # Not the thread itself is waited for: Python 3.11 takes one for ended when Ctrl-C comes meanwhile.
     ended = threading.Event()
 
@@ -225,14 +325,13 @@ def serve(console: Console, engine: Engine, about: About, listening: socket.sock
         while not server.started and not ended.wait(0.05):
             pass
         if server.started:
-            _show(console, address(listening), about, for_everyone=everyone(listening))
+            _show(console, listening, about)
         while not ended.wait(1.0):
             pass
     except KeyboardInterrupt:
         server.should_exit = True
-        _end_answers(engine, ended)
-        return
-    raise RuntimeError("EasyDeL's server has ended by itself")
+        return functools.partial(_end_answers, engine, ended)
+    raise RuntimeError("EasyDeL's server has ended by itself. Run it with --verbose: its log says why.")
 
 
 def _end_answers(engine: Engine, ended: threading.Event) -> None:
@@ -250,14 +349,18 @@ def _end_answers(engine: Engine, ended: threading.Event) -> None:
         leave()
 
 
-def _show(console: Console, url: str, about: About, *, for_everyone: bool) -> None:
+def _show(console: Console, listening: socket.socket, about: About) -> None:
     def show(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    url, elsewhere = address(listening), others(listening)
     show(f"page       {url}/")
+    if elsewhere:
+        show(f"           {elsewhere}/ from other machines, or this machine's address in place of its name")
     show(f"API        {url}/v1, as OpenAI's; model {about.model}")
     show(f"operation  {about.operation}")
     show(f"kernel     {about.kernel}")
-    if for_everyone:
+    show(f"context    {about.context} tokens, answer included")
+    if everyone(listening):
         console.print("[yellow]note:[/yellow] whoever reaches this machine may use it: there is no key.")
     show(f"\n{example(url, about.model)}\n\nCtrl-C ends it.")
