@@ -47,8 +47,8 @@ MAX_TOKENS = 8
 LIMIT_S = 300.0
 """What nothing here takes, so that a fault ends a test, and not the run."""
 
-CONTEXT = 480
-LONGEST = 492
+CONTEXT = 64
+LONGEST = 76
 """Tokens of the served model's conversations: what is asked for, and what whole pages make of it."""
 
 WORD = re.compile(r"w\d+")
@@ -741,6 +741,7 @@ class TestServe:
         with urllib.request.urlopen(request, timeout=LIMIT_S) as response:
             answer = json.load(response)
         assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert answer["usage"]["total_tokens"] == LONGEST  # it names no limit, and the model would go on
 
     def test_the_page(self, served: Served) -> None:
         with urllib.request.urlopen(f"{served.url}/", timeout=LIMIT_S) as response:
