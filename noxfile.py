@@ -42,6 +42,7 @@ OTHER_TPU_JAX = {"0.8.3": "jax[tpu]==0.8.3", "newest": "jax[tpu]"}
 KERNELS = (
     "test_native.py",
     "test_pallas_gpu.py::TestPallasGPUInBrief",
+    "test_turboquant.py::TestCpuNative",
     "test_turboquant.py::TestTurboQuantInBrief",
     "test_xla.py::TestXlaInBrief",
 )

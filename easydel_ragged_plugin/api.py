@@ -86,7 +86,7 @@ def ragged_page_attention_v2(  # type: ignore[misc]
     Args:
         queries: queries of all rows; float32, bfloat16, float16 or float64. Tokens of no live row give zeros.
         kv_pages: keys at even heads, values at odd ones. Any float dtype, 8-bit ones included, or int8 with
-            ``k_scale`` and ``v_scale``. Or a TurboQuant cache, which is read in float32 at least.
+            ``k_scale`` and ``v_scale``. Or a TurboQuant cache.
         context_lens: int32 tokens of each row, its new ones included.
         block_tables: int32 page ids of each row. Entries past a row's context, or left of its window, are not used.
         query_start_loc: int32 first token of each row.

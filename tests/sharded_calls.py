@@ -361,7 +361,12 @@ def gathered_pages_are_seen() -> None:
 TURBOQUANT = (Geometry(8, 4, 32, tp=2, sinks="heads"), Geometry(4, 2, 32, tp=1, dp=2), HEADS_AND_PAGES)
 
 
-def turboquant(geometries: tuple[Geometry, ...]) -> None:
+def over_codes() -> tuple[str, ...]:
+    """The kernels that read TurboQuant caches here."""
+    return ("turboquant",) if cpu_native.availability() else ("turboquant", "cpu_native")
+
+
+def turboquant(geometries: tuple[Geometry, ...], kernel: str) -> None:
     """The five arrays of a TurboQuant cache are split as pages are; the constants are on every device."""
     for geometry in geometries:
         names = ("q_heads", "kv_heads", "head_dim", "sinks")
@@ -374,7 +379,9 @@ def turboquant(geometries: tuple[Geometry, ...]) -> None:
         specs = (P(None, "tp", None), None, None, P("dp", None, "tp", None), *[None] * 4)
 
         def program(pages: Any, queries: Any, keys: Any, values: Any, *index: Any, options: Any, sinks: Any) -> Any:
-            return ragged_page_attention_v3(queries, keys, values, pages, *index, sinks, return_lse=True, **options)
+            return ragged_page_attention_v3(
+                queries, keys, values, pages, *index, sinks, return_lse=True, config=kernel, **options
+            )
 
         arguments = (batch.queries, batch.keys, batch.values, *index)
         one, after, one_lse = jax.jit(functools.partial(program, options={}, sinks=sinks))(pages, *arguments)
@@ -394,7 +401,7 @@ def turboquant(geometries: tuple[Geometry, ...]) -> None:
         assert_lse_close(np.asarray(many_lse), lse, case)
         for array, wanted in zip(new.arrays, after.arrays, strict=True):
             assert np.asarray(array).tobytes() == np.asarray(wanted).tobytes()
-        print(f"ok TurboQuant {geometry}: {check_collectives(compiled, geometry, batch, True)}")
+        print(f"ok TurboQuant {kernel} {geometry}: {check_collectives(compiled, geometry, batch, True)}")
 
 
 # What the host's caches are like on a mesh: heads that divide, heads that the host cuts, pages per shard.
@@ -447,12 +454,14 @@ def main(what: str) -> None:
         sharded_and_not(GEOMETRIES)
         pages_as_they_are()
         logsumexp(WITH_LSE)
-        turboquant(TURBOQUANT)
+        for kernel in over_codes():
+            turboquant(TURBOQUANT, kernel)
         gathered_pages_are_seen()
     elif what == "few":
         sharded_and_not(FEW_GEOMETRIES)
         logsumexp((HEADS_AND_PAGES,))
-        turboquant((HEADS_AND_PAGES,))
+        for kernel in over_codes():
+            turboquant((HEADS_AND_PAGES,), kernel)
         gathered_pages_are_seen()
     elif what == "callers":
         inside_of_shard_map()

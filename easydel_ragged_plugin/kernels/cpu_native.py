@@ -199,8 +199,8 @@ def _register() -> None:
 def _attributes(request: AttentionRequest) -> dict[str, np.float32 | np.int64]:
     """The numbers of a call that are known when it is traced: ``RAGGED_ATTRIBUTES`` in ``native/src/problem.h``."""
     layout = request.layout
-    # Pairs of bfloat16 are multiplied only where the operands are to be bfloat16. Codes are more exact: they are where
-    # the queries are no better.
+    # Pairs of bfloat16 are multiplied only where the operands are to be bfloat16, and codes, which are more exact, only
+    # where the queries are bfloat16, too.
     pairs = request.compute_dtype.name == "bfloat16"
     if request.cache_format == turboquant.FORMAT:
         pairs = pairs and request.query_dtype.name == "bfloat16"

@@ -194,7 +194,8 @@ ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuf
   for (size_t i = 0; i < kArrays; ++i) {
     const ffi::AnyBuffer array = *arrays.get<ffi::AnyBuffer>(i);
     const auto dims = array.dimensions();
-    if (dims.size() < 3 || dims[1] != p.page_size) return bad("wrong ranks");
+    if (dims.size() < 3) return bad("wrong ranks");
+    if (dims[1] != p.page_size) return bad("arrays of another page size");
     if (i > 0 && dims[0] != p.num_pages) return bad("arrays of different numbers of pages");
     p.num_pages = dims[0];
     p.codes.arrays[i] = static_cast<uint8_t*>(array.untyped_data());

@@ -27,9 +27,10 @@ constexpr int64_t kLeastManyTokens = 512;
 constexpr double kItemsPerThread = 8.0;
 constexpr double kWaitedFor = 1.15;  // of the time without waiting
 
-// Keys and values of one token, in bytes of the cache. To unpack codes takes as long as to read bfloat16.
-double token_bytes(const Problem& p) {
-  return p.cache_dtype == DType::kCodes ? double(4 * p.num_kv_heads * p.head_dim) : double(slot_bytes(p));
+// Keys and values of one token, as bytes that take as long to read. Codes take longer: they are unpacked.
+double read_bytes(const Problem& p) {
+  if (p.cache_dtype != DType::kCodes) return double(slot_bytes(p));
+  return double(2 * p.num_kv_heads * (p.key_dim + p.head_dim));
 }
 
 int64_t new_tokens(const Rows& rows) {
@@ -40,7 +41,7 @@ int64_t new_tokens(const Rows& rows) {
 
 void add_writes(const Problem& p, const Rows& rows, int threads, Plan& plan) {
   const int64_t tokens = new_tokens(rows);
-  plan.shared_writes = tokens * token_bytes(p) > kLeastSharedWrites && threads > 1;
+  plan.shared_writes = tokens * slot_bytes(p) > kLeastSharedWrites && threads > 1;
   if (!plan.shared_writes) plan.writes.reserve(rows.live.size());
   for (size_t r = 0; r < rows.live.size(); ++r) {
     const int64_t count = rows.live[r].count, step = plan.shared_writes ? kWriteTokens : count;
@@ -70,7 +71,7 @@ struct Piece {
 class Planner {
  public:
   Planner(const Problem& problem, const Rows& rows, const Limits& limits, Plan& plan)
-      : p_(problem), rows_(rows), limits_(limits), plan_(plan), bytes_(token_bytes(problem)) {}
+      : p_(problem), rows_(rows), limits_(limits), plan_(plan), bytes_(read_bytes(problem)) {}
 
   void add_pieces(const std::vector<SharedKeys>& shared) {
     first_answer_.assign(rows_.live.size(), -1);
@@ -168,13 +169,13 @@ class Planner {
 
   double cost(const Piece& piece, int64_t begin, int64_t end) const {
     if (piece.kind == Item::kFew) {
-      const double multiplies = 2.0 * double(p_.num_q_heads * p_.head_dim * (piece.count - 1));
+      const double multiplies = double(p_.num_q_heads * (p_.key_dim + p_.head_dim) * (piece.count - 1));
       return kItemNs + double(end - begin) * (bytes_ / kBytesPerNs + multiplies / kMultipliesPerNs);
     }
     // Of keys that not all queries see, about a half is multiplied.
     const int64_t masked = std::min(end - begin, int64_t(piece.count)) / 2;
-    return kItemNs + double(end - begin - masked) * double(p_.head_dim) *
-                         (2.0 * double(piece.count * p_.group()) + 16.0) / kMultipliesPerNs;
+    return kItemNs + double(end - begin - masked) * double(p_.key_dim + p_.head_dim) *
+                         (double(piece.count * p_.group()) + 8.0) / kMultipliesPerNs;
   }
 
   // Long contexts of few queries are cut so that there are about eight items for each thread; those of many, where some
@@ -233,7 +234,7 @@ Plan make_plan(const Problem& p, const Rows& rows, const std::vector<SharedKeys>
   Planner planner(p, rows, limits, plan);
   planner.add_pieces(shared);
   const double attention = planner.cost();
-  const double writes = p.keys != nullptr ? double(new_tokens(rows)) * token_bytes(p) / kBytesPerNs : 0.0;
+  const double writes = p.keys != nullptr ? double(new_tokens(rows) * slot_bytes(p)) / kBytesPerNs : 0.0;
   threads = useful_threads(attention + writes, threads);
   if (p.keys != nullptr) add_writes(p, rows, threads, plan);
   planner.add_items(attention, threads);

@@ -30,7 +30,7 @@ struct Codes {
 
 // Numbers that are fixed when a call is compiled. Each line is a field of Problem and an attribute of the FFI call; a
 // new one needs a line here and one in `_attributes` of cpu_native.py. The last five are the layout of the cache, in
-// elements (layout.py).
+// elements (layout.py); of codes only the page size means anything.
 // clang-format off
 #define RAGGED_ATTRIBUTES(_)                                     \
   _(float, softmax_scale)           /* a k_scale that is a number included */ \

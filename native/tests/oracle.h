@@ -83,6 +83,8 @@ inline double key_number(const Problem& p, int64_t slot, int64_t kv_head, int64_
   const int64_t head = slot * p.num_kv_heads + kv_head, signs = p.key_dim - p.head_dim;
   const bool is_sign = d >= p.head_dim;
   const double norm = element(p.codes.arrays[Codes::kKeyNorms], 2 * head + is_sign, p.codes.key_norms);
+  // Times coordinates of both signs, infinity is no number. A key whose products all have one sign is none as well.
+  if (!std::isfinite(norm)) return NAN;
   if (is_sign) {
     const int64_t bit = head * signs + d - p.head_dim;
     return p.codes.arrays[Codes::kKeySigns][bit / 8] >> bit % 8 & 1 ? norm : -norm;

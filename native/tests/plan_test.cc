@@ -26,10 +26,14 @@ struct Request {
     };
     static char keys;
     problem.keys = problem.values = seed % 2 ? &keys : nullptr;
-    problem.cache_dtype = DType(between(0, 4));
+    problem.cache_dtype = DType(between(0, 5));
     problem.num_kv_heads = between(1, 8);
     problem.num_q_heads = problem.num_kv_heads * between(1, 8);
-    problem.head_dim = between(1, 256);
+    problem.head_dim = problem.key_dim = between(1, 256);
+    if (problem.cache_dtype == DType::kCodes) {
+      problem.key_dim += 8;
+      for (int64_t& bytes : problem.codes.bytes) bytes = problem.num_kv_heads * between(1, 128);
+    }
     problem.sliding_window = between(0, 2) ? 0 : between(1, 5000);
     problem.attention_chunk_size = between(0, 2) ? 0 : between(1, 5000);
     limits = {between(1, 20), between(1, 300)};
@@ -226,7 +230,7 @@ TEST(a_long_context_is_cut_for_all_threads_and_no_further) {
   request.problem.keys = request.problem.values = nullptr;
   request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
-  request.problem.head_dim = 128;
+  request.problem.head_dim = request.problem.key_dim = 128;
   request.shared.clear();
   request.rows = Rows{{{0, 0, 1, 999999}}, true};
   for (int threads : {2, 4, 32}) {
@@ -245,7 +249,7 @@ TEST(one_long_item_of_many_queries_is_cut_and_even_ones_are_not) {
   request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = 1;
   request.problem.num_q_heads = 8;
-  request.problem.head_dim = 128;
+  request.problem.head_dim = request.problem.key_dim = 128;
   request.shared.clear();
   request.limits = {8, 32};
   request.rows = Rows{{{0, 0, 32, 16000}}, true};
@@ -262,7 +266,7 @@ TEST(a_thread_is_woken_where_its_share_pays_for_it) {
   request.problem.keys = request.problem.values = nullptr;
   request.problem.sliding_window = request.problem.attention_chunk_size = 0;
   request.problem.num_kv_heads = request.problem.num_q_heads = 8;
-  request.problem.head_dim = 128;
+  request.problem.head_dim = request.problem.key_dim = 128;
   request.shared.clear();
   request.problem.cache_dtype = DType::kF32;  // 8 KiB for a token, less than a microsecond
   const auto helpers = [&](int64_t context, int threads) {

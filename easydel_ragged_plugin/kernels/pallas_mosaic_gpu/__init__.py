@@ -244,6 +244,7 @@ def not_its_shape(request: AttentionRequest) -> str | None:
     return None
 
 
+@functools.cache
 def miscompiles() -> str | None:
     """Why what assembles programs for this process's GPU can't be trusted, or None.
 
@@ -274,8 +275,8 @@ def miscompiles() -> str | None:
 def version_of(ptxas: str) -> str:
     """Version of CUDA of a ptxas; an empty text where it does not run, and so XLA does not take it."""
     try:
-        said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
         return ""
     found = re.search(r"\bV(\d+\.\d+)\.\d+\b", said)
     return "" if found is None else found[1]

@@ -38,8 +38,8 @@ from .sizes import COMPUTE_WARPGROUPS, OUTPUT_LANES, QUERIES, Sizes
 
 __all__ = ["attend_long_rows"]
 
-LOWEST = float(np.finfo(np.float32).min)
 LARGEST = float(np.finfo(np.float32).max)
+LOWEST = float(np.finfo(np.float32).min)
 """The maximum of no logits: finite, so that nothing is infinity minus itself."""
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
@@ -82,8 +82,8 @@ class Scratch(NamedTuple):
     def types(cls, request: AttentionRequest, sizes: Sizes) -> Scratch:
         """What to allocate."""
         dtype, lanes = request.compute_dtype, request.head_dim
-        tiling, swizzle = plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
-        swizzled = (tiling, swizzle)
+        transforms: Any = plgpu  # whether these are abstract classes depends on the version of JAX
+        swizzled = (transforms.TilingTransform((8, 128 // dtype.itemsize)), transforms.SwizzleTransform(128))
         block = plgpu.SMEM((sizes.stages, sizes.keys, lanes), dtype, transforms=swizzled)
         copies = sizes.keys // span(request, sizes)
         query_copies = request.group_size if sizes.heads_first else sizes.tokens
@@ -539,4 +539,5 @@ def attend_long_rows(
 
 def interpreter() -> Any:
     """JAX's interpreter for GPUs. Queries past the last token read nothing, as with TMA; a race is an error."""
-    return plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized", detect_races=True)
+    interpreters: Any = plgpu  # JAX 0.9 has none
+    return interpreters.InterpretGPUParams(out_of_bounds_reads="uninitialized", detect_races=True)

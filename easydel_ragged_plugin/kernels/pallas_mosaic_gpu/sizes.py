@@ -2,7 +2,7 @@
 
 The numbers are derived, not measured. A product of Hopper's tensor cores takes 64 rows for a warpgroup, so each of the
 two has 64 queries. The accumulator is float32 ``[64, head_dim]`` and the logits ``[64, keys]``: 64 registers of a
-thread each at head_dim 128 and 128 keys, with 32 more for the weights, of 232. Blocks in flight fill the shared memory.
+thread each at head_dim 128 and 128 keys, with 32 more for the weights, of 224. Blocks in flight fill the shared memory.
 """
 
 from __future__ import annotations

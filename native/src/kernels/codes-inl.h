@@ -130,8 +130,8 @@ RAGGED_INLINE float norm_at(const uint8_t* array, int64_t i, DType dtype) {
 // Keys and values of some slots for one kv head, [count][2][stride]. A residual is stored as a multiple of the key.
 template <class Book>
 void unpack(const Problem& p, const char* const* slot, int64_t count, int64_t kv_head, typename Book::Element* to,
-            int64_t stride, const Factors& factors) {
-  constexpr float kTiny = 1e-30f;
+            int64_t stride, const Norms& norms) {
+  constexpr float kTiny = 1e-20f;
   const Codes& codes = p.codes;
   const Book keys(codes.key_codebook), values(codes.value_codebook);
   const int64_t indices = p.head_dim / 2, signs = p.key_dim - p.head_dim;
@@ -141,20 +141,20 @@ void unpack(const Problem& p, const char* const* slot, int64_t count, int64_t kv
     const float norm = norm_at(key_norms, 2 * head, codes.key_norms);
     const float residual = norm_at(key_norms, 2 * head + 1, codes.key_norms);
     // Infinity times coordinates of both signs is no number; times their sum it would be one.
-    factors.keys[t] = norm - norm == 0.0f ? (norm < kTiny && norm > -kTiny ? kTiny : norm) : __builtin_nanf("");
-    factors.values[t] = norm_at(codes.arrays[Codes::kValueNorms], head, codes.value_norms);
+    norms.keys[t] = norm - norm == 0.0f ? (norm < kTiny && norm > -kTiny ? kTiny : norm) : __builtin_nanf("");
+    norms.values[t] = norm_at(codes.arrays[Codes::kValueNorms], head, codes.value_norms);
     unpack_indices(codes.arrays[Codes::kKeyIndices] + head * indices, p.head_dim, keys, to);
-    unpack_signs(codes.arrays[Codes::kKeySigns] + head * signs / 8, signs, residual / factors.keys[t], to + p.head_dim);
+    unpack_signs(codes.arrays[Codes::kKeySigns] + head * signs / 8, signs, residual / norms.keys[t], to + p.head_dim);
     unpack_indices(codes.arrays[Codes::kValueIndices] + head * indices, p.head_dim, values, to + stride);
   }
 }
 #if defined(__AVX512BF16__)
 RAGGED_INLINE void unpack_head(const Problem& p, const char* const* slot, int64_t count, int64_t kv_head, BF16* to,
-                               int64_t stride, const Factors& factors) {
-  unpack<PairCodebook>(p, slot, count, kv_head, to, stride, factors);
+                               int64_t stride, const Norms& norms) {
+  unpack<PairCodebook>(p, slot, count, kv_head, to, stride, norms);
 }
 #endif
 RAGGED_INLINE void unpack_head(const Problem& p, const char* const* slot, int64_t count, int64_t kv_head, float* to,
-                               int64_t stride, const Factors& factors) {
-  unpack<Codebook>(p, slot, count, kv_head, to, stride, factors);
+                               int64_t stride, const Norms& norms) {
+  unpack<Codebook>(p, slot, count, kv_head, to, stride, norms);
 }

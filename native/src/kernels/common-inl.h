@@ -146,24 +146,24 @@ struct Logits {
   }
 };
 
-// Factors of the tokens of a block of codes: the norms of its keys and values.
-struct Factors {
+// The norms of the keys and values of a block of codes.
+struct Norms {
   float *keys, *values;  // of logits, and of weights
 };
 
 // Online softmax: from base-2 logits [from, to) to weights, which may be in place. `most` holds the largest logit of
 // each lane. Returns the factor for what was summed before.
-template <bool kFactors, class Weight>
+template <bool kNorms, class Weight>
 RAGGED_INLINE float add_weights(const float* logits, Weight* weights, int64_t from, int64_t to, VecF most,
-                                const Factors& factors, float& maximum_seen, float& total) {
+                                const Norms& norms, float& maximum_seen, float& total) {
   const float new_maximum = max_of(most);
   const float updated = new_maximum > maximum_seen ? new_maximum : maximum_seen;
   const float reference = updated == -kInfinity ? 0.0f : updated;
   VecF sum = {};
   for (int64_t t = from; t < to; t += kLanes) {
     const VecF weight = exp2_nonpositive(load(logits + t) - splat(reference));
-    if constexpr (kFactors)
-      store_weights(weights + t, weight * load(factors.values + t));
+    if constexpr (kNorms)
+      store_weights(weights + t, weight * load(norms.values + t));
     else
       store_weights(weights + t, weight);
     sum = sum + weight;

@@ -46,7 +46,7 @@ struct VectorHeads {
         s.staged_slot[t] = s.staged + min64(t, count - 1) * 2 * s.query_stride * int64_t(sizeof(Element));
       Element* staged = reinterpret_cast<Element*>(s.staged);
       if constexpr (is_same<T, Coded>) {
-        unpack_head(p, slot, count, kv_head, staged, s.query_stride, s.factors);
+        unpack_head(p, slot, count, kv_head, staged, s.query_stride, s.norms);
       } else {
         stage<T>(slot, count, keys, p.head_dim, staged, s.query_stride);
         stage<T>(slot, count, values, p.head_dim, staged + s.query_stride, s.query_stride);
@@ -66,9 +66,10 @@ struct VectorHeads {
           ++same;
       if (seen.high > seen.low) {
         const auto attend_some = [&](auto number) {
-          const Factors factors{s.factors.keys + seen.low, s.factors.values + seen.low};
+          Norms norms = s.norms;
+          if constexpr (is_same<T, Coded>) norms = {norms.keys + seen.low, norms.values + seen.low};
           attend_rows<decltype(number)::value>(logits, kv_head, r, slot + seen.low, seen.high - seen.low, keys, values,
-                                               factors, ahead);
+                                               norms, ahead);
         };
         if (same == 4) attend_some(Count<4>{});
         if (same == 3) attend_some(Count<3>{});
@@ -95,8 +96,8 @@ struct VectorHeads {
 
   template <int kQueries>
   void attend_rows(const Logits& logits, int64_t kv_head, int64_t row, const char* const* slot, int64_t count,
-                   int64_t keys, int64_t values, const Factors& factors, Ahead& ahead) {
-    constexpr bool kFactors = is_same<T, Coded>;
+                   int64_t keys, int64_t values, const Norms& norms, Ahead& ahead) {
+    constexpr bool kNorms = is_same<T, Coded>;
     few_products<Dot, kQueries>(s.template queries_of<typename Dot::Query>(kv_head * rows + row), s.query_stride, slot,
                                 count, keys, p.key_dim, s.weights, ahead);
     float factor[kQueries];
@@ -108,9 +109,8 @@ struct VectorHeads {
       float* logit = s.weights + i * kMostBlock;
       typename Dot::Weight* weight = weights + i * kMostBlock;
       float &most = partial.maximum[head], &total = partial.total[head];
-      factor[i] = p.logits_soft_cap > 0
-                      ? few_softmax<true, kFactors>(logits, logit, weight, count, factors, most, total)
-                      : few_softmax<false, kFactors>(logits, logit, weight, count, factors, most, total);
+      factor[i] = p.logits_soft_cap > 0 ? few_softmax<true, kNorms>(logits, logit, weight, count, norms, most, total)
+                                        : few_softmax<false, kNorms>(logits, logit, weight, count, norms, most, total);
       sums[i] = weighted(query, head);
     }
     few_all_values<kQueries>(Tag<Dot>{}, weights, factor, slot, count, values, p.head_dim, sums, ahead);
@@ -178,8 +178,8 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
 #include "kernels/few_tiles-inl.h"
 #endif
 
-// Whether products are made in pairs of bfloat16, which holds all numbers of the cache and of the queries, or to which
-// both are rounded in any case; weights are rounded to it, too.
+// Whether products are made in pairs of bfloat16, and weights are rounded to it. It holds all numbers of a plain cache
+// and of the queries then. What codes stand for and the rotated queries are rounded to it, too.
 RAGGED_INLINE bool pairs(const Problem& p) {
   return kDotBF16 && p.float_products == 0 &&
          (p.cache_dtype == DType::kCodes ||

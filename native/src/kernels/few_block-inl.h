@@ -58,7 +58,7 @@ struct FewScratch {
   const char** staged_slot;  // of the block's tokens in `staged`
   int32_t* lines;            // Ahead::lines
   char* staged;              // keys and values of a kv head, converted: [tokens][2][query_stride]
-  Factors factors;           // of the block's tokens, where the cache is of codes
+  Norms norms;               // of the block's tokens, where the cache is of codes
   const char** requests;     // then: lines of the next block
   char* rest;                // what a way to attend needs for itself
   int64_t query_stride;
@@ -80,7 +80,7 @@ struct FewScratch {
     lines = carver.take<int32_t>(most_lines(p));
     staged = carver.take<char>(most_tokens(p) * 2 * query_stride * int64_t(sizeof(float)));
     const int64_t coded = p.cache_dtype == DType::kCodes ? kMostBlock + kLanes : 0;
-    factors = {carver.take<float>(coded), carver.take<float>(coded)};
+    norms = {carver.take<float>(coded), carver.take<float>(coded)};
     requests = carver.take<const char*>(coded * (slot_bytes(p) / kCacheLine + 2 * Codes::kArrays));
     rest = carver.take<char>(0);
     size = carver.used;

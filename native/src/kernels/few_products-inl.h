@@ -200,14 +200,14 @@ RAGGED_INLINE void in_order(float* weighted, int64_t head_dim) {
 
 // From one query's products with the tokens of a block to its weights, which may be in place; returns the factor for
 // what was summed before.
-template <bool kCapped, bool kFactors, class Weight>
-RAGGED_INLINE float few_softmax(const Logits& logits, float* row, Weight* weights, int64_t count,
-                                const Factors& factors, float& maximum_seen, float& total) {
+template <bool kCapped, bool kNorms, class Weight>
+RAGGED_INLINE float few_softmax(const Logits& logits, float* row, Weight* weights, int64_t count, const Norms& norms,
+                                float& maximum_seen, float& total) {
   VecF most = splat(-kInfinity);
   for (int64_t t = count; t < round_up(count, kLanes); ++t) row[t] = 0.0f;
   for (int64_t t = 0; t < count; t += kLanes) {
     VecF x = load(row + t);
-    if constexpr (kFactors) x = x * load(factors.keys + t);
+    if constexpr (kNorms) x = x * load(norms.keys + t);
     x = logits.of<kCapped>(x);
     if (t + kLanes > count) {
       VecI lane;
@@ -217,8 +217,8 @@ RAGGED_INLINE float few_softmax(const Logits& logits, float* row, Weight* weight
     store(row + t, x);
     most = maximum(x, most);
   }
-  const float factor = add_weights<kFactors>(row, weights, 0, count, most, factors, maximum_seen, total);
+  const float factor = add_weights<kNorms>(row, weights, 0, count, most, norms, maximum_seen, total);
   // Those of tokens that are not seen: 0 times a norm that is not finite would be no number.
-  for (int64_t t = count; kFactors && t < round_up(count, kLanes); ++t) weights[t] = Weight{};
+  for (int64_t t = count; kNorms && t < round_up(count, kLanes); ++t) weights[t] = Weight{};
   return factor;
 }

@@ -73,15 +73,16 @@ using ElementOf = typename Choose<Step::kElements == 2, BF16, float>::type;
 template <class T, class Step>
 struct ManyScratch {
   using Element = ElementOf<Step>;
+  using Slot = typename Choose<is_same<T, Coded>, const char*, const T*>::type;
   int64_t rows, depth, width;  // depth: steps over key_dim; width: columns of the sums
   float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
-  const T** slot;
+  Slot* slot;
   Element* staged;              // keys and values of a tile of codes, [kTile][2][staged_stride]
   const Element** staged_slot;  // [kTile]
   int64_t staged_stride;
-  Factors factors;  // [kTile], of codes
-  Seen* seen;       // [queries], of a tile
-  char* rest;       // of attend_exactly
+  Norms norms;  // [kTile], of codes
+  Seen* seen;   // [queries], of a tile
+  char* rest;   // of attend_exactly
   size_t size;
   ManyScratch(const Problem& p, int64_t tokens, void* base) {
     Carver carver{static_cast<char*>(base)};
@@ -97,12 +98,12 @@ struct ManyScratch {
     maximum = carver.take<float>(rows);
     total = carver.take<float>(rows);
     factor = carver.take<float>(Step::kRows);
-    slot = carver.take<const T*>(kTile);
+    slot = carver.take<Slot>(kTile);
     staged_stride = round_up(p.key_dim, 64);
     const int64_t unpacked = p.cache_dtype == DType::kCodes ? kTile : 0;
     staged = carver.take<Element>(unpacked * 2 * staged_stride);
     staged_slot = carver.take<const Element*>(unpacked);
-    factors = {carver.take<float>(unpacked), carver.take<float>(unpacked)};
+    norms = {carver.take<float>(unpacked), carver.take<float>(unpacked)};
     for (int64_t t = 0; base != nullptr && t < unpacked; ++t) staged_slot[t] = staged + t * 2 * staged_stride;
     seen = carver.take<Seen>(tokens);
     rest = carver.take<char>(int64_t(exact_scratch(p)));
@@ -128,16 +129,16 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
 }
 
 // Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
-template <class Step, bool kCapped, bool kFactors, bool kMasked>
+template <class Step, bool kCapped, bool kNorms, bool kMasked>
 RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
-                                const Seen& seen, const Factors& factors, float& maximum_seen, float& total,
+                                const Seen& seen, const Norms& norms, float& maximum_seen, float& total,
                                 float& factor) {
   VecI lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   VecF most = splat(-kInfinity);
   for (int64_t t = from; t < to; t += kLanes) {
     VecF x = load(scores + t);
-    if constexpr (kFactors) x = x * load(factors.keys + t);
+    if constexpr (kNorms) x = x * load(norms.keys + t);
     x = logits.of<kCapped>(x);
     if constexpr (kMasked) {
       const VecI column = lane + splat_int(int32_t(t));
@@ -148,10 +149,9 @@ RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weig
     most = maximum(x, most);
   }
   if constexpr (Step::kElements == 2)
-    factor =
-        add_weights<kFactors>(scores, reinterpret_cast<BF16*>(weights), from, to, most, factors, maximum_seen, total);
+    factor = add_weights<kNorms>(scores, reinterpret_cast<BF16*>(weights), from, to, most, norms, maximum_seen, total);
   else
-    factor = add_weights<kFactors>(scores, weights, from, to, most, factors, maximum_seen, total);
+    factor = add_weights<kNorms>(scores, weights, from, to, most, norms, maximum_seen, total);
 }
 
 // Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
@@ -187,7 +187,7 @@ template <class T, class Step, bool kCapped>
 void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
                int64_t end, void* scratch) {
   using Element = ElementOf<Step>;
-  constexpr bool kFactors = is_same<T, Coded>;
+  constexpr bool kNorms = is_same<T, Coded>;
   ManyScratch<T, Step> s(p, count, scratch);
   const Logits logits(p, kv_head);
   const Cache<T> cache(p, row);
@@ -220,9 +220,8 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
       pack_values<Step>(slot, tokens, value, p.head_dim, s.values);
     };
     if constexpr (is_same<T, Coded>) {
-      unpack_head(p, reinterpret_cast<const char* const*>(s.slot), tokens, kv_head, s.staged, s.staged_stride,
-                  s.factors);
-      for (int64_t t = tokens; t < round_up(tokens, 2 * kLanes); ++t) s.factors.keys[t] = s.factors.values[t] = 0.0f;
+      unpack_head(p, s.slot, tokens, kv_head, s.staged, s.staged_stride, s.norms);
+      for (int64_t t = tokens; t < round_up(tokens, 2 * kLanes); ++t) s.norms.keys[t] = s.norms.values[t] = 0.0f;
       pack(s.staged_slot, 0, s.staged_stride);
     } else {
       pack(s.slot, offset, offset + p.value_offset);
@@ -248,11 +247,11 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
         }
         const Seen seen = s.seen[(r + i) / group];
         if (seen.low <= from && seen.high >= to)
-          many_softmax<Step, kCapped, kFactors, false>(logits, scores, weights, from, to, seen, s.factors,
-                                                       s.maximum[r + i], s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, kNorms, false>(logits, scores, weights, from, to, seen, s.norms, s.maximum[r + i],
+                                                     s.total[r + i], s.factor[i]);
         else
-          many_softmax<Step, kCapped, kFactors, true>(logits, scores, weights, from, to, seen, s.factors,
-                                                      s.maximum[r + i], s.total[r + i], s.factor[i]);
+          many_softmax<Step, kCapped, kNorms, true>(logits, scores, weights, from, to, seen, s.norms, s.maximum[r + i],
+                                                    s.total[r + i], s.factor[i]);
       }
       sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
     }
