@@ -35,7 +35,6 @@ from command_line import invoke
 from easydel_ragged_plugin import host, interrupt
 from easydel_ragged_plugin.demo import engine, model, run, serve
 from easydel_ragged_plugin.demo.serve import About
-from easydel_ragged_plugin.hooks import hookimpl, register, unregister
 from easydel_ragged_plugin.terminal import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -813,112 +812,18 @@ class TestServe:
             socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=LIMIT_S)
 
 
-# The programs of docs/serving.md
-
-
-def _programs(folder: str, port: int) -> tuple[str, str, str]:
-    """The engine's, the server's and the client's, for the tiny model."""
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"tests/test_serving\.py does with a tiny model -->\n```python\n(.*?)^```$", page, re.S | re.M)
-    engine, server, client = (block.replace("8000", str(port)) for block in blocks)
-    assert "path/to/a/model" in engine
-    return engine.replace("path/to/a/model", folder), server, client
-
-
-class Watcher:
-    """Notes the kernels that calls of v3 got."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    @hookimpl
-    def ragged_selected(self, selection: Any) -> None:
-        self.seen.add(selection.kernel)
-
-
 @needs_server
 @pytest.mark.host
 @pytest.mark.slow
-def test_the_programs_of_the_page(
-    expected: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_programs_of_the_page(expected: tuple[str, list[str]]) -> None:
     """The client's text is what the engine generates itself, greedily, and what transformers does."""
-    import uvicorn
-
-    from easydel_ragged_plugin.demo.engine import import_host
-    from easydel_ragged_plugin.host import load
-
-    import_host()
-    cache_module = sys.modules[load().RaggedPagesCacheConfig.__module__]
-    monkeypatch.setattr(cache_module, "per_device_hbm_budget_bytes", lambda *args, **kwargs: 1 << 24)
-    listening = serve.listen("127.0.0.1", 0)  # the server's, which closes it
-    port = listening.getsockname()[1]
     folder, words = expected
-    engine_program, server_program, client_program = _programs(folder, port)
-    client_program = client_program.replace("What is the capital of France?", PROMPT)
-    client_program = client_program.replace(
-        "temperature=0,", f"temperature=0, max_tokens={MAX_TOKENS}, timeout={LIMIT_S},"
-    )
-    names: dict[str, Any] = {"__name__": "server"}
-    exec(compile(engine_program, "engine.py", "exec"), names)
-    engines = []
-    make_engine = names["make_engine"]
-
-    def make_and_keep() -> Any:
-        engine = make_engine()
-        engine.tokenizer.chat_template = serve.CHAT_TEMPLATE
-        engines.append(engine)
-        return engine
-
-    names["make_engine"] = make_and_keep
-    exec(compile(server_program, "server.py", "exec"), names)
-    found: dict[str, Any] = {}
-
-    def uvicorn_run(**config: Any) -> None:
-        """While the server answers, the client runs."""
-        assert (config["host"], config["port"]) == ("127.0.0.1", port)
-        server = uvicorn.Server(uvicorn.Config(**{**config, "log_level": "warning"}))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        assert _until(lambda: server.started or not thread.is_alive())
-        assert thread.is_alive()
-        try:
-            capsys.readouterr()
-            exec(compile(client_program, "client.py", "exec"), {"__name__": "__main__"})
-            found["printed"] = capsys.readouterr().out
-            found["completions"] = _completions(port)
-            sampling = names["easydel"].SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-            (output,) = engines[0].generate([PROMPT], sampling, use_tqdm=False)
-            found["own"] = output.accumulated_text
-        finally:
-            server.should_exit = True
-            thread.join(timeout=LIMIT_S)
-            assert not thread.is_alive()
-
-    monkeypatch.setattr(uvicorn, "run", uvicorn_run)
-    watcher = Watcher()
-    register(watcher)
-    try:
-        names["main"]()
-    finally:
-        unregister(watcher)
-        for engine in engines:  # it ends them with the engine alone, which much refers to
-            engine._worker_manager.shutdown()
-    assert watcher.seen == {"cpu_native"}
+    command = [sys.executable, str(ROOT / "tests" / "served_programs.py"), folder, PROMPT, str(MAX_TOKENS)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["kernels"] == ["cpu_native"]
     assert WORD.findall(found["own"]) == WORD.findall(found["printed"]) == words
     # What the page says of /v1/completions: with stream, the text is where a chat has it.
-    whole, texts, deltas = found["completions"]
-    assert WORD.findall(whole) == WORD.findall("".join(deltas)) == words
-    assert not any(texts)
-
-
-def _completions(port: int) -> tuple[str, list[Any], list[str]]:
-    """Of /v1/completions: the text without stream, and with it what the client has as text and as delta."""
-    from openai import OpenAI
-
-    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
-        asked: dict[str, Any] = {"model": "my-model", "prompt": PROMPT, "temperature": 0, "max_tokens": MAX_TOKENS}
-        whole = client.completions.create(**asked)
-        choices = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
-    deltas = [getattr(choice, "delta")["content"] for choice in choices]  # noqa: B009 a field that the client lacks
-    return whole.choices[0].text, [choice.text for choice in choices], deltas
+    assert WORD.findall(found["whole"]) == WORD.findall("".join(found["deltas"])) == words
+    assert not any(found["texts"])
