@@ -9,7 +9,8 @@ import sys
 
 import tiny_model
 
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
+from easydel_ragged_plugin.demo.engine import Engine, Settings, import_host
+from easydel_ragged_plugin.demo.workers import Workers
 
 
 def main(folder: str, *engines: str) -> None:

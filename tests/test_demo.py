@@ -15,7 +15,8 @@ import pytest
 from command_line import run_command
 
 from easydel_ragged_plugin.demo import model
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
+from easydel_ragged_plugin.demo.engine import Engine, Settings, import_host
+from easydel_ragged_plugin.demo.workers import Workers
 
 PROMPTS = ("What is the capital of France?", "Name three colors.", "What is 12 + 13?", "Why is the sky blue?")
 MAX_TOKENS = 20

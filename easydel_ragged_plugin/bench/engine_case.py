@@ -20,7 +20,8 @@ from rich.table import Table
 from easydel_ragged_plugin import host
 from easydel_ragged_plugin.demo import model as models
 from easydel_ragged_plugin.demo import run as demo
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host, interleaved, median
+from easydel_ragged_plugin.demo.engine import Engine, Settings, import_host, interleaved, median
+from easydel_ragged_plugin.demo.workers import Workers
 from easydel_ragged_plugin.interrupt import interruptible
 from easydel_ragged_plugin.terminal import hushed, stage, usable_cache_dir
 

@@ -29,7 +29,8 @@ from easydel_ragged_plugin import host
 from easydel_ragged_plugin.demo import model as models
 from easydel_ragged_plugin.demo import run as demo
 from easydel_ragged_plugin.demo import tiny
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers, import_host
+from easydel_ragged_plugin.demo.engine import Engine, Settings, import_host
+from easydel_ragged_plugin.demo.workers import Workers
 from easydel_ragged_plugin.interrupt import interruptible
 from easydel_ragged_plugin.terminal import CommandError, Update, hushed, stage, usable_cache_dir
 

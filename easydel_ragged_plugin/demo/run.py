@@ -18,8 +18,9 @@ from easydel_ragged_plugin.interrupt import ends_like_ctrl_c, interruptible
 from easydel_ragged_plugin.terminal import CommandError, count_compilations, hushed, stage, usable_cache_dir
 
 from . import model as models
-from .engine import Answer, Engine, Settings, Workers, import_host, interleaved, median
+from .engine import Answer, Engine, Settings, import_host, interleaved, median
 from .serve import About, listen, serve
+from .workers import Workers
 
 __all__ = ["DEFAULT_PROMPTS", "check_environment", "prepare_model", "run", "run_server", "start_engine"]
 

@@ -25,7 +25,8 @@ import tiny_model
 from zoo import scenarios, serve
 from zoo.families import FAMILIES, Family
 
-from easydel_ragged_plugin.demo.engine import Workers, import_host
+from easydel_ragged_plugin.demo.engine import import_host
+from easydel_ragged_plugin.demo.workers import Workers
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- matrix: written by `nox -s zoo -- --write` -->", "<!-- end of the matrix -->"

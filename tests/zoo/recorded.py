@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 
 from easydel_ragged_plugin import reference
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers
+from easydel_ragged_plugin.demo.engine import Engine, Settings
+from easydel_ragged_plugin.demo.workers import Workers
 
 TOLERANCE = 2e-5
 """Of an output, relative to the largest value of it; float32 throughout."""

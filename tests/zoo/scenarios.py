@@ -15,7 +15,8 @@ from zoo import reference
 from zoo.families import Family
 from zoo.serve import SETTINGS, answers_of, message_of, running
 
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers
+from easydel_ragged_plugin.demo.engine import Engine, Settings
+from easydel_ragged_plugin.demo.workers import Workers
 
 FAMILIES = ("Llama, head_dim 64", "Mistral")
 

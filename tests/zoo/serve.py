@@ -15,7 +15,8 @@ import tiny_model
 from zoo import recorded, reference
 from zoo.families import Family
 
-from easydel_ragged_plugin.demo.engine import Engine, Settings, Workers
+from easydel_ragged_plugin.demo.engine import Engine, Settings
+from easydel_ragged_plugin.demo.workers import Workers
 
 EQUAL, DIFFERS, FAILS = "equal", "differs", "fails"
 LABELS = ("ours-v2", "ours-v3", "host-v2", "host-v3")
