@@ -304,7 +304,7 @@ def test_assemblers_that_miscompile(
         program = tmp_path / "ptxas"
         program.write_text("#!/bin/sh\nexit 1\n" if ptxas == "broken" else f"#!/bin/sh\necho release, {ptxas}\n")
         program.chmod(0o755)
-    reason = pallas_mosaic_gpu.miscompiles()
+    reason = pallas_mosaic_gpu.miscompiles.__wrapped__()  # found once in a process
     assert (reason is None) == (bad is None)
     assert bad is None or bad in str(reason)
 
