@@ -77,7 +77,7 @@ def made(cache: str) -> Call:
 
         return run
 
-    pages: Any = jnp.zeros(page_shape("v3", 4, PAGE, KV_HEADS, HEAD_DIM, "float32"))
+    pages: Any = jnp.zeros(page_shape("v3", 4, PAGE, KV_HEADS, HEAD_DIM, np.dtype(np.float32)))
     if cache == "codes":
         pages = random_pages(CASE, 4)
     new = jnp.ones((TOKENS, KV_HEADS, HEAD_DIM))
