@@ -186,12 +186,12 @@ def attend_block(group: Warpgroup, positions: Positions | None, number: jax.Arra
 
 def seen_whole(request: AttentionRequest, sizes: Sizes, tile: Tile) -> tuple[jax.Array, jax.Array]:
     """Every query of the tile sees all keys of the blocks from the first number on, up to the second one."""
-    size = jnp.int32(sizes.keys)
+    size = sizes.keys
     _, last_whole = visible_keys(request, tile.first, tile.first)
-    whole, diagonal = tile.begin, jnp.clip(lax.div(last_whole, size), tile.begin, tile.end)
+    whole, diagonal = tile.begin, jnp.clip(lax.div(last_whole, jnp.int32(size)), tile.begin, tile.end)
     if request.options.is_local:
         first_whole, _ = visible_keys(request, tile.last, tile.last)
-        whole = jnp.clip(lax.div(first_whole + (size - 1), size), tile.begin, tile.end)
+        whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), tile.begin, tile.end)
         diagonal = jnp.maximum(diagonal, whole)
     return whole, diagonal
 
@@ -199,15 +199,15 @@ def seen_whole(request: AttentionRequest, sizes: Sizes, tile: Tile) -> tuple[jax
 def attend_blocks(group: Warpgroup) -> State:
     """The softmax of a warpgroup's queries over the blocks of the tile."""
     tile, scratch = group.tile, group.scratch
-    masked, plain = (functools.partial(attend_block, group, each) for each in (Positions.of(group), None))
+    positions = Positions.of(group)
     state = empty(group.request)
     plgpu.barrier_wait(scratch.keys_there.at[0])
     pl.when(group.number == 1)(functools.partial(take_turn, scratch))
     whole, diagonal = seen_whole(group.request, group.sizes, tile)
     if group.request.options.is_local:
-        state = lax.fori_loop(tile.begin, whole, masked, state)
-    state = lax.fori_loop(whole, diagonal, plain, state)
-    state = lax.fori_loop(diagonal, tile.end, masked, state)
+        state = lax.fori_loop(tile.begin, whole, functools.partial(attend_block, group, positions), state)
+    state = lax.fori_loop(whole, diagonal, functools.partial(attend_block, group, None), state)
+    state = lax.fori_loop(diagonal, tile.end, functools.partial(attend_block, group, positions), state)
     pl.when(group.number == 0)(functools.partial(take_turn, scratch))
     return state
 
