@@ -51,16 +51,14 @@ def of_linux(library: lief.ELF.Binary, tag: str) -> list[str]:
 
 def of_macos(library: lief.MachO.Binary, tag: str) -> list[str]:
     """Problems of a library for `macosx_11_0_arm64` and its like."""
-    named = re.fullmatch(r"macosx_(\d+)_(\d+)_(?:arm64|x86_64)", tag)
+    named = re.fullmatch(r"macosx_(\d+)_(\d+)_(arm64|x86_64)", tag)
     if named is None:
         return [f"tag: got {tag}, wanted macosx_X_Y_PROCESSOR"]
     found = []
     oldest = library.build_version.minos[:2] if library.has_build_version else None
     if oldest != [int(named[1]), int(named[2])]:
         found.append(f"oldest macOS: got {oldest}, wanted that of {tag}")
-    if (
-        named[3] == "arm64" and not library.has_code_signature
-    ):  # zig signs for ARM alone, and macOS wants it there alone
+    if named[3] == "arm64" and not library.has_code_signature:  # zig signs for ARM alone, and only there macOS wants it
         found.append("no signature, without which macOS loads nothing on ARM")
     own, *loaded = (each.name for each in library.libraries)
     if own != "@rpath/libeasydel_ragged.dylib":

@@ -145,7 +145,7 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   Heads heads(p, s, queries, number, kv_heads);
   const int64_t block = FewScratch::most_tokens(p);
   int64_t lines_each = 0;
-  if constexpr (!is_same<T, Coded>) lines_each = find_lines<T>(p, s.lines);
+  if constexpr (!is_same<T, Coded>) lines_each = find_lines<T>(p, {0, p.num_kv_heads}, s.lines);
   int64_t count = min64(block, end - begin);
   cache.slots(begin, count, s.slot);
   if (end - begin > kLeastBlock) {  // fewer are there as soon as they were requested

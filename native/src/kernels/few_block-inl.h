@@ -95,11 +95,11 @@ struct FewScratch {
   }
 };
 
-// The lines of a token that hold elements, as offsets in bytes.
+// The lines of a token that hold elements of some kv heads, as offsets in bytes.
 template <class T>
-int64_t find_lines(const Problem& p, int32_t* lines) {
+int64_t find_lines(const Problem& p, HeadRange kv_heads, int32_t* lines) {
   int64_t count = 0, next = 0;
-  for (int64_t part = 0; part < 2 * p.num_kv_heads; ++part) {
+  for (int64_t part = 2 * kv_heads.begin; part < 2 * kv_heads.end; ++part) {
     const int64_t begin = (part / 2 * p.head_stride + part % 2 * p.value_offset) * int64_t(sizeof(T));
     const int64_t last = (begin + p.head_dim * int64_t(sizeof(T)) - 1) / kCacheLine;
     for (next = max64(next, begin / kCacheLine); next <= last; ++next) lines[count++] = int32_t(next * kCacheLine);

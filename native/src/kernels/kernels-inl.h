@@ -34,6 +34,8 @@ namespace {
 #include "kernels/few_stage-inl.h"
 #include "kernels/few-inl.h"
 #include "kernels/many_products-inl.h"
+#include "kernels/many_pack-inl.h"
+#include "kernels/many_weights-inl.h"
 #include "kernels/many-inl.h"
 // clang-format on
 

@@ -1,59 +1,5 @@
 // Attention of many query tokens, one kv head: an online softmax over tiles of packed keys and values.
 
-// Keys of a tile, transposed: panels of kPanel tokens, each [depth][kPanel]. Tokens past `count` are zero.
-template <class Step, class T>
-RAGGED_INLINE VecF packed_key(const T* key, int64_t d, int64_t head_dim) {
-  if constexpr (Step::kElements == 2) {
-    if constexpr (is_same<T, BF16>)
-      if (d + 2 * kLanes <= head_dim) return load_bits<VecF>(key + d);
-    BF16 pairs[2 * kLanes] = {};
-    convert(key + d, pairs, min64(2 * kLanes, head_dim - d));
-    return load_bits<VecF>(pairs);
-  } else {
-    return d + kLanes <= head_dim ? load(key + d) : load_tail(key + d, head_dim - d);
-  }
-}
-template <class Step, class T>
-void pack_keys(const T* const* slot, int64_t count, int64_t offset, int64_t head_dim, int64_t depth, float* packed) {
-  for (int64_t t = 0; t < round_up(count, kPanel); t += kLanes) {
-    float* panel = packed + t / kPanel * kPanel * depth + t % kPanel;
-    for (int64_t d = 0; d < depth; d += kLanes) {
-      VecF v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        v[i] = t + i < count ? packed_key<Step>(slot[t + i] + offset, d * Step::kElements, head_dim) : VecF{};
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel, v[i]);
-    }
-  }
-}
-
-// Values of a tile: panels of kPanel columns (the last one narrower), each [tokens][columns], zeros past `count`.
-template <class Step, class T>
-void pack_values(const T* const* slot, int64_t count, int64_t offset, int64_t head_dim, float* packed) {
-  const int64_t steps = round_up(count, 2 * kLanes) / Step::kElements, width = round_up(head_dim, kLanes);
-  for (int64_t column = 0; column < width; column += kPanel) {
-    const int64_t columns = min64(kPanel, width - column);
-    float* panel = packed + column * (kTile / Step::kElements);
-    for (int64_t k = 0; k < steps; ++k) {
-      for (int64_t c = column; c < column + columns; c += kLanes) {
-        const auto value = [&](int64_t t) {
-          if (t >= count) return VecF{};
-          const T* from = slot[t] + offset + c;
-          return c + kLanes <= head_dim ? load(from) : load_tail(from, head_dim - c);
-        };
-        VecF v;
-        if constexpr (Step::kElements == 2)  // the halves of a bf16 widened to float are its bits and zeros
-          v = bit_cast<VecF>((bit_cast<VecU>(value(2 * k)) >> 16) | bit_cast<VecU>(value(2 * k + 1)));
-        else
-          v = value(k);
-        store(panel + k * columns + (c - column), v);
-      }
-    }
-  }
-}
-
 // Memory of attend_exactly: a partial, then what few queries need.
 RAGGED_INLINE Partial exact_partial(const Problem& p, Carver& carver) {
   float* maximum = carver.take<float>(p.num_q_heads);
@@ -66,17 +12,25 @@ RAGGED_INLINE size_t exact_scratch(const Problem& p) {
   return carver.used + few_scratch(p);
 }
 
-// Elements of a step's products.
+// Blocks of rows whose scores are held at a time: two where weights are made beside products.
 template <class Step>
-using ElementOf = typename Choose<Step::kElements == 2, BF16, float>::type;
+constexpr int kScored = kBesideProducts<Step> ? 2 : 1;
+
+// Rows of a block, in whole vectors.
+template <class Step>
+constexpr int kBlockRows = (Step::kRows + kLanes - 1) / kLanes * kLanes;
 
 template <class T, class Step>
 struct ManyScratch {
   using Element = ElementOf<Step>;
   using Slot = typename Choose<is_same<T, Coded>, const char*, const T*>::type;
   int64_t rows, depth, width;  // depth: steps over key_dim; width: columns of the sums
-  float *queries, *keys, *values, *scores, *weights, *sums, *maximum, *total, *factor;
-  Slot* slot;
+  float *queries, *keys, *values, *sums, *maximum, *total;
+  // Of one block of rows: its scores (and those of the block after it); its weights, and their sums by lanes; and for
+  // each row the largest logit, what logits are held against, negated, and the factor for what was summed before.
+  float *scores[kScored<Step>], *weights, *totals, *most, *minus_reference, *factor;
+  Slot *slot, *next_slot;       // of a tile, and of the one after it
+  int32_t* lines;               // Ahead::lines, of this kv head
   Element* staged;              // keys and values of a tile of codes, [kTile][2][staged_stride]
   const Element** staged_slot;  // [kTile]
   int64_t staged_stride;
@@ -92,13 +46,18 @@ struct ManyScratch {
     queries = carver.take<float>(rows * depth);
     keys = carver.take<float>(kTile * depth);
     values = carver.take<float>(kTile * width);
-    scores = carver.take<float>(Step::kRows * kTile);  // of one block of rows
-    weights = Step::kElements == 2 ? carver.take<float>(Step::kRows * kTile / 2) : scores;
     sums = carver.take<float>(rows * width);
-    maximum = carver.take<float>(rows);
+    maximum = carver.take<float>(rows + kLanes);  // read in whole vectors
     total = carver.take<float>(rows);
-    factor = carver.take<float>(Step::kRows);
+    for (float*& block : scores) block = carver.take<float>(Step::kRows * kTile);
+    weights = Step::kElements == 2 ? carver.take<float>(Step::kRows * kTile / 2) : nullptr;
+    totals = carver.take<float>(Step::kRows * kLanes);
+    most = carver.take<float>(kBlockRows<Step>);
+    minus_reference = carver.take<float>(kBlockRows<Step>);
+    factor = carver.take<float>(kBlockRows<Step>);
     slot = carver.take<Slot>(kTile);
+    next_slot = carver.take<Slot>(kTile);
+    lines = carver.take<int32_t>(FewScratch::most_lines(p));
     staged_stride = round_up(p.key_dim, 64);
     const int64_t unpacked = p.cache_dtype == DType::kCodes ? kTile : 0;
     staged = carver.take<Element>(unpacked * 2 * staged_stride);
@@ -126,32 +85,6 @@ void attend_exactly(const Problem& p, int64_t row, int64_t kv_head, const Query&
   attend_few_heads(p, row, &alone, 1, begin, end, carver.base + carver.used, {kv_head, kv_head + 1});
   if (query.partial.weighted == nullptr)
     finish_heads(p, &alone.partial, 1, query.token, {kv_head * p.group(), (kv_head + 1) * p.group()});
-}
-
-// Weights of one row's scores in columns [from, to), of which it sees [low, high). The rest becomes 0.
-template <class Step, bool kCapped, bool kNorms, bool kMasked>
-RAGGED_INLINE void many_softmax(const Logits& logits, float* scores, float* weights, int64_t from, int64_t to,
-                                const Seen& seen, const Norms& norms, float& maximum_seen, float& total,
-                                float& factor) {
-  VecI lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  VecF most = splat(-kInfinity);
-  for (int64_t t = from; t < to; t += kLanes) {
-    VecF x = load(scores + t);
-    if constexpr (kNorms) x = x * load(norms.keys + t);
-    x = logits.of<kCapped>(x);
-    if constexpr (kMasked) {
-      const VecI column = lane + splat_int(int32_t(t));
-      x = column >= splat_int(int32_t(seen.low)) ? x : splat(-kInfinity);
-      x = column < splat_int(int32_t(seen.high)) ? x : splat(-kInfinity);
-    }
-    store(scores + t, x);
-    most = maximum(x, most);
-  }
-  if constexpr (Step::kElements == 2)
-    factor = add_weights<kNorms>(scores, reinterpret_cast<BF16*>(weights), from, to, most, norms, maximum_seen, total);
-  else
-    factor = add_weights<kNorms>(scores, weights, from, to, most, norms, maximum_seen, total);
 }
 
 // Output and logsumexp of one row of queries, whose sums are over all keys that it sees.
@@ -183,95 +116,186 @@ RAGGED_INLINE void store_output(const Problem& p, const Scratch& s, int64_t r, i
   });
 }
 
+// The queries of a call and one kv head. Rows of the products are (query token, head of the group).
 template <class T, class Step, bool kCapped>
-void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
-               int64_t end, void* scratch) {
-  using Element = ElementOf<Step>;
-  constexpr bool kNorms = is_same<T, Coded>;
-  ManyScratch<T, Step> s(p, count, scratch);
-  const Logits logits(p, kv_head);
-  const Cache<T> cache(p, row);
-  const int64_t group = p.group(), live = count * group, offset = kv_head * p.head_stride;
-  const auto head = [&](int64_t r) { return kv_head * group + r % group; };
+struct Many {
+  static constexpr bool kNorms = is_same<T, Coded>;
+  const Problem& p;
+  const int64_t row, kv_head, group, count, live;  // live: rows of queries; those after them fill the last block
+  const Query* const queries;
+  const Cache<T> cache;
+  const Logits logits;
+  const ManyScratch<T, Step> s;
+  Beside<Step, kNorms> beside;
+  int64_t lines_each = 0;
 
-  with_query_type(p.query_dtype, [&](auto tag) {
-    using Source = typename decltype(tag)::type;
-    for (int64_t r = 0; r < s.rows; ++r) {
-      float* to = s.queries + r * s.depth;
-      __builtin_memset(to, 0, size_t(s.depth) * sizeof(float));
-      if (r >= live) continue;
-      const Source* query =
-          static_cast<const Source*>(p.queries) + (queries[r / group].token * p.num_q_heads + head(r)) * p.key_dim;
-      convert(query, reinterpret_cast<Element*>(to), p.key_dim);
-    }
-  });
-  for (int64_t r = 0; r < s.rows; ++r) {
-    s.maximum[r] = -kInfinity;
-    s.total[r] = 0.0f;
+  Many(const Problem& problem, int64_t row, int64_t kv_head, const Query* queries, int64_t count, void* scratch)
+      : p(problem),
+        row(row),
+        kv_head(kv_head),
+        group(p.group()),
+        count(count),
+        live(count * group),
+        queries(queries),
+        cache(p, row),
+        logits(p, kv_head),
+        s(p, count, scratch) {
+    beside.totals = s.totals;
+    beside.minus_reference = s.minus_reference;
+    beside.norms = s.norms.values;
+    if constexpr (!kNorms) lines_each = find_lines<T>(p, {kv_head, kv_head + 1}, s.lines);
   }
-  __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
 
-  Step::begin();
-  for (int64_t start = begin; start < end; start += kTile) {
-    const int64_t tokens = min64(kTile, end - start);
-    cache.slots(start, tokens, s.slot);
+  int64_t head(int64_t r) const { return kv_head * group + r % group; }
+
+  void begin() {
+    with_query_type(p.query_dtype, [&](auto tag) {
+      using Source = typename decltype(tag)::type;
+      for (int64_t r = 0; r < s.rows; ++r) {
+        float* to = s.queries + r * s.depth;
+        __builtin_memset(to, 0, size_t(s.depth) * sizeof(float));
+        if (r >= live) continue;
+        const Source* query =
+            static_cast<const Source*>(p.queries) + (queries[r / group].token * p.num_q_heads + head(r)) * p.key_dim;
+        convert(query, reinterpret_cast<ElementOf<Step>*>(to), p.key_dim);
+      }
+    });
+    for (int64_t r = 0; r < s.rows + kLanes; ++r) s.maximum[r] = -kInfinity;
+    __builtin_memset(s.total, 0, size_t(s.rows) * sizeof(float));
+    __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
+    for (int i = Step::kRows; i < kBlockRows<Step>; ++i) s.most[i] = -kInfinity;
+  }
+
+  // Tokens [start, start + tokens), of which the slots are known.
+  void pack(int64_t start, int64_t tokens) {
     const auto pack = [&](auto slot, int64_t key, int64_t value) {
       pack_keys<Step>(slot, tokens, key, p.key_dim, s.depth, s.keys);
       pack_values<Step>(slot, tokens, value, p.head_dim, s.values);
     };
-    if constexpr (is_same<T, Coded>) {
+    if constexpr (kNorms) {
       unpack_head(p, s.slot, tokens, kv_head, s.staged, s.staged_stride, s.norms);
       for (int64_t t = tokens; t < round_up(tokens, 2 * kLanes); ++t) s.norms.keys[t] = s.norms.values[t] = 0.0f;
       pack(s.staged_slot, 0, s.staged_stride);
     } else {
-      pack(s.slot, offset, offset + p.value_offset);
+      pack(s.slot, kv_head * p.head_stride, kv_head * p.head_stride + p.value_offset);
     }
     for (int64_t q = 0; q < count; ++q) s.seen[q] = seen_of_block(p, queries[q].position, start, tokens);
-    for (int64_t r = 0; r < s.rows; r += Step::kRows) {
-      int64_t from = kTile, to = 0;
-      for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q) {
-        from = min64(from, s.seen[q].low);
-        to = max64(to, s.seen[q].high);
-      }
-      from = from / (2 * kLanes) * (2 * kLanes);
-      to = round_up(to, 2 * kLanes);
-      if (to <= from) continue;
-      score_block<Step>(s.queries + r * s.depth, s.keys, s.depth, from, to, s.scores);
-      for (int64_t i = 0; i < Step::kRows; ++i) {
-        float* scores = s.scores + i * kTile;
-        float* weights = s.weights + i * (kTile / Step::kElements);
-        s.factor[i] = 0.0f;
-        if (r + i >= live) {
-          __builtin_memset(weights, 0, kTile / Step::kElements * sizeof(float));
-          continue;
-        }
-        const Seen seen = s.seen[(r + i) / group];
-        if (seen.low <= from && seen.high >= to)
-          many_softmax<Step, kCapped, kNorms, false>(logits, scores, weights, from, to, seen, s.norms, s.maximum[r + i],
-                                                     s.total[r + i], s.factor[i]);
-        else
-          many_softmax<Step, kCapped, kNorms, true>(logits, scores, weights, from, to, seen, s.norms, s.maximum[r + i],
-                                                    s.total[r + i], s.factor[i]);
-      }
-      sum_block<Step>(s.weights, s.values, from, to, s.factor, s.sums + r * s.width, s.width);
-    }
   }
-  Step::end();
 
-  for (int64_t r = 0; r < live; ++r) {
-    const Query& query = queries[r / group];
-    if (query.partial.weighted == nullptr) {
-      store_output(p, s, r, query.token, kv_head, head(r));
-      continue;
+  // The keys that a block of rows sees, as columns of whole steps.
+  Seen columns(int64_t r) const {
+    int64_t from = kTile, to = 0;
+    for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q) {
+      from = min64(from, s.seen[q].low);
+      to = max64(to, s.seen[q].high);
     }
-    query.partial.maximum[head(r)] = s.maximum[r];
-    query.partial.total[head(r)] = s.total[r];
-    __builtin_memcpy(query.partial.weighted + head(r) * partial_stride(p), s.sums + r * s.width,
-                     size_t(s.width) * sizeof(float));
+    return {from / (2 * kLanes) * (2 * kLanes), round_up(to, 2 * kLanes)};
   }
-  for (int64_t i = 0; i < count; ++i)
-    if (!all_finite(s.sums + i * group * s.width, group * s.width))
-      attend_exactly(p, row, kv_head, queries[i], begin, end, s.rest);
+
+  // Raises the maxima of a block of rows by its scores. After that its weights can be made.
+  void raise(int64_t r, const Seen& columns, float* scores) {
+    const int64_t from = columns.low, to = columns.high;
+    bool all = true;
+    for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q)
+      all = all && s.seen[q].low <= from && s.seen[q].high >= to;
+    // A positive scale leaves the largest product the largest logit: then nothing has to be stored.
+    const bool scaled = !kCapped && !kNorms && logits.scale > 0;
+    for (int64_t i = 0; i < Step::kRows; ++i) {
+      float* of_row = scores + i * kTile;
+      if (!scaled) many_logits<kCapped, kNorms>(logits, of_row, from, to, s.norms.keys);
+      if (!all && r + i < live) hide(of_row, from, to, s.seen[(r + i) / group]);
+      s.most[i] = max_of(largest(of_row, from, to)) * (scaled ? logits.scale : 1.0f);
+    }
+    for (int64_t i = 0; i < Step::kRows; i += kLanes) {
+      const VecF before = load(s.maximum + r + i), most = load(s.most + i);
+      const VecF updated = most > before ? most : before;
+      const VecF reference = updated == splat(-kInfinity) ? VecF{} : updated;
+      store(s.most + i, updated);
+      store(s.minus_reference + i, VecF{} - reference);
+      store(s.factor + i, exp2_nonpositive(before - reference));
+    }
+    __builtin_memcpy(s.maximum + r, s.most, Step::kRows * sizeof(float));
+    __builtin_memset(s.totals, 0, sizeof(float) * Step::kRows * kLanes);
+    beside.scores = scores;
+    beside.weights = reinterpret_cast<ElementOf<Step>*>(s.weights ? s.weights : scores);
+    beside.scale = scaled ? logits.scale : 1.0f;
+    beside.from = beside.column = from;
+    beside.to = to;
+    beside.row = 0;
+  }
+
+  // Adds what a block of rows has weighed to its sums.
+  void add(int64_t r, const Seen& columns) {
+    beside.finish();
+    sum_block<Step>(reinterpret_cast<float*>(beside.weights), s.values, columns.low, columns.high, s.factor,
+                    s.sums + r * s.width, s.width, beside);
+    for (int64_t i = 0; i < Step::kRows; ++i)
+      s.total[r + i] = s.total[r + i] * s.factor[i] + sum_of(load(s.totals + i * kLanes));
+  }
+
+  // A block of rows is scored while the weights of the block before it are made, or one after the other.
+  void attend_tile() {
+    int64_t scored = -1, turn = 0;
+    Seen of_scored{};
+    for (int64_t r = 0; r < s.rows; r += Step::kRows) {
+      const Seen seen = columns(r);
+      if (seen.high <= seen.low) continue;
+      score_block<Step>(s.queries + r * s.depth, s.keys, s.depth, seen.low, seen.high, s.scores[turn], beside);
+      if (scored >= 0) add(scored, of_scored);
+      raise(r, seen, s.scores[turn]);
+      if constexpr (!kBesideProducts<Step>) {
+        add(r, seen);
+      } else {
+        scored = r;
+        of_scored = seen;
+        turn = 1 - turn;
+      }
+    }
+    if (scored >= 0) add(scored, of_scored);
+  }
+
+  void attend(int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end; start += kTile) {
+      const int64_t tokens = min64(kTile, end - start), coming = min64(kTile, end - start - tokens);
+      cache.slots(start, tokens, s.slot);
+      pack(start, tokens);
+      if (kBesideProducts<Step> && !kNorms && coming > 0) {
+        cache.slots(start + tokens, coming, s.next_slot);
+        beside.ahead = {reinterpret_cast<const char* const*>(s.next_slot), s.lines, lines_each};
+        beside.ahead.budget = coming * lines_each;
+      }
+      attend_tile();
+      beside.ahead.budget = 0;
+    }
+  }
+
+  void finish(int64_t begin, int64_t end) const {
+    for (int64_t r = 0; r < live; ++r) {
+      const Query& query = queries[r / group];
+      if (query.partial.weighted == nullptr) {
+        store_output(p, s, r, query.token, kv_head, head(r));
+        continue;
+      }
+      query.partial.maximum[head(r)] = s.maximum[r];
+      query.partial.total[head(r)] = s.total[r];
+      __builtin_memcpy(query.partial.weighted + head(r) * partial_stride(p), s.sums + r * s.width,
+                       size_t(s.width) * sizeof(float));
+    }
+    for (int64_t i = 0; i < count; ++i)
+      if (!all_finite(s.sums + i * group * s.width, group * s.width))
+        attend_exactly(p, row, kv_head, queries[i], begin, end, s.rest);
+  }
+};
+
+template <class T, class Step, bool kCapped>
+void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* queries, int64_t count, int64_t begin,
+               int64_t end, void* scratch) {
+  Many<T, Step, kCapped> many(p, row, kv_head, queries, count, scratch);
+  many.begin();
+  Step::begin();
+  many.attend(begin, end);
+  Step::end();
+  many.finish(begin, end);
 }
 
 #if defined(__AMX_BF16__)
@@ -280,14 +304,15 @@ using BestPairStep = TileStep;
 using BestPairStep = PairStep;
 #endif
 
-// Rows of the two products: what they need then fits a second-level cache. Tiles are so fast that packing keys and
-// values for them is what costs, so each packed key should serve more rows.
+// Rows of the two products: what they need then fits a second-level cache. The faster the products, the more packing
+// keys and values for them costs, so each packed key should serve more rows; and what has bfloat16 has a larger cache.
 int64_t most_many(const Problem& p) {
 #if defined(__AMX_BF16__)
-  const int64_t rows = pairs(p) ? 1024 : 256;
+  const int64_t of_pairs = 1024;
 #else
-  const int64_t rows = 256;
+  const int64_t of_pairs = 512;
 #endif
+  const int64_t rows = pairs(p) ? of_pairs : 256;
   return max64(1, rows / p.group());
 }
 

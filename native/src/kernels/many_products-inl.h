@@ -90,67 +90,84 @@ struct TileStep {
 };
 #endif
 
-// c[6][kVectors] = (factor ? c * factor[row] : 0) + a[6][depth] * b[depth][kVectors]; b is packed without gaps.
-template <class Step, int kVectors>
-RAGGED_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
-                            const float* factor) {
-  constexpr int kBlockRows = Step::kRows;
-  VecF sum[kBlockRows][kVectors];
+// Whether something else is done beside products, after every so many steps. With 16 registers the sums need them all,
+// and tiles leave nothing to wait for.
+template <class Step>
+constexpr bool kBesideProducts = RAGGED_REGISTERS == 32 && !Step::kTiles;
+template <class Step>
+constexpr int64_t kStepsBeside = kBesideProducts<Step> ? 2 : 1;
+
+// c[kRows][kVectors] = (factor ? c * factor[row] : 0) + a[kRows][depth] * b[depth][kVectors].
+template <class Step, int kVectors, class Work>
+RAGGED_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+                            int64_t c_stride, const float* factor, Work& beside) {
+  VecF sum[Step::kRows][kVectors];
 #pragma GCC unroll 8
-  for (int r = 0; r < kBlockRows; ++r)
+  for (int r = 0; r < Step::kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
       sum[r][v] = factor ? load(c + r * c_stride + v * kLanes) * splat(factor[r]) : VecF{};
-  for (int64_t k = 0; k < depth; ++k) {
-    VecF column[kVectors];
+  for (int64_t step = 0; step < depth; step += kStepsBeside<Step>) {  // depth is a multiple of kLanes
+#pragma GCC unroll 4
+    for (int64_t k = step; k < step + kStepsBeside<Step>; ++k) {
+      VecF column[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + (k * kVectors + v) * kLanes);
+      for (int v = 0; v < kVectors; ++v) column[v] = load(b + k * b_stride + v * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlockRows; ++r) {
-      const float element = a[r * a_stride + k];
+      for (int r = 0; r < Step::kRows; ++r) {
+        const float element = a[r * a_stride + k];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Step::add(sum[r][v], element, column[v]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Step::add(sum[r][v], element, column[v]);
+      }
     }
+    if constexpr (kBesideProducts<Step>) beside.step();
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kBlockRows; ++r)
+  for (int r = 0; r < Step::kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
-template <class Step>
+template <class Step, class Work>
 void multiply_any(int64_t vectors, const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
-                  int64_t c_stride, const float* factor) {
+                  int64_t c_stride, const float* factor, Work& beside) {
   switch (vectors) {
     case 1:
-      return multiply<Step, 1>(a, a_stride, b, depth, c, c_stride, factor);
+      return multiply<Step, 1>(a, a_stride, b, kLanes, depth, c, c_stride, factor, beside);
     case 2:
-      return multiply<Step, 2>(a, a_stride, b, depth, c, c_stride, factor);
+      return multiply<Step, 2>(a, a_stride, b, 2 * kLanes, depth, c, c_stride, factor, beside);
 #if RAGGED_REGISTERS == 32
     case 3:
-      return multiply<Step, 3>(a, a_stride, b, depth, c, c_stride, factor);
+      return multiply<Step, 3>(a, a_stride, b, 3 * kLanes, depth, c, c_stride, factor, beside);
     case 4:
-      return multiply<Step, 4>(a, a_stride, b, depth, c, c_stride, factor);
+      return multiply<Step, 4>(a, a_stride, b, 4 * kLanes, depth, c, c_stride, factor, beside);
 #endif
   }
 }
 
 // Scores of a block of rows in columns [from, to), whole panels of them; and what the block's weights add to its sums.
-template <class Step>
+template <class Step, class Work>
 RAGGED_INLINE void score_block(const float* queries, const float* keys, int64_t depth, int64_t from, int64_t to,
-                               float* scores) {
+                               float* scores, Work& beside) {
   if constexpr (Step::kTiles) {
     for (int64_t column = from; column < to; column += 32)
       Step::multiply(queries, depth, keys + column / kPanel * kPanel * depth + column % kPanel, kPanel, depth,
                      scores + column, kTile, 32, false);
   } else {
-    for (int64_t panel = from / kPanel * kPanel; panel < to; panel += kPanel)
-      multiply<Step, kBlockVectors>(queries, depth, keys + panel * depth, depth, scores + panel, kTile, nullptr);
+    constexpr int64_t kHalf = 2 * kLanes;
+    for (int64_t column = from, columns; column < to; column += columns) {
+      const float* panel = keys + column / kPanel * kPanel * depth + column % kPanel;
+      columns = column % kPanel || to - column == kHalf ? kHalf : kPanel;
+      if (columns == kPanel)
+        multiply<Step, kBlockVectors>(queries, depth, panel, kPanel, depth, scores + column, kTile, nullptr, beside);
+      else
+        multiply<Step, 2>(queries, depth, panel, kPanel, depth, scores + column, kTile, nullptr, beside);
+    }
   }
 }
-template <class Step>
+template <class Step, class Work>
 RAGGED_INLINE void sum_block(const float* weights, const float* values, int64_t from, int64_t to, const float* factor,
-                             float* sums, int64_t width) {
+                             float* sums, int64_t width, Work& beside) {
   const int64_t first = from / Step::kElements, steps = (to - from) / Step::kElements;
   if constexpr (Step::kTiles) {
     for (int r = 0; r < Step::kRows; ++r) {
@@ -168,7 +185,7 @@ RAGGED_INLINE void sum_block(const float* weights, const float* values, int64_t 
       const int64_t columns = min64(kPanel, width - column);
       multiply_any<Step>(columns / kLanes, weights + first, kTile / Step::kElements,
                          values + column * (kTile / Step::kElements) + first * columns, steps, sums + column, width,
-                         factor);
+                         factor, beside);
     }
   }
 }
