@@ -11,7 +11,7 @@ is the next call's query, and each call reads pages that the one before it has n
 CUDA events; a program of 50 ms or more makes the cost of starting it small instead. The lists that are made from row
 lengths are made before the program, as layers share them; the contestants "and lists" make them in each call.
 
-``--kernel pallas_mosaic_gpu`` measures that kernel, beside ``pallas_gpu``, on the workloads with long rows. Where it
+``--kernel`` names whom the targets are for; that for Hopper is measured on the workloads with long rows. Where it
 can't run, the program says why and ends with exit code 77.
 
 ``--dry-run`` walks the whole way on any machine, with short contexts in Pallas' interpreter. Its times mean nothing.
