@@ -6,7 +6,7 @@ Contexts in these cases end anywhere in a page; rows that are malformed, windows
 Real sizes are in the benchmark, which checks each answer before it times it. With EASYDEL_RAGGED_DRY_RUN=1 a few cases
 run on any machine, in JAX's interpreters.
 
-What is called Mosaic is about ``pallas_mosaic_gpu``, for which rows with one new token are long, too. Where that kernel
+What is called Mosaic is about the kernel for Hopper, for which rows with one new token are long, too. Where that kernel
 can't run, pytest says why and ends with exit code 77.
 """
 

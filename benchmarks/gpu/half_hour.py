@@ -68,7 +68,7 @@ def commands(out: Path, dry: bool) -> Iterator[Command]:
 
 
 def _mosaic(out: Path, dry: bool) -> Iterator[Command]:
-    """Those about ``pallas_mosaic_gpu``. No card has run it, so one case comes first: the others wait for its end."""
+    """Those about the Mosaic kernel. No card has run it, so one case comes first: the others wait for its end."""
     first = "mosaic-first"
     which = "TestMosaicResults and v3 and " + ("mixed" if dry else "several-blocks-plain")
     yield dataclasses.replace(_contract(first, which, out, dry), limit_s=LIMIT_S if dry else FIRST_LIMIT_S)

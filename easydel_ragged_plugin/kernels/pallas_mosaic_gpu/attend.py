@@ -88,10 +88,10 @@ class Positions(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of keys: its number in the row, its number in the tile, and where in the rings it lies."""
+    """A block of keys: its number in the row, how many of the tile come before it, and where in the rings it lies."""
 
     number: jax.Array
-    index: jax.Array
+    before: jax.Array
     stage: jax.Array
 
 
@@ -133,7 +133,7 @@ def multiply_values(group: Warpgroup, block: Block, operand: jax.Array, weighted
     def wait_for_next_keys() -> None:
         @pl.when(block.number + 1 < group.tile.end)
         def _() -> None:
-            plgpu.barrier_wait(scratch.keys_there.at[lax.rem(block.index + 1, jnp.int32(group.sizes.stages))])
+            plgpu.barrier_wait(scratch.keys_there.at[lax.rem(block.before + 1, jnp.int32(group.sizes.stages))])
 
     if group.interpreted:
         values = scratch.values[block.stage]
