@@ -37,6 +37,15 @@ OTHER_JAX = ("0.10.2", "0.11.2")
 TPU_JAX = ("jax[tpu]==0.9.2", "absl-py")
 OTHER_TPU_JAX = {"0.8.3": "jax[tpu]==0.8.3", "newest": "jax[tpu]"}
 
+# The GPU kernels are compiled with the JAX of the newest EasyDeL, and in brief with the newest.
+GPU_JAX = {
+    "0.9.2": (("jax==0.9.2", "jax-cuda12-plugin==0.9.2"), ("test_gpu_compile.py",)),
+    "newest": (
+        ("jax-cuda12-plugin",),
+        ("test_gpu_compile.py::test_prompts_run_on_the_tensor_cores_of_the_generation",),
+    ),
+}
+
 # What the quick sessions run. Where `alone` and `host` would run it again, with the same JAX and EasyDeL, they leave it
 # out.
 KERNELS = (
@@ -466,19 +475,21 @@ def alone(session: nox.Session) -> None:
     pytest(session, "--ignore=test_pallas_tpu.py", *without(KERNELS), **QUICK_TO_COMPILE)  # `tpu` has it
 
 
-@nox.session(default=False, tags=REST)
-def gpu(session: nox.Session) -> None:
+@nox.session(python=newest_python(), default=False, tags=REST)
+@nox.parametrize("version", tuple(GPU_JAX), ids=tuple(GPU_JAX))
+def gpu(session: nox.Session, version: str) -> None:
     """The GPU kernels through NVIDIA's compilers, for cards that are described: no GPU, no driver.
 
-    They come in 200 MB of wheels; what jax[cuda12] brings beside them is for running.
+    They come in 200 MB of wheels; what jax[cuda12] brings beside them is for running. With the newest JAX the Mosaic
+    kernel, and Triton's on a card of each generation.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         session.skip("NVIDIA's compilers come as wheels for Linux on x86-64")
+    packages, tests = GPU_JAX[version]
     # Pallas' Mosaic GPU backend of JAX 0.9.2 imports absl-py, and does not declare it.
-    plugin = ("jax==0.9.2", "jax-cuda12-plugin==0.9.2", "nvidia-cuda-nvcc-cu12", "absl-py")
-    install(session, "", *group("test"), *plugin)
-    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 5 minutes")
-    pytest(session, "test_gpu_compile.py", "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
+    install(session, "", *group("test"), *packages, "nvidia-cuda-nvcc-cu12", "absl-py")
+    session.log("Compiling the GPU kernels for H100, A100, B200 and L4: about 2 minutes, and 1 with the newest JAX")
+    pytest(session, *tests, "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
 
 
 def test_for_tpu(session: nox.Session, packages: tuple[str, ...], *arguments: str) -> None:
@@ -515,13 +526,12 @@ def tpu_in_every_case(session: nox.Session) -> None:
 
 @nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
 def mosaic_in_every_case(session: nox.Session) -> None:
-    """What `kernels` and `gpu` leave out: the Mosaic kernel on all cases of the contract, and compiled by newer JAX."""
+    """What `kernels` leaves out: the Mosaic kernel on all cases of the contract, and the dry run of its benchmark."""
     install(session, "", *group("test"), "absl-py")
-    session.log("The Mosaic kernel, interpreted in every case and compiled by the newest JAX: less than an hour")
+    session.log("The Mosaic kernel, interpreted in every case: less than an hour")
     pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
-    if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
-        session.install("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
-        pytest(session, "test_mosaic_compile.py", dist="worksteal", **GPU_VARIABLES)
+    if not session.posargs:
+        pytest(session, "test_gpu_tools.py::test_dry_run_of_the_mosaic_benchmark", **MOSAIC_VARIABLES)
 
 
 @nox.session(python=newest_python(), default=False, tags=REST)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import easydel_ragged_plugin
 
-__all__ = ["ended"]
+__all__ = ["NOT_HERE", "ended"]
+
+NOT_HERE = 77
+"""Exit code of a program that is not for the machine that it runs on."""
 
 
 def ended(

@@ -5,16 +5,38 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from easydel_ragged_plugin import RaggedPageConfig
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import HEAD_DIMS, LongRows, PallasMosaicGPU
-from easydel_ragged_plugin.testing.batches import Case
+from easydel_ragged_plugin.options import Options
+from easydel_ragged_plugin.testing.cases import CASES, Case, Row
 
-__all__ = ["EVERY_ROW", "INTERPRETED", "NEEDED_THREADS", "in_its_shape", "not_interpreted"]
+__all__ = [
+    "EVERY_CASE",
+    "EVERY_ROW",
+    "INTERPRETED",
+    "KNOWN_FAILURES",
+    "NEEDED_THREADS",
+    "SEVERAL_BLOCKS",
+    "in_its_shape",
+    "not_interpreted",
+]
 
 INTERPRETED = PallasMosaicGPU(interpret=True)
 EVERY_ROW = RaggedPageConfig(kernel_config=LongRows(more_than=0))
 """Rows with one new token are long, too: the rows of the shared cases are short."""
+
+KNOWN_FAILURES = {
+    "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes, as in test_pallas_gpu.py",
+    **{
+        f"test_strict_settings_change_no_number[{version}-rank-dtype-x64]": (
+            "the interpreter's threads lower without the setting that the program was traced with"
+        )
+        for version in ("v2", "v3")
+    },
+}
+"""Tests of the contract that the interpreters can't run."""
 
 NEEDED_THREADS = 6
 """The three warpgroups wait for one another in threads of XLA, which has one for each processor, or NPROC of them."""
@@ -39,5 +61,32 @@ def in_its_shape(cases: Iterable[Case]) -> tuple[Case, ...]:
             dtype="bfloat16" if case.dtype == "float32" else case.dtype,
         )
         for case in cases
-        if case.cache_dtype is None and case.name != "long-context"  # minutes in an interpreter
+        if case.cache_dtype is None
     )
+
+
+# Two blocks of keys and the beginning of a third, in pages of a part of a block and of two: the ring goes around, and
+# the last block has a tail. The window begins within a block.
+SEVERAL_BLOCKS = Case(
+    "several-blocks",
+    (Row(600, 70), Row(300, 33), Row(40, 40)),
+    q_heads=8,
+    kv_heads=2,
+    head_dim=128,
+    page_size=32,
+    pages_per_row=20,
+    num_tokens=160,
+    num_rows=4,
+    num_pages=None,
+    dtype="bfloat16",
+    sinks="heads",
+    options=Options(sliding_window=200, logits_soft_cap=5.0),
+)
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"name": "several-blocks-plain", "sinks": None, "options": Options()},
+    {"name": "several-blocks-pages-of-256", "page_size": 256, "pages_per_row": 3, "head_dim": 64},
+    {"name": "several-blocks-head-dim-256", "head_dim": 256, "kv_heads": 8, "options": Options()},
+    {"name": "group-of-16", "q_heads": 16, "kv_heads": 1, "head_dim": 64},
+    {"name": "group-of-5", "q_heads": 5, "kv_heads": 1, "head_dim": 64, "dtype": "float16"},
+)
+EVERY_CASE = (*(dataclasses.replace(SEVERAL_BLOCKS, **other) for other in _OTHERS), *in_its_shape(CASES))

@@ -23,6 +23,10 @@ from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.gpu import half_hour
+from benchmarks.gpu.report import show
+from benchmarks.gpu.rivals import CONTESTANTS
+from benchmarks.gpu.table import MOSAIC, OURS, TABLE
+from benchmarks.processes import NOT_HERE
 from easydel_ragged_plugin import RaggedPageConfig
 from easydel_ragged_plugin.bench import tune
 from easydel_ragged_plugin.bench.cases import workload
@@ -34,6 +38,7 @@ from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning, write_entry
+from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import PallasMosaicGPU
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
 from easydel_ragged_plugin.types import AttentionRequest, Operands
@@ -265,6 +270,45 @@ def test_dry_run_of_the_benchmark(repository: Path, tmp_path: Path) -> None:
     assert all(each["right"] and each["met"] is None for each in decode["timings"])
 
 
+@pytest.mark.once
+def test_dry_run_of_the_mosaic_benchmark(repository: Path, tmp_path: Path) -> None:
+    """It measures what it is compared with, too. Where the kernel can't run, that is what comes out."""
+    file = tmp_path / "mosaic.json"
+    case = ("--case", "prefill-8k", "--json", str(file))
+    result = script(repository, "--dry-run", "--kernel", "pallas_mosaic_gpu", *case)
+    reason = PallasMosaicGPU(interpret=True).facts()["reason"]
+    if reason is not None:
+        assert result.returncode == NOT_HERE
+        assert f"pallas_mosaic_gpu: {reason}" in result.stderr
+        assert not file.exists()
+        return
+    assert result.returncode == 0, result.stderr[-2000:]
+    (found,) = json.loads(file.read_text(encoding="utf-8"))["results"]
+    assert found["kernel"] == "pallas_mosaic_gpu"
+    timings = {(each["kernel"], each["version"]): each for each in found["timings"]}
+    assert timings.keys() >= {(name, v) for name in ("pallas_mosaic_gpu", "pallas_gpu") for v in ("v2", "v3")}
+    assert all(each["right"] for each in found["timings"])
+
+
+def test_what_is_compared_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def timing(kernel: str, version: str, us: float, met: bool | None) -> dict[str, Any]:
+        return {"kernel": kernel, "version": version, "us": us, "share": 0.5, "error": 1e-3, "met": met}
+
+    result = {
+        "case": "prefill-8k", "kernel": "pallas_mosaic_gpu", "geometry": "32/8/128", "limit_us": 200.0,
+        "target": ">= 60 %", "wider_table": None, "notes": [],
+        "timings": [
+            timing("pallas_mosaic_gpu", "v2", 400.0, False), timing("pallas_gpu", "v2", 500.0, None),
+            timing("pallas_gpu", "v3", 510.0, None),
+        ],
+    }  # fmt: skip
+    show(result, False)
+    _, ours, other, without = capsys.readouterr().out.splitlines()
+    assert ours.endswith("MISSED")
+    assert other.endswith("1.25 times pallas_mosaic_gpu")
+    assert "times" not in without
+
+
 def test_benchmark_refuses_an_unknown_workload(repository: Path) -> None:
     result = script(repository, "--dry-run", "--case", "decode-1x9k")
     assert result.returncode == 2
@@ -292,6 +336,51 @@ class TestHalfHour:
         again = capsys.readouterr().out
         assert "good ..." not in again
         assert "3 of 3 commands ended well" in again
+
+    def test_what_this_machine_can_not_run_is_skipped_with_the_reason(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """And what follows from it, but nothing else."""
+        commands = [
+            half_hour.Command("first", ("-c", f"print('this is 8.0'); raise SystemExit({NOT_HERE})")),
+            half_hour.Command("second", ("-c", "raise SystemExit(3)"), needs="first"),
+            half_hour.Command("slow", ("-c", "import time; time.sleep(60)"), limit_s=0.5),
+            half_hour.Command("after", ("-c", ""), needs="slow"),
+            half_hour.Command("other", ("-c", ""), needs="not tried"),
+        ]
+        monkeypatch.setattr(half_hour, "commands", lambda out, dry: iter(commands))
+        assert half_hour.main(["--out", str(tmp_path)]) == 1
+        done = json.loads((tmp_path / "done.json").read_text(encoding="utf-8"))
+        assert {name: each["status"] for name, each in done.items()} == {
+            "first": "skipped", "second": "skipped", "slow": "timed out", "after": "skipped", "other": "ok",
+        }  # fmt: skip
+        assert done["first"]["last"] == ["this is 8.0"]
+        assert done["second"]["last"] == ["first: skipped", "this is 8.0"]
+        assert "1 of 5 commands ended well; not slow; skipped first, second, after" in capsys.readouterr().out
+        del commands[2:4]
+        (tmp_path / "done.json").unlink()
+        assert half_hour.main(["--out", str(tmp_path)]) == 0  # there is nothing wrong with it
+
+    def test_both_kernels_are_measured_on_prompts(self, tmp_path: Path) -> None:
+        """Mosaic comes last, in files of its own, and only where one case has ended: it may never end."""
+        commands = {command.name: command for command in half_hour.commands(tmp_path, False)}
+        names = list(commands)
+        first = names.index("mosaic-first")
+        mosaic = names[first + 1 :]
+        assert not any(name.startswith("mosaic") for name in names[:first])
+        assert [name for name in mosaic if "contract" not in name] == [
+            "mosaic-prefill-8k", "mosaic-chunk-2k-on-32k", "mosaic-mixed-63x4k-and-1k",
+        ]  # fmt: skip
+        assert all(commands[name].needs == "mosaic-first" for name in mosaic)
+        assert all(command.limit_s <= 480 for command in commands.values())
+        written = [part for command in commands.values() for part in command.arguments if part.endswith(".json")]
+        assert len(written) == len(set(written)) == len(TABLE) + 3
+        for name in ("prefill-8k", "chunk-2k-on-32k", "mixed-63x4k-and-1k"):
+            assert "--kernel" not in commands[f"table-{name}"].arguments
+            assert commands[f"mosaic-{name}"].arguments[-2:] == ("--kernel", "pallas_mosaic_gpu")
+        kernels = {kernel: {each.name for each in CONTESTANTS[kernel]} for kernel in (OURS, MOSAIC)}
+        assert MOSAIC not in kernels[OURS]
+        assert {OURS, MOSAIC} <= kernels[MOSAIC]
 
     def test_a_missed_target_is_measured_again_with_the_tuned_tiles(self, tmp_path: Path) -> None:
         names = [command.name for command in half_hour.commands(tmp_path, False)]

@@ -35,8 +35,9 @@ if REASON is not None and os.environ.get("EASYDEL_RAGGED_TEST_GPU_COMPILER") == 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 FEW_BYTES = 64
-"""Of a thread, that may be spilled: none is in most kernels, a few outside of the loops in some with a window."""
-THREADS = 384
+"""Of a thread, that may be spilled with head_dim 256, outside of the loops. Nothing is with a smaller one."""
+PLAIN_COPY = re.compile(r"\b(?:ld|st)\.(?:\w+\.)*(?:global|local)\b")
+"""A load or store of a thread from or to the card's memory."""
 
 
 def request(
@@ -129,8 +130,8 @@ def test_compiles_for_hopper(
     registers = re.search(r"Used (\d+) registers", program.said)
     assert spilled
     assert registers is not None
-    assert max(spilled) <= FEW_BYTES, program.said
-    assert int(registers[1]) * THREADS <= 65536
+    assert max(spilled) <= (FEW_BYTES if head_dim == 256 else 0), program.said
+    check_registers(program.ptx, int(registers[1]))
     # Blocks at the window's edge, those that all queries see whole, the last ones: both products in each, by wgmma.
     loops = program.key_loops
     assert len(loops) == 2 + made.options.is_local
@@ -139,8 +140,53 @@ def test_compiles_for_hopper(
         weighted = [each for each in products if re.search(r"\},\s*\{", each)]  # weights are in registers
         assert (len(products), len(weighted)) == (head_dim // 16 + own.keys // 16, own.keys // 16)
         assert "ex2.approx.ftz.f32" in loop.ptx
-        assert not re.search(r"\b(?:ld|st)\.(?:global|local)", loop.ptx), "the loop leaves registers and shared memory"
-    assert set(re.findall(r"setmaxnreg\.(\w+)", program.ptx)) == {"inc", "dec"}
+        assert not PLAIN_COPY.search(loop.ptx), "the loop leaves registers and shared memory"
+    # What copies reads page ids from global memory: such loads are found.
+    assert any(PLAIN_COPY.search(loop.ptx) for loop in loops_of(program.ptx) if not loop.tensor_core_products)
+
+
+def check_registers(ptx: str, at_launch: int) -> None:
+    """Each warpgroup has what it is meant to have, and together they have no more than at launch, which there is."""
+    found = re.findall(r"\bsetmaxnreg\.(inc|dec)\.sync\.aligned\.u32\s+(\d+);", ptx)
+    wanted = {("dec", str(sizes.MEMORY_REGISTERS)), ("inc", str(sizes.COMPUTE_REGISTERS))}
+    assert len(found) == 2, f"setmaxnreg: {found}"
+    assert set(found) == wanted, f"setmaxnreg: {found}"
+    later = sizes.MEMORY_REGISTERS + sizes.COMPUTE_WARPGROUPS * sizes.COMPUTE_REGISTERS
+    assert later <= (sizes.COMPUTE_WARPGROUPS + 1) * at_launch, f"{later} registers, {at_launch} at launch"
+    assert 128 * (sizes.COMPUTE_WARPGROUPS + 1) * at_launch <= 65536, f"{at_launch} registers of a thread at launch"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "at_launch", "reason"),
+    [
+        ("setmaxnreg.dec.sync.aligned.u32 \t56; setmaxnreg.inc.sync.aligned.u32 224;", 168, None),
+        ("setmaxnreg.dec.sync.aligned.u32 \t56; setmaxnreg.inc.sync.aligned.u32 224;", 160, "504 registers, 160 at"),
+        ("setmaxnreg.dec.sync.aligned.u32 \t56; setmaxnreg.inc.sync.aligned.u32 224;", 176, "176 registers of"),
+        ("setmaxnreg.dec.sync.aligned.u32 \t56; setmaxnreg.inc.sync.aligned.u32 232;", 168, "setmaxnreg: "),
+        ("setmaxnreg.dec.sync.aligned.u32 \t56;", 168, "setmaxnreg: "),
+    ],
+)
+def test_registers_that_a_program_can_not_have_are_seen(ptx: str, at_launch: int, reason: str | None) -> None:
+    if reason is None:
+        check_registers(ptx, at_launch)
+        return
+    with pytest.raises(AssertionError, match=reason):
+        check_registers(ptx, at_launch)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "plain"),
+    [
+        ("ld.global.u32 %r1, [%rd1];", True),
+        ("@%p1 st.global.v4.b32 [%rd1], {%r1, %r2, %r3, %r4};", True),
+        ("ld.volatile.global.nc.u32 %r1, [%rd1];", True),
+        ("st.local.b64 [%rd1], %rd2;", True),
+        ("ld.shared.b32 %r1, [%r2];", False),
+        ("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier [%r1], [%rd1, {%r2, %r3, %r4}], [%r5];", False),
+    ],
+)
+def test_plain_copies_are_told_apart(instruction: str, plain: bool) -> None:
+    assert bool(PLAIN_COPY.search(instruction)) == plain
 
 
 def test_a_copy_of_the_pages_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_calls import QUICK_TO_COMPILE, WRONG_STARTS, overlapping_rows
-from mosaic_cases import EVERY_ROW, INTERPRETED, in_its_shape, not_interpreted
+from mosaic_cases import (
+    EVERY_CASE,
+    EVERY_ROW,
+    INTERPRETED,
+    KNOWN_FAILURES,
+    SEVERAL_BLOCKS,
+    in_its_shape,
+    not_interpreted,
+)
 
 from easydel_ragged_plugin import RaggedPageConfig, prepare, ragged_page_attention_v3, select
 from easydel_ragged_plugin.errors import Unsupported
@@ -30,10 +38,9 @@ from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, LongRows, sizes
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu.work import work_of
 from easydel_ragged_plugin.layout import PageLayout, page_shape
-from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.rows import Rows
 from easydel_ragged_plugin.testing import KernelContract
-from easydel_ragged_plugin.testing.cases import CASES, Case, Row, build_batch, case_named
+from easydel_ragged_plugin.testing.cases import Row, build_batch, case_named
 from easydel_ragged_plugin.testing.compare import assert_close, assert_same_pages
 from easydel_ragged_plugin.testing.kernel_contract import KernelResults
 from easydel_ragged_plugin.testing.kernel_driver import KernelDriver
@@ -45,32 +52,8 @@ if REASON is not None and os.environ.get("EASYDEL_RAGGED_TEST_MOSAIC") == "requi
 interprets = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LAW_CASE = in_its_shape([case_named("mixed")])[0]
-# Two blocks of keys and the beginning of a third, in pages of a part of a block and of two: the ring goes around, and
-# the last block has a tail. The window begins within a block.
-LONG = Case(
-    "several-blocks",
-    (Row(600, 70), Row(300, 33), Row(40, 40)),
-    q_heads=8,
-    kv_heads=2,
-    head_dim=128,
-    page_size=32,
-    pages_per_row=20,
-    num_tokens=160,
-    num_rows=4,
-    num_pages=None,
-    dtype="bfloat16",
-    sinks="heads",
-    options=Options(sliding_window=200, logits_soft_cap=5.0),
-)
-IN_BRIEF = (LONG,)
-MORE = (
-    dataclasses.replace(LONG, name="several-blocks-plain", sinks=None, options=Options()),
-    dataclasses.replace(LONG, name="several-blocks-pages-of-256", page_size=256, pages_per_row=3, head_dim=64),
-    dataclasses.replace(LONG, name="several-blocks-head-dim-256", head_dim=256, kv_heads=8, options=Options()),
-    dataclasses.replace(LONG, name="group-of-16", q_heads=16, kv_heads=1, head_dim=64),
-    dataclasses.replace(LONG, name="group-of-5", q_heads=5, kv_heads=1, head_dim=64, dtype="float16"),
-    *in_its_shape(CASES),
-)
+# The other one takes minutes in an interpreter.
+MORE = tuple(case for case in EVERY_CASE if case.name != "long-context")
 
 
 @interprets
@@ -80,7 +63,7 @@ class TestMosaicInBrief(KernelResults):
     kernel: ClassVar = INTERPRETED
     compiler_options: ClassVar = QUICK_TO_COMPILE
     versions: ClassVar = ("v3",)
-    cases: ClassVar = IN_BRIEF
+    cases: ClassVar = (SEVERAL_BLOCKS,)
 
 
 @interprets
@@ -92,15 +75,7 @@ class TestMosaicInEveryCase(KernelContract):
     compiler_options: ClassVar = QUICK_TO_COMPILE
     law_case: ClassVar = LAW_CASE
     cases: ClassVar = MORE
-    known_failures: ClassVar = {
-        "test_inside_of_shard_map": "loops of Pallas' interpreter carry no varying axes, as in test_pallas_gpu.py",
-        **{
-            f"test_strict_settings_change_no_number[{version}-rank-dtype-x64]": (
-                "the interpreter's threads lower without the setting that the program was traced with"
-            )
-            for version in ("v2", "v3")
-        },
-    }
+    known_failures: ClassVar = KNOWN_FAILURES
 
 
 def request(**changes: Any) -> AttentionRequest:
@@ -139,7 +114,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_layers_of_a_loop_share_what_is_prepared() -> None:
     """Two layers of ``lax.scan`` over a long row, two short ones, and a token of none."""
-    case = dataclasses.replace(LONG, name="scanned", rows=(Row(40, 1), Row(33, 20), Row(3, 2)), num_tokens=24)
+    case = dataclasses.replace(SEVERAL_BLOCKS, name="scanned", rows=(Row(40, 1), Row(33, 20), Row(3, 2)), num_tokens=24)
     batch = build_batch(dataclasses.replace(case, sinks=None), "v3")
     index = tuple(map(jnp.array, (batch.context_lens, batch.block_tables, batch.query_start_loc, batch.distribution)))
     call = (batch.queries, batch.keys, batch.values, jnp.array(batch.pages), *index)

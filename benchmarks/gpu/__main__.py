@@ -11,6 +11,9 @@ is the next call's query, and each call reads pages that the one before it has n
 CUDA events; a program of 50 ms or more makes the cost of starting it small instead. The lists that are made from row
 lengths are made before the program, as layers share them; the contestants "and lists" make them in each call.
 
+``--kernel`` names whom the targets are for; that for Hopper is measured on the workloads with long rows. Where it
+can't run, the program says why and ends with exit code 77.
+
 ``--dry-run`` walks the whole way on any machine, with short contexts in Pallas' interpreter. Its times mean nothing.
 """
 
@@ -31,19 +34,21 @@ import jax
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.gpu.measure import run_entry
 from benchmarks.gpu.report import driver, show
-from benchmarks.gpu.rivals import CONTESTANTS, OURS
-from benchmarks.gpu.table import TABLE
+from benchmarks.gpu.rivals import CONTESTANTS
+from benchmarks.gpu.table import MOSAIC, OURS, TABLES
 from benchmarks.limits import limits
+from benchmarks.processes import NOT_HERE
 from benchmarks.workloads import draw, machine, ratio, shortened
 from easydel_ragged_plugin.bench import figure
 from easydel_ragged_plugin.interrupt import interruptible
-from easydel_ragged_plugin.kernels import pallas_gpu
+from easydel_ragged_plugin.kernels import pallas_gpu, pallas_mosaic_gpu
 from easydel_ragged_plugin.terminal import CommandError, require_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ragged page attention on a GPU: answers, times, limits.")
     parser.add_argument("--case", action="append", help="a workload by name; repeat it for several (default: all)")
+    parser.add_argument("--kernel", choices=TABLES, default=OURS, help=f"whose targets these are (default: {OURS})")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; the median counts")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--figure", type=Path, help="draw them into this file (needs matplotlib)")
@@ -52,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="short contexts in Pallas' interpreter, on any machine: no times"
     )
     options = parser.parse_args(arguments)
-    names = [entry.case.name for entry in TABLE]
+    ours, table = options.kernel, TABLES[options.kernel]
+    names = [entry.case.name for entry in table]
     if options.list:
         print("\n".join(names))
         return 0
@@ -61,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--case: got {', '.join(unknown)}, wanted some of {', '.join(names)}.", file=sys.stderr)
         return 2
     dry = options.dry_run
-    if dry:  # an interpreted kernel is a large program that runs once; JAX has not looked at this variable yet
+    if dry:  # an interpreted kernel is a large program that runs once; JAX has not looked at these variables yet
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        os.environ.setdefault("NPROC", "8")  # threads of XLA: in Mosaic's interpreter they wait for one another
     backend = jax.default_backend()
     if backend != "gpu" and not dry:
         print(
@@ -71,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if ours == MOSAIC:
+        reason = pallas_mosaic_gpu.PallasMosaicGPU(interpret=dry).facts()["reason"]
+        if reason is not None:
+            print(f"{MOSAIC}: {reason}", file=sys.stderr)
+            return NOT_HERE
     try:
         if options.figure:
             figure.require(options.figure)
@@ -81,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
 
-    report: dict[str, Any] = {"dry_run": dry, "machine": machine(pallas_gpu.KERNEL, driver())}
+    report: dict[str, Any] = {
+        "dry_run": dry,
+        "machine": machine({OURS: pallas_gpu, MOSAIC: pallas_mosaic_gpu}[ours].KERNEL, driver()),
+    }
     first = limits(dry)
     facts = report["machine"]
     about = f"{facts['device']}, driver {facts['driver'] or 'unknown'}, JAX {facts['versions']['jax']}, {facts['date']}"
@@ -90,28 +105,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("DRY RUN: short contexts, interpreted. Answers are checked; no time or rate in here means anything.")
     else:
         print(f"limits: {first.text()}")
-    results = []
-    for entry in TABLE:
+    results, contestants = [], CONTESTANTS[ours]
+    for entry in table:
         if options.case and entry.case.name not in options.case:
             continue
         chosen = dataclasses.replace(entry, case=shortened(entry.case)) if dry else entry
-        results.append(run_entry(chosen, first, options.repeats, dry))
+        results.append(run_entry(chosen, ours, first, options.repeats, dry))
         show(results[-1], dry)
     report["limits"] = [dataclasses.asdict(each) for each in (first, limits(dry))]  # before and after
     report["ratios"] = {
-        f"{each.name} {each.version}": ratio(results, each, OURS) for each in CONTESTANTS if each.name != OURS
+        f"{each.name} {each.version}": ratio(results, each, ours) for each in contestants if each.name != ours
     }
     report["results"] = results
-    wrong = [each["case"] for each in results if not any(t["kernel"] == OURS for t in each["timings"])]
+    wrong = [each["case"] for each in results if not any(t["kernel"] == ours for t in each["timings"])]
     if not dry:
         for name, value in report["ratios"].items():
-            print(f"{name}: {'no figure' if value is None else f'{value:.2f} times our time, median'}")
+            print(f"{name}: {'no figure' if value is None else f'{value:.2f} times the time of {ours}, median'}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if options.figure:
-        draw(results, CONTESTANTS, facts, first, dry, options.figure)
+        draw(results, contestants, facts, first, dry, options.figure)
     if wrong:
-        print(f"{OURS} has no right answer for: {', '.join(wrong)}", file=sys.stderr)
+        print(f"{ours} has no right answer for: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -4,6 +4,8 @@
 
 Each command is a process with a time limit, so one that hangs or crashes leaves the others. What each prints and finds
 is written when it ends. Run it again with the same folder: commands that have ended well are left out.
+
+Commands about a kernel that this machine can't run are skipped, and so are those that follow from one that failed.
 """
 
 from __future__ import annotations
@@ -18,23 +20,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ended
+from benchmarks.processes import NOT_HERE, ended
 
-from .table import TABLE
+from .table import MOSAIC, TABLE, TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 480.0
+FIRST_LIMIT_S = 120.0
+"""For one case of a kernel that may never end."""
 GEOMETRIES = (("32", "8", "128"), ("64", "8", "64"))
 """Query heads, kv heads and head_dim that are tuned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command: its name, its arguments after Python's, and its environment variables."""
+    """One command: its name, its arguments after Python's, and its environment variables. ``needs``: the command that
+    has to have ended well before it."""
 
     name: str
     arguments: tuple[str, ...]
     variables: tuple[tuple[str, str], ...] = ()
+    needs: str | None = None
+    limit_s: float = LIMIT_S
 
 
 def commands(out: Path, dry: bool) -> Iterator[Command]:
@@ -43,13 +50,7 @@ def commands(out: Path, dry: bool) -> Iterator[Command]:
     tuned = (("EASYDEL_RAGGED_CACHE", str(out / "tuned")),)
     for part in ("Results", "Laws"):
         for version in ("v3", "v2"):
-            report = f"--junitxml={out / f'contract-{part}-{version}.xml'}"
-            which = ("-q", "-p", "no:cacheprovider", "-k", f"Test{part} and {version}", report)
-            yield Command(
-                f"contract-{part}-{version}",
-                ("-m", "pytest", str(ROOT / "benchmarks" / "gpu" / "contract.py"), *which),
-                (("EASYDEL_RAGGED_DRY_RUN", "1" if dry else "0"),),
-            )
+            yield _contract(f"contract-{part}-{version}", f"Test{part} and {version}", out, dry)
     names = [entry.case.name for entry in TABLE]
     for name in names[:1] if dry else names:
         yield Command(f"table-{name}", (*_table(name, out / f"table-{name}.json"), *dry_run))
@@ -60,9 +61,35 @@ def commands(out: Path, dry: bool) -> Iterator[Command]:
         tiny = ("--interpret", "--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16")
         tune = ("-m", "easydel_ragged_plugin", "tune", *(tiny if dry else shape))
         yield Command(f"tune-{q_heads}-{kv_heads}-{head_dim}", tune, tuned)
+    yield from _mosaic(out, dry)
     for name in names:
         if missed(out / f"table-{name}.json"):
             yield Command(f"again-{name}", _table(name, out / f"again-{name}.json"), tuned)
+
+
+def _mosaic(out: Path, dry: bool) -> Iterator[Command]:
+    """Those about the Mosaic kernel. No card has run it, so one case comes first: the others wait for its end."""
+    first = "mosaic-first"
+    which = "TestMosaicResults and v3 and " + ("mixed" if dry else "several-blocks-plain")
+    yield dataclasses.replace(_contract(first, which, out, dry), limit_s=LIMIT_S if dry else FIRST_LIMIT_S)
+    contracts, tables = [], []
+    for part, version in (("Results", "v3"), ("Results", "v2"), ("Laws", "v3")):
+        which = f"TestMosaic{part} and {version}"
+        contracts.append(_contract(f"mosaic-contract-{part}-{version}", which, out, dry))
+    for entry in TABLES[MOSAIC][: 1 if dry else None]:
+        name = f"mosaic-{entry.case.name}"
+        how = ("--kernel", MOSAIC, *(("--dry-run",) if dry else ()))
+        tables.append(Command(name, (*_table(entry.case.name, out / f"{name}.json"), *how)))
+    for command in (*contracts[:1], *tables, *contracts[1:]):
+        yield dataclasses.replace(command, needs=first)
+
+
+def _contract(name: str, which: str, out: Path, dry: bool) -> Command:
+    """Tests of contract.py. ``which``: pytest's ``-k``."""
+    how = ("-q", "-rfE", "-p", "no:cacheprovider", "-k", which, f"--junitxml={out / f'{name}.xml'}")
+    # XLA has a thread for each processor, or so many; those of Mosaic's interpreter wait for one another.
+    variables = (("EASYDEL_RAGGED_DRY_RUN", "1"), ("NPROC", "8")) if dry else (("EASYDEL_RAGGED_DRY_RUN", "0"),)
+    return Command(name, ("-m", "pytest", str(ROOT / "benchmarks" / "gpu" / "contract.py"), *how), variables)
 
 
 def _table(case: str, file: Path) -> tuple[str, ...]:
@@ -83,9 +110,22 @@ def run(command: Command, out: Path, limit_s: float) -> dict[str, Any]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {"PYTHONPATH": path, **dict(command.variables)}
     line = (sys.executable, *command.arguments)
+    limit_s = min(limit_s, command.limit_s)
     code, lines = ended(line, out / f"{command.name}.log", limit_s, variables=variables, folder=out)
-    status = "timed out" if code is None else "ok" if code == 0 else f"exit code {code}"
-    return {"status": status, "seconds": round(time.monotonic() - begin, 1), "last": lines[-3:]}
+    known = {None: "timed out", 0: "ok", NOT_HERE: "skipped"}
+    return {
+        "status": known.get(code, f"exit code {code}"),
+        "seconds": round(time.monotonic() - begin, 1),
+        "last": lines[-3:],
+    }
+
+
+def skipped(command: Command, done: dict[str, Any]) -> dict[str, Any] | None:
+    """What becomes of a command without what it needs; None where it can run, or what it needs has not been tried."""
+    before = done.get(command.needs or "")
+    if before is None or before["status"] == "ok":
+        return None
+    return {"status": "skipped", "seconds": 0.0, "last": [f"{command.needs}: {before['status']}", *before["last"][-1:]]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,13 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (options.only or "") not in command.name or done.get(command.name, {}).get("status") == "ok":
             continue
         print(f"{command.name} ...", flush=True)
-        done[command.name] = found = run(command, out, options.limit)
+        done[command.name] = found = skipped(command, done) or run(command, out, options.limit)
         beside = file.with_suffix(".new")
         beside.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
         beside.replace(file)
         print(f"{command.name}: {found['status']}, {found['seconds']:.0f} s", *found["last"], sep="\n    ", flush=True)
-    bad = [name for name, found in done.items() if found["status"] != "ok"]
-    print(f"{len(done) - len(bad)} of {len(done)} commands ended well" + (f"; not {', '.join(bad)}" if bad else ""))
+    passed_over = [name for name, found in done.items() if found["status"] == "skipped"]
+    bad = [name for name, found in done.items() if found["status"] not in ("ok", "skipped")]
+    well = len(done) - len(bad) - len(passed_over)
+    others = [f"{what} {', '.join(names)}" for what, names in (("not", bad), ("skipped", passed_over)) if names]
+    print("; ".join([f"{well} of {len(done)} commands ended well", *others]))
     return 1 if bad else 0
 
 

@@ -16,8 +16,8 @@ from easydel_ragged_plugin.bench.work import Work, work
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
 
-from .rivals import CONTESTANTS, OURS
-from .table import WIDER, Entry
+from .rivals import CONTESTANTS
+from .table import OURS, WIDER, Entry
 
 
 def update_step(problem: Problem, dry: bool) -> tuple[Problem, Step]:
@@ -43,8 +43,10 @@ def floors(entry: Entry, found: Limits) -> tuple[Work, float]:
     return work(case), sum(part.seconds(*dataclasses.astuple(found)) for part in parts)
 
 
-def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, dry: bool) -> dict[str, Any] | str:
-    """Figures of one contestant, or why there are none."""
+def measure(
+    entry: Entry, contestant: Contestant, kernel: str, found: Limits, repeats: int, dry: bool
+) -> dict[str, Any] | str:
+    """Figures of one contestant, or why there are none. ``kernel`` is whom the entry's targets are for."""
     case, platform = entry.case, jax.default_backend()
     needed, apart = floors(entry, found)
     copies = 1 if dry else copies_beyond_cache(case)
@@ -80,17 +82,18 @@ def measure(entry: Entry, contestant: Contestant, found: Limits, repeats: int, d
         "share": share,
         "error": error,
         "right": right,
-        "met": None if dry or contestant.name != OURS else entry.met(seconds, share, apart),
+        "met": None if dry or contestant.name != kernel else entry.met(seconds, share, apart),
         "samples_us": [1e6 * each for each in samples],
     }
 
 
-def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str, Any]:
+def run_entry(entry: Entry, kernel: str, found: Limits, repeats: int, dry: bool) -> dict[str, Any]:
+    """Figures of a kernel of this package on a workload, and of all that it is compared with."""
     timings, notes = [], []
-    for contestant in CONTESTANTS:
+    for contestant in CONTESTANTS[kernel]:
         if entry.update_only and (contestant.name, contestant.version) != (OURS, "v3"):
             continue
-        result = measure(entry, contestant, found, repeats, dry)
+        result = measure(entry, contestant, kernel, found, repeats, dry)
         label = f"{contestant.name} {contestant.version}"
         if isinstance(result, str):
             notes.append(f"{label}: {result}")
@@ -99,10 +102,10 @@ def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str,
         else:
             timings.append(result)
     wider = None
-    ours = next((each for each in timings if each["kernel"] == OURS), None)
+    ours = next((each for each in timings if each["kernel"] == kernel), None)
     if ours is not None and not entry.update_only and not dry:
         case = dataclasses.replace(entry.case, pages_per_row=WIDER * entry.case.pages_per_row)
-        again = measure(dataclasses.replace(entry, case=case), CONTESTANTS[0], found, repeats, dry)
+        again = measure(dataclasses.replace(entry, case=case), CONTESTANTS[kernel][0], kernel, found, repeats, dry)
         if isinstance(again, str):
             notes.append(f"a table {WIDER} times as wide: {again}")
         else:
@@ -111,6 +114,7 @@ def run_entry(entry: Entry, found: Limits, repeats: int, dry: bool) -> dict[str,
     case = entry.case
     return {
         "case": case.name,
+        "kernel": kernel,
         "geometry": geometry(case),
         "dtype": case.dtype,
         "version": "v2",

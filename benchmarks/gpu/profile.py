@@ -18,7 +18,7 @@ from easydel_ragged_plugin.bench.problem import build
 from easydel_ragged_plugin.bench.timing import copies_beyond_cache
 
 from .rivals import CONTESTANTS
-from .table import TABLE
+from .table import OURS, TABLE
 
 CALLS = 20
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif jax.default_backend() != "gpu":
         print(f"got JAX's backend {jax.default_backend()!r}, wanted gpu, or --dry-run", file=sys.stderr)
         return 2
-    contestant = CONTESTANTS[0]
+    contestant = CONTESTANTS[OURS][0]
     copies = 1 if options.dry_run else copies_beyond_cache(entry.case)
     problem = build(entry.case, contestant.version, copies=copies, platform=jax.default_backend())
     prepared = contestant.prepare(problem, options.dry_run)

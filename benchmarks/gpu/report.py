@@ -28,8 +28,11 @@ def show(result: dict[str, Any], dry: bool) -> None:
             wider = f"; table {WIDER} times as wide: {ratio:.2f} of the time{verdict}"
         figures = f": floor {result['limit_us']:.1f} us, wanted {result['target']}{wider}"
     print(f"{result['case']} ({result['geometry']}){figures}")
+    own = {each["version"]: each["us"] for each in result["timings"] if each["kernel"] == result["kernel"]}
     for each in result["timings"]:
         verdict = {None: "", True: "  reached", False: "  MISSED"}[each["met"]]
+        if not dry and each["kernel"] != result["kernel"] and each["version"] in own:
+            verdict = f"  {each['us'] / own[each['version']]:.2f} times {result['kernel']}"
         times = "" if dry else f"{each['us']:10.1f} us {100 * each['share']:5.0f} %"
         print(f"  {each['kernel'] + ' ' + each['version']:24}{times}  error {each['error']:.1e}{verdict}")
     for note in result["notes"]:

@@ -12,10 +12,10 @@ from benchmarks.contestants import Contestant, of_kernel
 from easydel_ragged_plugin.bench.problem import Problem
 from easydel_ragged_plugin.bench.timing import Step
 from easydel_ragged_plugin.config import RaggedPageConfig
-from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, xla
+from easydel_ragged_plugin.kernels import ejkernel, pallas_gpu, pallas_mosaic_gpu, xla
 
-OURS = pallas_gpu.KERNEL.name
-"""Whom the table's targets are for."""
+from .table import MOSAIC, OURS
+
 IN_FULL = f"{OURS} and lists"
 
 
@@ -89,22 +89,39 @@ def cudnn(problem: Problem, dry: bool) -> tuple[Problem, Step] | str:
 EASYDEL = ejkernel.KERNEL.name
 INTERPRETED = pallas_gpu.PallasGPU(interpret=True)
 TRITON, XLA = RaggedPageConfig(platform="triton"), RaggedPageConfig(platform="xla")
-OWN, OWN_IN_FULL, HOSTS = (
+OWN, OWN_IN_FULL, OWN_IN_MOSAIC, HOSTS = (
     of_kernel(pallas_gpu.KERNEL, interpreted=INTERPRETED, prepared=True),
     of_kernel(pallas_gpu.KERNEL, interpreted=INTERPRETED),
+    of_kernel(pallas_mosaic_gpu.KERNEL, interpreted=pallas_mosaic_gpu.PallasMosaicGPU(interpret=True), prepared=True),
     # There is no interpreter for these: in a dry run it is what EasyDeL has for a CPU.
     of_kernel(ejkernel.KERNEL, TRITON, dry_config=XLA),
 )
-CONTESTANTS = (
-    Contestant(OURS, "v2", "this package, v2", "#0f766e", OWN),
-    Contestant(OURS, "v3", "this package, v3", "#3aa99f", OWN),
-    # In these a call makes its lists of work, too, as each trip of a loop over layers does without `prepare`.
-    Contestant(IN_FULL, "v2", "this package, v2, with its lists", "#0b544e", OWN_IN_FULL),
-    Contestant(IN_FULL, "v3", "this package, v3, with its lists", "#2c7f79", OWN_IN_FULL),
-    Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL)),
-    Contestant("unified_attention", "v2", "EasyDeL unified_attention", "#c9742b", unified_attention),
-    Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", HOSTS),
-    Contestant(EASYDEL, "v3", "EasyDeL, v3", "#f0d2b4", HOSTS),
-    Contestant("jax paged_attention", "v2", "JAX paged_attention", "#4f5d95", jax_paged_attention),
-    Contestant("cudnn", "v2", "cuDNN, dense", "#8c6bb1", cudnn),
-)
+TRITON_V2 = Contestant(OURS, "v2", "this package, v2", "#0f766e", OWN)
+TRITON_V3 = Contestant(OURS, "v3", "this package, v3", "#3aa99f", OWN)
+UNIFIED = Contestant("unified_attention", "v2", "EasyDeL unified_attention", "#c9742b", unified_attention)
+CUDNN = Contestant("cudnn", "v2", "cuDNN, dense", "#8c6bb1", cudnn)
+CONTESTANTS = {
+    OURS: (
+        TRITON_V2,
+        TRITON_V3,
+        # In these a call makes its lists of work, too, as each trip of a loop over layers does without `prepare`.
+        Contestant(IN_FULL, "v2", "this package, v2, with its lists", "#0b544e", OWN_IN_FULL),
+        Contestant(IN_FULL, "v3", "this package, v3, with its lists", "#2c7f79", OWN_IN_FULL),
+        Contestant(xla.KERNEL.name, "v2", "this package, XLA", "#b5ded9", of_kernel(xla.KERNEL)),
+        UNIFIED,
+        Contestant(EASYDEL, "v2", "EasyDeL, v2", "#e0a871", HOSTS),
+        Contestant(EASYDEL, "v3", "EasyDeL, v3", "#f0d2b4", HOSTS),
+        Contestant("jax paged_attention", "v2", "JAX paged_attention", "#4f5d95", jax_paged_attention),
+        CUDNN,
+    ),
+    # In a process of its own: where a barrier is wrong, it does not end.
+    MOSAIC: (
+        Contestant(MOSAIC, "v2", "this package, Mosaic, v2", "#7c3aed", OWN_IN_MOSAIC),
+        Contestant(MOSAIC, "v3", "this package, Mosaic, v3", "#a78bfa", OWN_IN_MOSAIC),
+        TRITON_V2,
+        TRITON_V3,
+        UNIFIED,
+        CUDNN,
+    ),
+}
+"""Who is measured beside each of this package's kernels, which the table's targets are for. It comes first."""

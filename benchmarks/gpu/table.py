@@ -1,4 +1,4 @@
-"""The workloads, and what is wanted of this package's kernel on each."""
+"""The workloads, and what is wanted of this package's kernels on each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import dataclasses
 
 from benchmarks.workloads import GQA, OSS, K, heads
 from easydel_ragged_plugin.bench.cases import workload
+from easydel_ragged_plugin.kernels import pallas_gpu, pallas_mosaic_gpu
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Case, Row
+
+OURS = pallas_gpu.KERNEL.name
+MOSAIC = pallas_mosaic_gpu.KERNEL.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A workload and what is wanted of this package's kernel on it.
+    """A workload and what is wanted of a kernel on it.
 
     ``share``: of the limit that binds, at least. ``us``: microseconds, at most. ``floors``: multiples of the least
     time of its row kinds one after the other, at most.
@@ -47,6 +51,9 @@ def of_size(case: Case, gib: float) -> Case:
     return dataclasses.replace(case, num_pages=int(gib * 2**30) // page)
 
 
+PREFILL = Entry(workload("prefill-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), share=0.36)
+CHUNK = Entry(workload("chunk-2k-on-32k", (Row(34 * K - 37, 2 * K - 1),), **GQA), share=0.36)
+MIXED = Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K - 37, K - 1)), **GQA), floors=1.3)
 TABLE = (
     Entry(workload("decode-64x2k", decodes(64, 2 * K), **GQA), share=0.80),
     Entry(workload("decode-16x4k-mha", decodes(16, 4 * K), **heads(32, 32, 128)), share=0.80),
@@ -59,11 +66,13 @@ TABLE = (
     Entry(workload("decode-64x8k-sinks-window", decodes(64, 8 * K), options=Options(sliding_window=128), **OSS), us=15),
     Entry(workload("decode-64x2k-float8", decodes(64, 2 * K), cache_dtype="float8_e4m3fn", **GQA), share=0.70),
     Entry(of_size(workload("decode-8x8k-of-4gib", decodes(8, 8 * K), **GQA), 4.25), share=0.75),
-    Entry(workload("prefill-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), share=0.36),
-    Entry(workload("chunk-2k-on-32k", (Row(34 * K - 37, 2 * K - 1),), **GQA), share=0.36),
-    Entry(workload("mixed-63x4k-and-1k", (*decodes(63, 4 * K), Row(5 * K - 37, K - 1)), **GQA), floors=1.3),
+    PREFILL,
+    CHUNK,
+    MIXED,
     Entry(workload("update-8k", (Row(8 * K - 1, 8 * K - 1),), **GQA), floors=2.0, update_only=True),
 )
+TABLES = {OURS: TABLE, MOSAIC: (*(dataclasses.replace(entry, share=0.60) for entry in (PREFILL, CHUNK)), MIXED)}
+"""For each of this package's kernels: for Mosaic those with long rows."""
 WIDER = 8
 MOST_WIDER = 1.05
 """The same work with a block table ``WIDER`` times as wide may take this much longer."""

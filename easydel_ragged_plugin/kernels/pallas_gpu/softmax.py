@@ -8,17 +8,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import triton as pltriton
 
-from easydel_ragged_plugin.base2 import LOG2_E
+from easydel_ragged_plugin.base2 import LOG2_E, Scores, finish_sums, rising
 from easydel_ragged_plugin.types import AttentionRequest
 
 from .blocks import broadcast_along
 
 __all__ = ["Exp2", "Softmax", "add_block", "empty_softmax", "exp2", "exp2_of_nvidia", "finish", "is_spoiled"]
-
-LARGEST = float(np.finfo(np.float32).max)
 
 
 class Softmax(NamedTuple):
@@ -66,10 +63,15 @@ def exp2_of_nvidia(array: jax.Array, factor: float, reference: jax.Array) -> jax
     return found
 
 
+def finite(maximum: jax.Array) -> jax.Array:
+    """What is subtracted from logits in place of their maximum: -inf - -inf would be NaN."""
+    return jnp.where(maximum == -jnp.inf, 0.0, maximum)
+
+
 def add_block(
     request: AttentionRequest,
     state: Softmax,
-    scores: tuple[jax.Array, float | jax.Array],
+    scores: Scores,
     visible: jax.Array,
     values: jax.Array,
     multiply: Callable[..., jax.Array],
@@ -87,12 +89,10 @@ def add_block(
         multiply: ``multiply(weights, values, 0)`` is the product of weights and values.
         exp2: how weights are computed.
     """
-    array, factor = scores
-    if not isinstance(factor, float) or factor <= 0:  # the largest score need not have the largest logit
-        array, factor = array * factor, 1.0
+    array, factor = rising(scores)
     array = jnp.where(visible, array, -jnp.inf)
     maximum = jnp.maximum(state.maximum, jnp.max(array, axis=1) * factor)
-    reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)  # -inf - -inf would be NaN
+    reference = finite(maximum)
     weights = exp2(array, factor, broadcast_along(reference, 0, array.shape))
     kept = exp2(state.maximum, 1.0, reference)
     return Softmax(
@@ -119,16 +119,8 @@ def finish(
     A sink is one more key, without a value. Where nothing was seen the output is zero and the logsumexp -inf.
     ``v_scale`` is a further factor of the output.
     """
-    maximum, total, kept = state.maximum, state.total, jnp.ones_like(state.total)
-    highest = maximum / LOG2_E
-    if sink is not None:
-        logit = jnp.minimum(sink * LOG2_E, LARGEST)  # infinity minus itself would be NaN
-        maximum = jnp.maximum(state.maximum, logit)
-        highest = jnp.where(maximum == logit, sink, highest)
-        reference = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        kept = jnp.exp2(state.maximum - reference)
-        total = total * kept + jnp.exp2(logit - reference)
-    factor = kept * request.v_scale / jnp.where(total == 0, 1.0, total)
+    highest = state.maximum / LOG2_E
+    factor, highest, total = finish_sums(request, state.maximum, state.total, highest, sink, finite)
     factor = factor if v_scale is None else factor * v_scale
     output = (state.weighted * factor[:, None]).astype(request.query_dtype)
     if not request.return_lse:

@@ -4,6 +4,9 @@
 sizes.py   what a program holds
 work.py    which rows are long, and the lists of work
 attend.py  the kernel of long rows: a warpgroup that copies pages by TMA, two that multiply by ``wgmma`` in turn
+scratch.py its tile, its shared memory and its barriers
+copies.py  what it copies: pages, queries, output
+softmax.py its softmax, in registers
 settle.py  what follows it, in Triton: logsumexps to their places, queries with NaN once more
 ========== =====================================================================================================
 

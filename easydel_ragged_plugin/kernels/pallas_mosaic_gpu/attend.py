@@ -29,288 +29,70 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from easydel_ragged_plugin.base2 import LOG2_E
-from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
-from easydel_ragged_plugin.rows import first_visible, needed_entries, visible_keys
-from easydel_ragged_plugin.types import SATURATED, AttentionRequest
+from easydel_ragged_plugin.rows import first_visible, visible_keys
+from easydel_ragged_plugin.types import AttentionRequest
 
-from .sizes import COMPUTE_WARPGROUPS, OUTPUT_LANES, QUERIES, Sizes
+from .copies import copy_blocks, load_queries, stage, store_output
+from .scratch import Scratch, Tile
+from .sizes import COMPUTE_REGISTERS, COMPUTE_WARPGROUPS, MEMORY_REGISTERS, OUTPUT_LANES, QUERIES, Sizes
+from .softmax import ROW, State, empty, finish, scores_of, spread, with_weights
 
 __all__ = ["attend_long_rows"]
 
-LARGEST = float(np.finfo(np.float32).max)
-LOWEST = float(np.finfo(np.float32).min)
-"""The maximum of no logits: finite, so that nothing is infinity minus itself."""
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
-COMPUTE_REGISTERS = 224
-MEMORY_REGISTERS = 56
-
-ROW = plgpu.Layout.WGMMA.reduce(1)
-"""How the registers of a warpgroup hold one number for each query."""
-
-
-class Scratch(NamedTuple):
-    """Shared memory of a program, and its barriers. One of each for each stage or warpgroup.
+class Warpgroup(NamedTuple):
+    """One of those that compute, and what it computes with.
 
     Attributes:
-        queries: ``[warpgroups, 64, head_dim]``.
-        keys, values: ``[stages, keys, head_dim]``.
-        output: ``[warpgroups, 64, 64]``, some lanes on their way out.
-        rows: ``[warpgroups, 64]`` float32: sinks on their way in, logsumexps on their way out.
-        queries_there: copies of queries have come.
-        keys_there, values_there: copies of a block have come.
-        keys_free, values_free: both warpgroups are done with a block.
-        edge_there: copies of values have come that are to be cleaned first.
-        turn: where the warpgroups take turns.
+        number: which one.
+        token: its first token in the tile.
+        live: its tokens that there are.
     """
 
-    queries: Any
-    keys: Any
-    values: Any
-    output: Any
-    rows: Any
-    queries_there: Any
-    keys_there: Any
-    values_there: Any
-    keys_free: Any
-    values_free: Any
-    edge_there: Any
-    turn: Any
-
-    @classmethod
-    def types(cls, request: AttentionRequest, sizes: Sizes) -> Scratch:
-        """What to allocate."""
-        dtype, lanes = request.compute_dtype, request.head_dim
-        transforms: Any = plgpu  # whether these are abstract classes depends on the version of JAX
-        swizzled = (transforms.TilingTransform((8, 128 // dtype.itemsize)), transforms.SwizzleTransform(128))
-        block = plgpu.SMEM((sizes.stages, sizes.keys, lanes), dtype, transforms=swizzled)
-        copies = sizes.keys // span(request, sizes)
-        query_copies = request.group_size if sizes.heads_first else sizes.tokens
-        come = plgpu.Barrier(num_arrivals=copies, num_barriers=sizes.stages)
-        free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=sizes.stages)
-        return cls(
-            plgpu.SMEM((COMPUTE_WARPGROUPS, QUERIES, lanes), dtype, transforms=swizzled),
-            block,
-            block,
-            plgpu.SMEM((COMPUTE_WARPGROUPS, QUERIES, OUTPUT_LANES), dtype),
-            plgpu.SMEM((COMPUTE_WARPGROUPS, QUERIES), jnp.float32),
-            plgpu.Barrier(num_arrivals=query_copies + request.options.sinks, num_barriers=COMPUTE_WARPGROUPS),
-            come,
-            come,
-            free,
-            free,
-            plgpu.Barrier(num_arrivals=copies),
-            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        )
-
-
-class Tile(NamedTuple):
-    """What a program attends to, scalars. Positions are those in the context of its row."""
-
-    row: jax.Array
+    request: AttentionRequest
+    sizes: Sizes
+    tile: Tile
+    scratch: Scratch
+    interpreted: bool
+    number: jax.Array
     token: jax.Array
-    """First token."""
-    tokens: jax.Array
-    """Tokens that there are; zero where the program has no work."""
-    context: jax.Array
-    new: jax.Array
-    """New tokens of the row."""
-    first: jax.Array
-    """Position of the first token."""
-    last: jax.Array
-    begin: jax.Array
-    """First block of keys."""
-    end: jax.Array
+    live: jax.Array
 
     @classmethod
-    def of(cls, request: AttentionRequest, sizes: Sizes, work: Any, part: jax.Array) -> Tile:
-        """That of a part of the work list."""
-        columns = (Column.ROW, Column.START, Column.TOKENS, Column.CONTEXT, Column.FIRST)
-        row, start, count, context, offset = (work[part, int(column)] for column in columns)
-        tokens = jnp.clip(count - offset, 0, sizes.tile_tokens)
-        first = context - count + offset
-        last = first + tokens - 1
-        seen_begin, seen_end = visible_keys(request, first, last)
-        begin = lax.div(seen_begin, jnp.int32(sizes.keys))
-        end = lax.div(seen_end + (sizes.keys - 1), jnp.int32(sizes.keys))
-        return cls(row, start + offset, tokens, context, count, first, last, begin, end)
+    def of(
+        cls, request: AttentionRequest, sizes: Sizes, tile: Tile, scratch: Scratch, interpreted: bool, number: jax.Array
+    ) -> Warpgroup:
+        """The one of this number."""
+        token = number * sizes.tokens
+        live = jnp.clip(tile.tokens - token, 0, sizes.tokens)
+        return cls(request, sizes, tile, scratch, interpreted, number, token, live)
 
 
-def span(request: AttentionRequest, sizes: Sizes) -> int:
-    """Keys that one copy brings: a page, or as much of it as a block has."""
-    return min(request.page_size, sizes.keys)
+class Positions(NamedTuple):
+    """Of the queries of a warpgroup, and of the first key that each of them sees; None where that is the first one."""
+
+    queries: jax.Array
+    starts: jax.Array | None
+
+    @classmethod
+    def of(cls, group: Warpgroup) -> Positions:
+        """Those of a warpgroup."""
+        request, sizes, tile = group.request, group.sizes, group.tile
+        query = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW)
+        if sizes.heads_first:
+            token = query & (sizes.tokens - 1)
+        else:
+            token = lax.div(query, plgpu.layout_cast(jnp.full((QUERIES,), request.group_size, jnp.int32), ROW))
+        queries = jnp.minimum(token + (tile.first + group.token), tile.last)
+        return cls(queries, first_visible(request, queries) if request.options.is_local else None)
 
 
-def stored_slots(
-    request: AttentionRequest, pages: Any, page: Any, slot: Any, size: int, kv_head: Any, value: bool
-) -> Any:
-    """A view of the keys or values of one kv head in ``size`` slots of a page, ``[size, head_dim]``."""
-    slots = pl.ds(slot, size)
-    if request.version == "v2":
-        return pages.at[page, slots, 2 * kv_head + int(value)]
-    _, _, _, pack, lanes = pages.shape
-    in_one = request.layout.head_stride == lanes  # keys and values share the lanes of a stored head
-    stored = kv_head if in_one else 2 * kv_head + int(value)
-    begin = request.head_dim if in_one and value else 0
-    return pages.at[
-        page, slots, lax.div(stored, jnp.int32(pack)), lax.rem(stored, jnp.int32(pack)), pl.ds(begin, request.head_dim)
-    ]
+class Block(NamedTuple):
+    """A block of keys: its number in the row, how many of the tile come before it, and where in the rings it lies."""
 
-
-def copy_blocks(
-    request: AttentionRequest, sizes: Sizes, tile: Tile, tables: Any, pages: Any, kv_head: Any, scratch: Scratch
-) -> None:
-    """What the memory warpgroup does: all blocks of a tile, each as soon as its place is free."""
-    size = span(request, sizes)
-    first_entry, last_entry = needed_entries(request, tile.context, tile.new)
-    seen_begin, _ = visible_keys(request, tile.first, tile.last)
-
-    def copy(block: jax.Array, value: bool, to: Any, barrier: Any) -> None:
-        for piece in range(sizes.keys // size):
-            position = block * sizes.keys + piece * size
-            # Only entries that the row needs hold pages for certain. What another page gives is masked.
-            entry = jnp.clip(lax.div(position, jnp.int32(request.page_size)), first_entry, last_entry)
-            slot = lax.rem(position, jnp.int32(request.page_size))
-            source = stored_slots(request, pages, tables[tile.row, entry], slot, size, kv_head, value)
-            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(piece * size, size)], barrier)
-
-    def step(index: jax.Array, carry: Any) -> Any:
-        block, stage = tile.begin + index, lax.rem(index, jnp.int32(sizes.stages))
-        again = index >= sizes.stages
-
-        @pl.when(again)
-        def _() -> None:
-            plgpu.barrier_wait(scratch.keys_free.at[stage])
-
-        copy(block, False, scratch.keys.at[stage], scratch.keys_there.at[stage])
-
-        @pl.when(again)
-        def _() -> None:
-            plgpu.barrier_wait(scratch.values_free.at[stage])
-
-        values, there = scratch.values.at[stage], scratch.values_there.at[stage]
-        position = block * sizes.keys
-        edge = (position < seen_begin) | (position + sizes.keys > tile.context)
-
-        @pl.when(jnp.logical_not(edge))
-        def _() -> None:
-            copy(block, True, values, there)
-
-        @pl.when(edge)
-        def _() -> None:
-            copy(block, True, values, scratch.edge_there)
-            plgpu.barrier_wait(scratch.edge_there)
-            clean(request, sizes, values, seen_begin - position, tile.context - position)
-            for _ in range(sizes.keys // size):
-                plgpu.barrier_arrive(there)
-
-        return carry
-
-    lax.fori_loop(0, tile.end - tile.begin, step, None)
-
-
-def clean(request: AttentionRequest, sizes: Sizes, values: Any, begin: jax.Array, end: jax.Array) -> None:
-    """Zeros in place of the values ``[keys, head_dim]`` outside of ``[begin, end)``."""
-    lanes = 128 // request.compute_dtype.itemsize
-    for first in range(0, sizes.keys, QUERIES):
-        key = first + plgpu.broadcasted_iota(jnp.int32, (QUERIES, lanes), 0, layout=plgpu.Layout.WGMMA)
-        kept = (key >= begin) & (key < end)
-        for lane in range(0, request.head_dim, lanes):
-            part = values.at[pl.ds(first, QUERIES), pl.ds(lane, lanes)]
-            part[...] = jnp.where(kept, part[...], jnp.zeros((), request.compute_dtype))
-    plgpu.commit_smem()
-
-
-def load_queries(
-    request: AttentionRequest, sizes: Sizes, queries: Any, token: Any, kv_head: Any, to: Any, barrier: Any
-) -> None:
-    """Copy the queries of a warpgroup's tokens, in the order of :class:`~.sizes.Sizes`. Past the last token: zeros."""
-    group, tokens = request.group_size, sizes.tokens
-    if sizes.heads_first:
-        for head in range(group):
-            source = queries.at[pl.ds(token, tokens), kv_head * group + head]
-            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(head * tokens, tokens)], barrier)
-    else:
-        for offset in range(tokens):
-            source = queries.at[token + offset, pl.ds(kv_head * group, group)]
-            plgpu.copy_gmem_to_smem(source, to.at[pl.ds(offset * group, group)], barrier)
-
-
-def store_output(
-    request: AttentionRequest, sizes: Sizes, staged: Any, output: Any, token: Any, live: Any, kv_head: Any, lane: int
-) -> None:
-    """Copy the staged lanes of the first ``live`` tokens of a warpgroup to ``output``."""
-    group, tokens = request.group_size, sizes.tokens
-    lanes = pl.ds(lane, OUTPUT_LANES)
-    if sizes.heads_first:
-        size = tokens
-        while size:  # the powers of two that make up the number
-            done = live & -(2 * size)
-
-            @pl.when((live & size) != 0)
-            def _(size: int = size, done: Any = done) -> None:
-                for head in range(group):
-                    plgpu.copy_smem_to_gmem(
-                        staged.at[pl.ds(head * tokens + done, size)],
-                        output.at[pl.ds(token + done, size), kv_head * group + head, lanes],
-                    )
-
-            size //= 2
-    else:
-        for offset in range(tokens):
-
-            @pl.when(offset < live)
-            def _(offset: int = offset) -> None:
-                plgpu.copy_smem_to_gmem(
-                    staged.at[pl.ds(offset * group, group)],
-                    output.at[token + offset, pl.ds(kv_head * group, group), lanes],
-                )
-
-
-def stage(lanes: jax.Array, staged: Any) -> None:
-    """Store lanes of the output in shared memory, whose rows are whole: the threads of a warp meet in its banks."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(staged, lanes, optimized=False)
-    else:  # JAX 0.9, which does not ask
-        staged[...] = lanes
-
-
-def spread(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One number for each query, all over its row."""
-    return lax.broadcast_in_dim(rows, shape, (0,))
-
-
-class Logits(NamedTuple):
-    """Logits of a block in base 2 without a factor, so that the factor costs nothing where it can be multiplied in the
-    same instruction as the maximum is subtracted."""
-
-    values: jax.Array
-    factor: float
-
-
-def base2(request: AttentionRequest, products: jax.Array) -> Logits:
-    """Logits of products of queries and keys."""
-    scale, cap = request.logits_scale, request.options.soft_cap
-    if cap is None:
-        factor = scale * LOG2_E
-        # The maximum of logits is the factor times that of products where it is positive.
-        return Logits(products, factor) if factor >= SMALLEST_SCALE else Logits(products * factor, 1.0)
-    if request.scale_over_cap is None:
-        scaled = jnp.clip(products * scale, -SATURATED * cap, SATURATED * cap) * (1 / cap)
-    else:
-        scaled = products * request.scale_over_cap
-    # tanh(x) is 1 - 2 / (exp(2x) + 1). The hardware's own one errs by 2**-11 of a cap.
-    reciprocal_root = lax.rsqrt(jnp.exp2(scaled * (2 * LOG2_E)) + 1.0)
-    return Logits(1.0 - 2.0 * reciprocal_root * reciprocal_root, cap * LOG2_E)
-
-
-class State(NamedTuple):
-    """Running state of the online softmax, float32: ``[64, head_dim]``, ``[64]`` and ``[64]``."""
-
-    weighted: jax.Array
-    maximum: jax.Array
-    total: jax.Array
+    number: jax.Array
+    before: jax.Array
+    stage: jax.Array
 
 
 def take_turn(scratch: Scratch) -> None:
@@ -319,119 +101,155 @@ def take_turn(scratch: Scratch) -> None:
     plgpu.barrier_wait(scratch.turn)
 
 
-def compute(
-    request: AttentionRequest,
-    sizes: Sizes,
-    tile: Tile,
-    warpgroup: jax.Array,
-    scratch: Scratch,
-    positions: jax.Array,
-    interpreted: bool,
-) -> State:
-    """The softmax of a warpgroup's queries over the blocks of the tile. ``positions``: those of its queries."""
-    size, shape = sizes.keys, (QUERIES, sizes.keys)
-    dtype = request.compute_dtype
-    begin, end = tile.begin, tile.end
-    queries = scratch.queries.at[warpgroup]
-    starts = first_visible(request, positions) if request.options.is_local else None
+def multiply_keys(group: Warpgroup, block: Block) -> jax.Array:
+    """Products ``[64, keys]`` of the queries and the keys of a block, whose place is free then."""
+    queries, keys = group.scratch.queries.at[group.number], group.scratch.keys
 
-    def step(masked: bool, block: jax.Array, state: State) -> State:
-        index = block - begin
-        stage = lax.rem(index, jnp.int32(sizes.stages))
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, queries, keys.at[block.stage].transpose((1, 0)))
+        take_turn(group.scratch)
+        found: jax.Array = accumulator[...]
+        return found
 
-        def multiply(accumulator: Any) -> jax.Array:
-            plgpu.wgmma(accumulator, queries, scratch.keys.at[stage].transpose((1, 0)))
-            take_turn(scratch)
-            found: jax.Array = accumulator[...]
-            return found
+    products = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((QUERIES, group.sizes.keys), jnp.float32))
+    plgpu.barrier_arrive(group.scratch.keys_free.at[block.stage])
+    return products
 
-        products = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        plgpu.barrier_arrive(scratch.keys_free.at[stage])
 
-        logits, factor = base2(request, products)
-        if masked:
-            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-            seen = key <= spread(positions - block * size, shape)
-            if starts is not None:
-                seen &= key >= spread(starts - block * size, shape)
-            logits = jnp.where(seen, logits, -jnp.inf)
-        maximum = jnp.maximum(state.maximum, logits.max(axis=1) * factor)
-        kept = jnp.exp2(state.maximum - maximum)
-        weights = jnp.exp2(logits * factor - spread(maximum, shape))
-        weighted = state.weighted * spread(kept, state.weighted.shape)
-        total = state.total * kept
-        operand = weights.astype(dtype)
+def hide(group: Warpgroup, positions: Positions, block: Block, scores: jax.Array) -> jax.Array:
+    """``scores`` with -inf for keys that a query does not see."""
+    size, shape = group.sizes.keys, scores.shape
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    seen = key <= spread(positions.queries - block.number * size, shape)
+    if positions.starts is not None:
+        seen &= key >= spread(positions.starts - block.number * size, shape)
+    return jnp.where(seen, scores, -jnp.inf)
 
-        def wait_for_turn() -> None:
-            plgpu.barrier_arrive(scratch.turn)
-            plgpu.barrier_wait(scratch.values_there.at[stage])
-            plgpu.barrier_wait(scratch.turn)
 
-        def wait_for_next_keys() -> None:
-            @pl.when(block + 1 < end)
-            def _() -> None:
-                plgpu.barrier_wait(scratch.keys_there.at[lax.rem(index + 1, jnp.int32(sizes.stages))])
+def multiply_values(group: Warpgroup, block: Block, operand: jax.Array, weighted: jax.Array) -> jax.Array:
+    """``weighted`` and the product of weights and the values of a block. Meanwhile the next keys come."""
+    scratch = group.scratch
 
-        if request.head_dim <= 128:
-            total += weights.sum(axis=1)
-            weighted, total, maximum, operand = lax.optimization_barrier((weighted, total, maximum, operand))
-            wait_for_turn()
-        else:  # the sum fills the wait, where the accumulator leaves few registers
-            wait_for_turn()
-            total += weights.sum(axis=1)
+    def wait_for_next_keys() -> None:
+        @pl.when(block.number + 1 < group.tile.end)
+        def _() -> None:
+            plgpu.barrier_wait(scratch.keys_there.at[lax.rem(block.before + 1, jnp.int32(group.sizes.stages))])
 
-        if interpreted:
-            values = scratch.values[stage]
-            plgpu.commit_smem()  # orders this read, which wgmma does not do, before the copy that comes next
-            weighted += lax.dot(operand, values, preferred_element_type=jnp.float32)
-            wait_for_next_keys()
-        else:
+    if group.interpreted:
+        values = scratch.values[block.stage]
+        plgpu.commit_smem()  # orders this read, which wgmma does not do, before the copy that comes next
+        weighted += lax.dot(operand, values, preferred_element_type=jnp.float32)
+        wait_for_next_keys()
+        return weighted
 
-            def add(accumulator: Any) -> None:
-                plgpu.wgmma(accumulator, operand, scratch.values.at[stage])
-                wait_for_next_keys()
+    def add(accumulator: Any) -> None:
+        plgpu.wgmma(accumulator, operand, scratch.values.at[block.stage])
+        wait_for_next_keys()
 
-            weighted = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(weighted))
-        plgpu.barrier_arrive(scratch.values_free.at[stage])
-        return State(weighted, maximum, total)
+    found: jax.Array = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(weighted))
+    return found
 
-    state = State(
-        plgpu.layout_cast(jnp.zeros((QUERIES, request.head_dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((QUERIES,), LOWEST, jnp.float32), ROW),
-        plgpu.layout_cast(jnp.zeros((QUERIES,), jnp.float32), ROW),
-    )
-    plgpu.barrier_wait(scratch.keys_there.at[0])
-    pl.when(warpgroup == 1)(functools.partial(take_turn, scratch))
-    # Every query of the tile sees all keys of the blocks [whole, diagonal): these are not masked.
+
+def add_values(group: Warpgroup, block: Block, state: State, weights: jax.Array) -> State:
+    """``state`` with the weights of a block and its values, after the other warpgroup has multiplied."""
+    scratch = group.scratch
+    operand = weights.astype(group.request.compute_dtype)
+    weighted, maximum, total = state
+
+    def wait_for_turn() -> None:
+        plgpu.barrier_arrive(scratch.turn)
+        plgpu.barrier_wait(scratch.values_there.at[block.stage])
+        plgpu.barrier_wait(scratch.turn)
+
+    if group.request.head_dim <= 128:
+        total += weights.sum(axis=1)
+        weighted, total, maximum, operand = lax.optimization_barrier((weighted, total, maximum, operand))
+        wait_for_turn()
+    else:  # the sum fills the wait, where the accumulator leaves few registers
+        wait_for_turn()
+        total += weights.sum(axis=1)
+    weighted = multiply_values(group, block, operand, weighted)
+    plgpu.barrier_arrive(scratch.values_free.at[block.stage])
+    return State(weighted, maximum, total)
+
+
+def attend_block(group: Warpgroup, positions: Positions | None, number: jax.Array, state: State) -> State:
+    """``state`` with a block of keys, which is there. ``positions``: None where all queries see all of its keys."""
+    index = number - group.tile.begin
+    block = Block(number, index, lax.rem(index, jnp.int32(group.sizes.stages)))
+    array, factor = scores_of(group.request, multiply_keys(group, block))
+    if positions is not None:
+        array = hide(group, positions, block, array)
+    state, weights = with_weights((array, factor), state)
+    return add_values(group, block, state, weights)
+
+
+def seen_whole(request: AttentionRequest, sizes: Sizes, tile: Tile) -> tuple[jax.Array, jax.Array]:
+    """Every query of the tile sees all keys of the blocks from the first number on, up to the second one."""
+    size = sizes.keys
     _, last_whole = visible_keys(request, tile.first, tile.first)
-    whole, diagonal = begin, jnp.clip(lax.div(last_whole, jnp.int32(size)), begin, end)
+    whole, diagonal = tile.begin, jnp.clip(lax.div(last_whole, jnp.int32(size)), tile.begin, tile.end)
     if request.options.is_local:
         first_whole, _ = visible_keys(request, tile.last, tile.last)
-        whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), begin, end)
+        whole = jnp.clip(lax.div(first_whole + (size - 1), jnp.int32(size)), tile.begin, tile.end)
         diagonal = jnp.maximum(diagonal, whole)
-        state = lax.fori_loop(begin, whole, functools.partial(step, True), state)
-    state = lax.fori_loop(whole, diagonal, functools.partial(step, False), state)
-    state = lax.fori_loop(diagonal, end, functools.partial(step, True), state)
-    pl.when(warpgroup == 0)(functools.partial(take_turn, scratch))
+    return whole, diagonal
+
+
+def attend_blocks(group: Warpgroup) -> State:
+    """The softmax of a warpgroup's queries over the blocks of the tile."""
+    tile, scratch = group.tile, group.scratch
+    positions = Positions.of(group)
+    state = empty(group.request)
+    plgpu.barrier_wait(scratch.keys_there.at[0])
+    pl.when(group.number == 1)(functools.partial(take_turn, scratch))
+    whole, diagonal = seen_whole(group.request, group.sizes, tile)
+    if group.request.options.is_local:
+        state = lax.fori_loop(tile.begin, whole, functools.partial(attend_block, group, positions), state)
+    state = lax.fori_loop(whole, diagonal, functools.partial(attend_block, group, None), state)
+    state = lax.fori_loop(diagonal, tile.end, functools.partial(attend_block, group, positions), state)
+    pl.when(group.number == 0)(functools.partial(take_turn, scratch))
     return state
 
 
-def finish(request: AttentionRequest, state: State, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Output ``[64, head_dim]``, float32, and logsumexp of a finished softmax; the latter is NaN for a query whose sums
-    hold one. A sink is one more key, without a value. Where nothing was seen: zeros, and -inf."""
-    maximum, total, kept = state.maximum, state.total, jnp.ones_like(state.total)
-    highest = maximum * (1 / LOG2_E)
-    if sink is not None:
-        logit = jnp.minimum(sink * LOG2_E, LARGEST)
-        maximum = jnp.maximum(state.maximum, logit)
-        highest = jnp.where(maximum == logit, sink, highest)
-        kept = jnp.exp2(state.maximum - maximum)
-        total = total * kept + jnp.exp2(logit - maximum)
-    factor = kept * request.v_scale / jnp.where(total == 0, 1.0, total)
-    summed = state.weighted.sum(axis=1)
-    lse = jnp.where(state.total == 0, -jnp.inf, highest + jnp.log(total))
-    lse = jnp.where(summed == summed, lse, jnp.nan)
-    return state.weighted * spread(factor, state.weighted.shape), lse
+class Arrays(NamedTuple):
+    """Arguments and results of the kernel, in the card's memory. ``sinks``: ``[kv_heads, 64]``, or None."""
+
+    work: Any
+    queries: Any
+    pages: Any
+    tables: Any
+    sinks: Any
+    output: Any
+    lse: Any
+
+
+def load(group: Warpgroup, arrays: Arrays, kv_head: jax.Array) -> None:
+    """The queries of a warpgroup, and their sinks."""
+    scratch, index = group.scratch, group.number
+    there, queries = scratch.queries_there.at[index], scratch.queries.at[index]
+    load_queries(group.request, group.sizes, arrays.queries, group.tile.token + group.token, kv_head, queries, there)
+    if arrays.sinks is not None:
+        plgpu.copy_gmem_to_smem(arrays.sinks.at[kv_head], scratch.rows.at[index], there)
+    plgpu.barrier_wait(there)
+
+
+def store(group: Warpgroup, arrays: Arrays, kv_head: jax.Array, part: jax.Array, state: State) -> None:
+    """What a warpgroup has found: output a few lanes at a time, and logsumexps."""
+    request, sizes, tile, scratch = group.request, group.sizes, group.tile, group.scratch
+    rows, staged = scratch.rows.at[group.number], scratch.output.at[group.number]
+    sink = None if arrays.sinks is None else plgpu.layout_cast(rows[...], ROW)
+    found, logsumexp = finish(request, state, sink)
+    rows[...] = logsumexp
+    for lane in range(0, request.head_dim, OUTPUT_LANES):
+        if lane:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage(found[:, lane : lane + OUTPUT_LANES].astype(request.query_dtype), staged)
+        plgpu.commit_smem()
+        store_output(request, sizes, staged, arrays.output, tile.token + group.token, group.live, kv_head, lane)
+        if not lane:
+            plgpu.copy_smem_to_gmem(rows, arrays.lse.at[kv_head, part, group.number])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def ragged_long_rows(request: AttentionRequest, sizes: Sizes, interpreted: bool, *refs: Any) -> None:
@@ -440,49 +258,23 @@ def ragged_long_rows(request: AttentionRequest, sizes: Sizes, interpreted: bool,
     work, queries, pages, tables, *rest = refs
     sinks = rest.pop(0) if request.options.sinks else None
     output, lse, *allocated = rest
-    scratch = Scratch(*allocated)
-    warpgroup, kv_head = lax.axis_index("warpgroup"), lax.axis_index("kv_head")
+    arrays, scratch = Arrays(work, queries, pages, tables, sinks, output, lse), Scratch(*allocated)
+    index, kv_head = lax.axis_index("warpgroup"), lax.axis_index("kv_head")
     part = work.shape[0] - 1 - lax.axis_index("part")
     tile = Tile.of(request, sizes, work, part)
     works = tile.tokens > 0
 
-    @pl.when(works & (warpgroup == COMPUTE_WARPGROUPS))
+    @pl.when(works & (index == COMPUTE_WARPGROUPS))
     def _() -> None:
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         copy_blocks(request, sizes, tile, tables, pages, kv_head, scratch)
 
-    @pl.when(works & (warpgroup < COMPUTE_WARPGROUPS))
+    @pl.when(works & (index < COMPUTE_WARPGROUPS))
     def _() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        offset = warpgroup * sizes.tokens
-        live = jnp.clip(tile.tokens - offset, 0, sizes.tokens)
-        there, rows = scratch.queries_there.at[warpgroup], scratch.rows.at[warpgroup]
-        load_queries(request, sizes, queries, tile.token + offset, kv_head, scratch.queries.at[warpgroup], there)
-        if sinks is not None:
-            plgpu.copy_gmem_to_smem(sinks.at[kv_head], rows, there)
-        plgpu.barrier_wait(there)
-
-        query = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW)
-        if sizes.heads_first:
-            token = query & (sizes.tokens - 1)
-        else:
-            token = lax.div(query, plgpu.layout_cast(jnp.full((QUERIES,), request.group_size, jnp.int32), ROW))
-        positions = jnp.minimum(token + (tile.first + offset), tile.last)
-        state = compute(request, sizes, tile, warpgroup, scratch, positions, interpreted)
-
-        sink = None if sinks is None else plgpu.layout_cast(rows[...], ROW)
-        found, logsumexp = finish(request, state, sink)
-        rows[...] = logsumexp
-        staged = scratch.output.at[warpgroup]
-        for lane in range(0, request.head_dim, OUTPUT_LANES):
-            if lane:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            stage(found[:, lane : lane + OUTPUT_LANES].astype(request.query_dtype), staged)
-            plgpu.commit_smem()
-            store_output(request, sizes, staged, output, tile.token + offset, live, kv_head, lane)
-            if not lane:
-                plgpu.copy_smem_to_gmem(rows, lse.at[kv_head, part, warpgroup])
-        plgpu.wait_smem_to_gmem(0)
+        group = Warpgroup.of(request, sizes, tile, scratch, interpreted, index)
+        load(group, arrays, kv_head)
+        store(group, arrays, kv_head, part, attend_blocks(group))
 
 
 def sinks_of_queries(request: AttentionRequest, sizes: Sizes, sinks: jax.Array) -> jax.Array:

@@ -11,7 +11,15 @@ import dataclasses
 
 from easydel_ragged_plugin.types import AttentionRequest
 
-__all__ = ["COMPUTE_WARPGROUPS", "QUERIES", "Sizes", "choose"]
+__all__ = [
+    "COMPUTE_REGISTERS",
+    "COMPUTE_WARPGROUPS",
+    "MEMORY_REGISTERS",
+    "OUTPUT_LANES",
+    "QUERIES",
+    "Sizes",
+    "choose",
+]
 
 COMPUTE_WARPGROUPS = 2
 QUERIES = 64
@@ -20,6 +28,10 @@ TILE_ROWS = 8
 """Rows of shared memory that a copy of queries fills at least: those of a tile of the swizzled form."""
 OUTPUT_LANES = 64
 """Lanes of the output that are staged at a time."""
+
+COMPUTE_REGISTERS = 224
+MEMORY_REGISTERS = 56
+"""Of a thread, by ``setmaxnreg``: all threads of a program have 64 Ki registers together."""
 
 KIB = 1024
 
