@@ -39,6 +39,7 @@ __all__ = [
     "compress",
     "padded_codebook",
     "queries_for_codes",
+    "query_rotation",
     "rotate_back",
 ]
 
@@ -176,8 +177,18 @@ def _pack(array: jax.Array, count: int) -> jax.Array:
     return jnp.sum(parts << shifts, axis=-1, dtype=jnp.uint8)
 
 
+def query_rotation(constants: TurboQuantConstants, dtype: Any) -> jax.Array:
+    """Matrix ``[head_dim + signs, head_dim]`` that makes queries for keys of codes.
+
+    Such a key is centroids times the key's norm, and then signs times the residual's norm. One product of it with a
+    rotated query gives both terms of a logit.
+    """
+    rotation, projection = (each.astype(dtype) for each in constants[:2])
+    return jnp.concatenate([rotation, projection * (math.sqrt(math.pi / 2) / projection.shape[0])])
+
+
 def queries_for_codes(queries: jax.Array, constants: TurboQuantConstants, dtype: Any) -> jax.Array:
-    """Queries for keys that are centroids times the key's norm, and then signs times the residual's norm.
+    """Queries in the coordinates of codes, by :func:`query_rotation`.
 
     Args:
         queries: ``[tokens, q_heads, head_dim]``.
@@ -185,11 +196,9 @@ def queries_for_codes(queries: jax.Array, constants: TurboQuantConstants, dtype:
         dtype: of the products and of the result, float32 or float64.
 
     Returns:
-        ``[tokens, q_heads, head_dim + signs]``. One product gives both terms of a logit.
+        ``[tokens, q_heads, head_dim + signs]``.
     """
-    rotation, projection = (each.astype(dtype) for each in constants[:2])
-    both = jnp.concatenate([rotation, projection * (math.sqrt(math.pi / 2) / projection.shape[0])])
-    return jnp.einsum("thd,ed->the", queries.astype(dtype), both, precision="highest")
+    return jnp.einsum("thd,ed->the", queries.astype(dtype), query_rotation(constants, dtype), precision="highest")
 
 
 def rotate_back(output: jax.Array, constants: TurboQuantConstants) -> jax.Array:

@@ -91,7 +91,7 @@ def made(cache: str) -> Call:
 
 # Operands of a call over a plain cache, and over codes.
 QUERIES, PAGES, LENS, TABLES, STARTS, _, SINKS, K_SCALE, _, KEYS, VALUES = range(11)
-CODES_LENS, CODES_SINKS, CODEBOOK, INDICES, SIGNS, NORMS, FRESH = 1, 5, 6, 8, 9, 10, 13
+CODES_LENS, CODES_SINKS, ROTATION, BACK, CODEBOOK, INDICES, SIGNS, NORMS, FRESH = 1, 5, 6, 7, 8, 10, 11, 12, 15
 
 
 def dtype_of(place: int, dtype: str) -> Callable[[Call], Call]:
@@ -136,6 +136,12 @@ CODES = [
     (lambda call: call.without_last(), "a wrong number of arrays"),
     (dtype_of(CODES_LENS, "float32"), "index arrays that are not int32"),
     (of_shape(CODES_SINKS, 1), "wrong sinks"),
+    (part_of(QUERIES, ALL, ALL, slice(32)), "an output of the wrong shape"),
+    (part_of(ROTATION, ALL, slice(32)), "a wrong rotation"),
+    (dtype_of(ROTATION, "float16"), "a wrong rotation"),
+    (lambda call: call.having(ROTATION, call.arrays[ROTATION].reshape(-1)), "a wrong rotation"),
+    (part_of(BACK, FIRST), "a wrong rotation"),
+    (dtype_of(BACK, "float16"), "a wrong rotation"),
     (part_of(CODEBOOK, slice(8)), "a wrong codebook"),
     (dtype_of(CODEBOOK, "float16"), "a wrong codebook"),
     (as_matrix(INDICES), "wrong ranks"),

@@ -43,7 +43,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 OLDEST_GLIBC = (2, 35)
 """From then on the C library has it."""
 
-INTERFACE = 5
+INTERFACE = 6
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
 
 TARGETS = tuple(f"easydel_ragged_attention_v{version}" for version in range(1, INTERFACE + 1))
@@ -242,21 +242,19 @@ def _call(
     request: AttentionRequest,
     operands: Operands,
     arrays: list[jax.Array],
-    dtype: Any,
     updated: dict[int, Any],
 ) -> tuple[jax.Array, list[jax.Array], jax.Array | None]:
     """Call the library.
 
     Args:
         arrays: the operands of the call.
-        dtype: of the output.
         updated: operands that are the cache, and are updated in place, by their place in ``arrays``. Where the caller
             donates them, nothing is copied.
 
     Returns:
         The output, the updated operands, and the logsumexp where it is wanted.
     """
-    results = [result_type(operands.queries.shape, dtype, operands)]
+    results = [result_type(operands.queries.shape, request.query_dtype, operands)]
     results += [result_type(each.shape, each.dtype, operands) for each in updated.values()]
     if request.return_lse:
         results.append(result_type((request.num_tokens, request.num_q_heads), jnp.float32, operands))
@@ -283,18 +281,20 @@ def _attend_plain(request: AttentionRequest, operands: Operands) -> Attended:
             keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
         arrays += [keys, values]
         updated = {1: operands.pages}
-    output, pages, lse = _call(TARGET, request, operands, arrays, request.query_dtype, updated)
+    output, pages, lse = _call(TARGET, request, operands, arrays, updated)
     return Attended(output, pages[0] if pages else operands.pages, lse)
 
 
 def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
-    """New tokens are compressed, queries rotated, and outputs rotated back outside of the call."""
+    """New tokens are compressed outside of the call. It rotates queries, and outputs back."""
     cache: turboquant.TurboQuantPages = operands.pages
     constants = cache.constants
     arrays = [
-        turboquant.queries_for_codes(operands.queries, constants, jnp.float32),
+        operands.queries,
         *_index(operands),
         _sinks(operands),
+        turboquant.query_rotation(constants, jnp.float32),
+        constants.rotation.astype(jnp.float32).T,
         turboquant.padded_codebook(constants.key_codebook.astype(jnp.float32)),
         turboquant.padded_codebook(constants.value_codebook.astype(jnp.float32)),
     ]
@@ -304,8 +304,7 @@ def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
     if operands.keys is not None and operands.values is not None:
         updated = {first + i: each for i, each in enumerate(cache.arrays)}
         arrays += turboquant.compress(operands.keys, operands.values, cache)
-    output, pages, lse = _call(CODES_TARGET, request, operands, arrays, jnp.float32, updated)
-    output = turboquant.rotate_back(output, constants).astype(request.query_dtype)
+    output, pages, lse = _call(CODES_TARGET, request, operands, arrays, updated)
     return Attended(output, cache.with_arrays(pages) if pages else cache, lse)
 
 

@@ -174,9 +174,9 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
 // results, which are the cache updated.
 ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer queries,
                         ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-                        ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer key_codebook,
-                        ffi::AnyBuffer value_codebook, ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> output,
-                        ffi::RemainingRets results) {
+                        ffi::AnyBuffer distribution, ffi::AnyBuffer sinks, ffi::AnyBuffer query_rotation,
+                        ffi::AnyBuffer output_rotation, ffi::AnyBuffer key_codebook, ffi::AnyBuffer value_codebook,
+                        ffi::RemainingArgs arrays, ffi::Result<ffi::AnyBuffer> output, ffi::RemainingRets results) {
   constexpr size_t kArrays = Codes::kArrays;
   const bool writes = arrays.size() == 2 * kArrays;
   const size_t updated = writes ? kArrays : 0;
@@ -186,6 +186,14 @@ ffi::Error attend_codes(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuf
   const Batch batch{queries,      context_lens, block_tables, query_start_loc,
                     distribution, sinks,        *output,      lse_of(results, updated)};
   if (const auto reason = read(batch, p)) return bad(*reason);
+  if (p.key_dim != p.head_dim) return bad("an output of the wrong shape");
+  if (query_rotation.dimensions().size() != 2) return bad("a wrong rotation");
+  p.key_dim = query_rotation.dimensions()[0];
+  if (query_rotation.element_type() != ffi::F32 || !has_shape(query_rotation, {p.key_dim, p.head_dim}) ||
+      output_rotation.element_type() != ffi::F32 || !has_shape(output_rotation, {p.head_dim, p.head_dim}))
+    return bad("a wrong rotation");
+  p.codes.query_rotation = query_rotation.typed_data<float>();
+  p.codes.output_rotation = output_rotation.typed_data<float>();
   for (const ffi::AnyBuffer& codebook : {key_codebook, value_codebook})
     if (codebook.element_type() != ffi::F32 || !has_shape(codebook, {16})) return bad("a wrong codebook");
   p.cache_dtype = DType::kCodes;
@@ -277,6 +285,8 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_attention_codes(XLA_FFI_CallFrame* f
                              .Arg<ffi::AnyBuffer>()  // query_start_loc
                              .Arg<ffi::AnyBuffer>()  // distribution
                              .Arg<ffi::AnyBuffer>()  // sinks
+                             .Arg<ffi::AnyBuffer>()  // query_rotation
+                             .Arg<ffi::AnyBuffer>()  // output_rotation
                              .Arg<ffi::AnyBuffer>()  // key_codebook
                              .Arg<ffi::AnyBuffer>()  // value_codebook
                              .RemainingArgs()        // arrays
@@ -307,7 +317,7 @@ RAGGED_EXPORT XLA_FFI_Error* easydel_ragged_other_interface(XLA_FFI_CallFrame* f
 RAGGED_EXPORT int easydel_ragged_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 // Version of what this library and cpu_native.py agree on: functions, arguments, results, attributes.
-RAGGED_EXPORT int easydel_ragged_interface() { return 5; }
+RAGGED_EXPORT int easydel_ragged_interface() { return 6; }
 
 // Threads that a call takes at most, however many XLA's pool has.
 RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_processors(); }

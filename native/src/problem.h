@@ -26,6 +26,8 @@ struct Codes {
   DType value_norms = DType::kF32;
   const float* key_codebook = nullptr;  // [16]
   const float* value_codebook = nullptr;
+  const float* query_rotation = nullptr;   // [key_dim, head_dim]: of queries; after head_dim rows those for the signs
+  const float* output_rotation = nullptr;  // [head_dim, head_dim]: of outputs
 };
 
 // Numbers that are fixed when a call is compiled. Each line is a field of Problem and an attribute of the FFI call; a
@@ -58,7 +60,7 @@ struct Problem : Attributes {
   DType cache_dtype = DType::kF32;
   DType new_dtype = DType::kF32;  // of keys and values
 
-  const void* queries = nullptr;  // [tokens, q_heads, key_dim]
+  const void* queries = nullptr;  // [tokens, q_heads, head_dim]
   const void* keys = nullptr;     // [tokens, kv_heads, head_dim]; null for v2
   const void* values = nullptr;
   void* pages = nullptr;                     // written only where keys is not null
@@ -76,7 +78,7 @@ struct Problem : Attributes {
   int64_t num_tokens = 0;
   int64_t num_q_heads = 0;
   int64_t head_dim = 0;  // of values and output
-  int64_t key_dim = 0;   // of queries and keys: head_dim, except that of codes has their signs, too
+  int64_t key_dim = 0;   // of keys, and of queries beside them: head_dim, except that of codes has their signs, too
   int64_t num_rows = 0;
   int64_t pages_per_row = 0;
   int64_t num_pages = 0;

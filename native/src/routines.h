@@ -42,6 +42,13 @@ struct Routines {
 
   // Merges `count` partials in order, adds the sinks, and stores the token's output and logsumexp.
   void (*finish)(const Problem& problem, const Partial* partials, int64_t count, int64_t token);
+
+  // TurboQuant's rotations. Queries and outputs are attended in other coordinates, as elements of `rotated_dtype`:
+  // `rotated` holds them, [tokens, q_heads] vectors like the call's. Rotates vectors [first, first + count) of the
+  // queries into `rotated`, or of `rotated` into the output.
+  DType (*rotated_dtype)(const Problem& problem);
+  size_t (*rotate_scratch)(const Problem& problem);
+  void (*rotate)(const Problem& problem, bool outputs, void* rotated, int64_t first, int64_t count, void* scratch);
 };
 
 // Functions in headers that units of instruction sets include are static: of a shared inline function the linker keeps

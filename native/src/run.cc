@@ -15,6 +15,13 @@
 namespace easydel_ragged {
 namespace {
 
+constexpr int64_t kLeastRotated = 64;  // vectors of an item: a matrix is packed for each
+constexpr int64_t kMostRotated = 1024;
+
+Scratch& thread_scratch_for_rotated() {
+  thread_local Scratch of_thread;
+  return of_thread;
+}
 Scratch& thread_scratch_for_partials() {
   thread_local Scratch of_thread;
   return of_thread;
@@ -81,13 +88,60 @@ void run_rows(const Problem& p, const Rows& rows, const Executor& executor) {
   run_job({writes, int64_t(plan.items.size())}, scratch_bytes, std::ref(work), executor, plan.helpers);
 }
 
+struct Tokens {
+  int64_t begin, end;
+};
+
+// The tokens of live rows, each once, in parts of at most `most`.
+std::vector<Tokens> live_tokens(const Rows& rows, int64_t most) {
+  std::vector<Tokens> all, parts;
+  for (const Row& row : rows.live) all.push_back({row.token, row.token + row.count});
+  std::sort(all.begin(), all.end(), [](const Tokens& a, const Tokens& b) { return a.begin < b.begin; });
+  int64_t next = 0;
+  for (const Tokens& tokens : all)
+    for (next = std::max(next, tokens.begin); next < tokens.end; next = parts.back().end) {
+      const bool more = !parts.empty() && parts.back().end == next && next - parts.back().begin < most;
+      if (!more) parts.push_back({next, next});
+      parts.back().end = std::min(tokens.end, parts.back().begin + most);
+    }
+  return parts;
+}
+
+// A cache of codes holds keys and values in other coordinates: the queries are rotated first, and the outputs back.
+void run_rotated(const Problem& p, const Rows& rows, const Executor& executor) {
+  const Routines& isa = routines();
+  const int64_t heads = p.num_q_heads;
+  const int64_t vectors =
+      std::min(kMostRotated, std::max(kLeastRotated, p.num_tokens * heads / (4 * executor.threads)));
+  const std::vector<Tokens> parts = live_tokens(rows, std::max<int64_t>(1, vectors / heads));
+  Problem rotated = p;
+  rotated.query_dtype = isa.rotated_dtype(p);
+  const size_t size = element_size(rotated.query_dtype) * size_t(p.num_tokens * heads);
+  const Scratch::Use memory(thread_scratch_for_rotated(), size * size_t(p.key_dim + p.head_dim));
+  char* const queries = memory.memory();
+  char* const outputs = queries + size * size_t(p.key_dim);
+  rotated.queries = queries;
+  rotated.output = outputs;
+  const auto rotate = [&](bool back) {
+    const auto work = [&](int, int64_t part, char* scratch) {
+      const auto [begin, end] = parts[size_t(part)];
+      isa.rotate(p, back, back ? outputs : queries, begin * heads, (end - begin) * heads, scratch);
+    };
+    run_job({0, int64_t(parts.size())}, isa.rotate_scratch(p), std::ref(work), executor,
+            int(std::min<size_t>(size_t(executor.threads), parts.size())) - 1);
+  };
+  rotate(false);
+  run_rows(rotated, rows, executor);
+  rotate(true);
+}
+
 }  // namespace
 
 void run(const Problem& p, const Executor& executor) {
   if (p.num_tokens == 0) return;
   const Rows rows = live_rows(p);
   clear_dead_tokens(p, rows);
-  if (!rows.live.empty()) run_rows(p, rows, executor);
+  if (!rows.live.empty()) (p.cache_dtype == DType::kCodes ? run_rotated : run_rows)(p, rows, executor);
   Scratch::end_call();
 }
 

@@ -101,6 +101,14 @@ inline double value_number(const Problem& p, int64_t slot, int64_t kv_head, int6
          p.codes.value_codebook[p.codes.arrays[Codes::kValueIndices][at / 2] >> at % 2 * 4 & 15];
 }
 
+// A matrix of `rows` rows times a vector.
+inline std::vector<double> rotated(const std::vector<double>& vector, const float* matrix, int64_t rows) {
+  std::vector<double> product(size_t(rows), 0.0);
+  for (double& sum : product)
+    for (double number : vector) sum += number * *matrix++;
+  return product;
+}
+
 struct Answer {
   std::vector<double> output;  // [head_dim]
   double lse;
@@ -114,8 +122,9 @@ inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head)
     return p.block_tables[row * p.pages_per_row + key / p.page_size] * p.page_size + key % p.page_size;
   };
   std::vector<double> query, logits;
-  for (int64_t d = 0; d < p.key_dim; ++d)
-    query.push_back(element(p.queries, (token * p.num_q_heads + head) * p.key_dim + d, p.query_dtype));
+  for (int64_t d = 0; d < p.head_dim; ++d)
+    query.push_back(element(p.queries, (token * p.num_q_heads + head) * p.head_dim + d, p.query_dtype));
+  if (p.cache_dtype == DType::kCodes) query = rotated(query, p.codes.query_rotation, p.key_dim);
   double most = p.sinks ? p.sinks[head] : -INFINITY;
   for (int64_t key = oldest_key(p, position); key <= position; ++key) {
     double product = 0;
@@ -134,6 +143,7 @@ inline Answer attend(const Problem& p, int64_t row, int64_t token, int64_t head)
       answer.output[size_t(d)] += weight * value_number(p, slot(key), kv_head, d);
   }
   for (double& value : answer.output) value *= p.v_scale * (p.v_scales ? p.v_scales[kv_head] : 1.0) / total;
+  if (p.cache_dtype == DType::kCodes) answer.output = rotated(answer.output, p.codes.output_rotation, p.head_dim);
   answer.lse = most + std::log(total);
   return answer;
 }

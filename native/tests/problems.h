@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -33,7 +34,7 @@ class Bytes {
 struct Arrays {
   std::vector<uint8_t> queries, keys, values, pages, output;
   std::vector<uint8_t> codes[Codes::kArrays], fresh_codes[Codes::kArrays];  // in place of keys, values and pages
-  std::vector<float> codebooks;
+  std::vector<float> codebooks, query_rotation, output_rotation;
   std::vector<int32_t> context_lens, block_tables, query_start_loc;
   std::vector<float> sinks, k_scales, v_scales, lse;
 };
@@ -101,6 +102,18 @@ inline void make_codes(Bytes& bytes, Problem& p, Arrays& a, bool writes) {
   p.codes.value_codebook = a.codebooks.data() + 16;
   p.keys = p.codes.fresh[Codes::kKeyIndices];
   p.values = p.codes.fresh[Codes::kValueIndices];
+  uint32_t state = bytes.next32() | 1u;
+  const auto fill = [&](std::vector<float>& matrix, int64_t rows) {  // it need not turn anything
+    matrix.resize(size_t(rows * p.head_dim));
+    for (float& each : matrix) {
+      state = state * 1664525u + 1013904223u;
+      each = (float(state >> 8) * 0x1p-23f - 1.0f) / std::sqrt(float(p.head_dim));
+    }
+  };
+  fill(a.query_rotation, p.key_dim);
+  fill(a.output_rotation, p.head_dim);
+  p.codes.query_rotation = a.query_rotation.data();
+  p.codes.output_rotation = a.output_rotation.data();
 }
 
 // `orderly`: rows of the batch follow one another and share no page that is written; else the index arrays may hold
@@ -188,8 +201,8 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
     if (bytes.one_in(6)) p.live_rows = int32_t(bytes.next32());
     if (bytes.one_in(6)) p.num_tokens = bytes.between(0, 200);
   }
-  a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.key_dim, p.query_dtype);
-  a.output.assign(a.queries.size() / size_t(p.key_dim) * size_t(p.head_dim), 0xff);
+  a.queries = random_elements(bytes, p.num_tokens * p.num_q_heads * p.head_dim, p.query_dtype);
+  a.output.assign(a.queries.size(), 0xff);
   if (codes) make_codes(bytes, p, a, v3);
   if (!codes) a.pages = random_elements(bytes, p.num_pages * p.page_size * p.token_stride, p.cache_dtype);
   if (!codes && bytes.one_in(4)) spoil(bytes, a.pages, p.cache_dtype);

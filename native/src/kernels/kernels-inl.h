@@ -37,13 +37,14 @@ namespace {
 #include "kernels/many_pack-inl.h"
 #include "kernels/many_weights-inl.h"
 #include "kernels/many-inl.h"
+#include "kernels/rotate-inl.h"
 // clang-format on
 
 }  // namespace
 
 extern const Routines kRoutines;
-const Routines kRoutines = {RAGGED_ISA_NAME, write,        most_few,    few_scratch, attend_few,
-                            most_many,       many_scratch, attend_many, finish};
+const Routines kRoutines = {RAGGED_ISA_NAME, write,       most_few, few_scratch,   attend_few,     most_many,
+                            many_scratch,    attend_many, finish,   rotated_dtype, rotate_scratch, rotate};
 
 }  // namespace RAGGED_ISA
 }  // namespace easydel_ragged

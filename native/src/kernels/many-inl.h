@@ -240,7 +240,8 @@ struct Many {
     for (int64_t r = 0; r < s.rows; r += Step::kRows) {
       const Seen seen = columns(r);
       if (seen.high <= seen.low) continue;
-      score_block<Step>(s.queries + r * s.depth, s.keys, s.depth, seen.low, seen.high, s.scores[turn], beside);
+      multiply_panels<Step>(s.queries + r * s.depth, s.keys, s.depth, seen.low, seen.high, s.scores[turn], kTile,
+                            beside);
       if (scored >= 0) add(scored, of_scored);
       raise(r, seen, s.scores[turn]);
       if constexpr (!kBesideProducts<Step>) {
@@ -298,19 +299,13 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
   many.finish(begin, end);
 }
 
-#if defined(__AMX_BF16__)
-using BestPairStep = TileStep;
-#elif defined(__AVX512BF16__)
-using BestPairStep = PairStep;
-#endif
-
 // Rows of the two products: what they need then fits a second-level cache. The faster the products, the more packing
 // keys and values for them costs, so each packed key should serve more rows; and what has bfloat16 has a larger cache.
 int64_t most_many(const Problem& p) {
 #if defined(__AMX_BF16__)
   const int64_t of_pairs = 1024;
 #else
-  const int64_t of_pairs = 512;
+  const int64_t of_pairs = p.cache_dtype == DType::kCodes ? 1024 : 512;  // codes are unpacked, too
 #endif
   const int64_t rows = pairs(p) ? of_pairs : 256;
   return max64(1, rows / p.group());

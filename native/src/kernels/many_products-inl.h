@@ -145,26 +145,28 @@ void multiply_any(int64_t vectors, const float* a, int64_t a_stride, const float
   }
 }
 
-// Scores of a block of rows in columns [from, to), whole panels of them; and what the block's weights add to its sums.
+// c[kRows][columns from, to) = a[kRows][depth] * b, which is in packed panels. Columns are whole steps of them.
 template <class Step, class Work>
-RAGGED_INLINE void score_block(const float* queries, const float* keys, int64_t depth, int64_t from, int64_t to,
-                               float* scores, Work& beside) {
+RAGGED_INLINE void multiply_panels(const float* a, const float* b, int64_t depth, int64_t from, int64_t to, float* c,
+                                   int64_t c_stride, Work& beside) {
   if constexpr (Step::kTiles) {
     for (int64_t column = from; column < to; column += 32)
-      Step::multiply(queries, depth, keys + column / kPanel * kPanel * depth + column % kPanel, kPanel, depth,
-                     scores + column, kTile, 32, false);
+      Step::multiply(a, depth, b + column / kPanel * kPanel * depth + column % kPanel, kPanel, depth, c + column,
+                     c_stride, 32, false);
   } else {
     constexpr int64_t kHalf = 2 * kLanes;
     for (int64_t column = from, columns; column < to; column += columns) {
-      const float* panel = keys + column / kPanel * kPanel * depth + column % kPanel;
+      const float* panel = b + column / kPanel * kPanel * depth + column % kPanel;
       columns = column % kPanel || to - column == kHalf ? kHalf : kPanel;
       if (columns == kPanel)
-        multiply<Step, kBlockVectors>(queries, depth, panel, kPanel, depth, scores + column, kTile, nullptr, beside);
+        multiply<Step, kBlockVectors>(a, depth, panel, kPanel, depth, c + column, c_stride, nullptr, beside);
       else
-        multiply<Step, 2>(queries, depth, panel, kPanel, depth, scores + column, kTile, nullptr, beside);
+        multiply<Step, 2>(a, depth, panel, kPanel, depth, c + column, c_stride, nullptr, beside);
     }
   }
 }
+
+// What the weights of a block of rows in columns [from, to) add to its sums.
 template <class Step, class Work>
 RAGGED_INLINE void sum_block(const float* weights, const float* values, int64_t from, int64_t to, const float* factor,
                              float* sums, int64_t width, Work& beside) {
@@ -189,3 +191,13 @@ RAGGED_INLINE void sum_block(const float* weights, const float* values, int64_t 
     }
   }
 }
+
+#if defined(__AMX_BF16__)
+using BestPairStep = TileStep;
+#elif defined(__AVX512BF16__)
+using BestPairStep = PairStep;
+#endif
+
+// Elements of a step's products.
+template <class Step>
+using ElementOf = typename Choose<Step::kElements == 2, BF16, float>::type;

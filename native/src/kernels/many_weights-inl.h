@@ -1,9 +1,5 @@
 // Weights of many queries, made while the processor multiplies for other ones.
 
-// Elements of a step's products.
-template <class Step>
-using ElementOf = typename Choose<Step::kElements == 2, BF16, float>::type;
-
 // What is done beside a product, a little after some of its steps, so that the processor is at both: first the weights
 // of the block of rows that was scored before, a vector at a time, then requests for the next tile.
 template <class Step, bool kNorms>
