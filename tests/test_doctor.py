@@ -303,3 +303,31 @@ def test_plugins_of_jax_are_found_by_their_names_and_entry_points(monkeypatch: p
 
 
 # demo, as far as it goes without a model
+
+
+@pytest.mark.parametrize(
+    ("backend", "transparent", "libc", "tunables", "noted"),
+    [
+        ("cpu", "madvise", "glibc 2.36", "", True),
+        ("cpu", "madvise", "glibc 2.35", "glibc.malloc.check=3", True),
+        ("cpu", "madvise", "glibc 2.36", "glibc.malloc.check=3:glibc.malloc.hugetlb=1", False),
+        ("cpu", "madvise", "glibc 2.34", "", False),
+        ("cpu", "madvise", None, "", False),
+        ("cpu", "always", "glibc 2.36", "", False),
+        ("cpu", None, "glibc 2.36", "", False),
+        ("tpu", "madvise", "glibc 2.36", "", False),
+    ],
+)
+def test_huge_pages_are_named_where_they_can_be_requested(
+    backend: str,
+    transparent: str | None,
+    libc: str | None,
+    tunables: str,
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(system, "huge_pages", lambda: {"transparent": transparent})
+    monkeypatch.setattr(system, "operating_system", lambda: {"libc": libc})
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    notes = doctor._huge_pages(backend)
+    assert ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in "".join(notes)) == noted

@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 from native_library import LEVELS, needs_library
 
-from easydel_ragged_plugin import system
 from easydel_ragged_plugin.kernels import cpu_native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,35 +108,6 @@ def test_the_library_shows_no_names_but_its_own() -> None:
         "easydel_ragged_set_isa",
         "easydel_ragged_threads",
     }
-
-
-@needs_library
-@pytest.mark.parametrize(
-    ("platform", "transparent", "libc", "tunables", "noted"),
-    [
-        ("cpu", "madvise", "glibc 2.36", "", True),
-        ("cpu", "madvise", "glibc 2.35", "glibc.malloc.check=3", True),
-        ("cpu", "madvise", "glibc 2.36", "glibc.malloc.check=3:glibc.malloc.hugetlb=1", False),
-        ("cpu", "madvise", "glibc 2.34", "", False),
-        ("cpu", "madvise", None, "", False),
-        ("cpu", "always", "glibc 2.36", "", False),
-        ("cpu", "never", "glibc 2.36", "", False),
-        ("cpu", None, "glibc 2.36", "", False),
-        ("tpu", "madvise", "glibc 2.36", "", False),
-    ],
-)
-def test_doctor_names_huge_pages_where_they_can_be_requested(
-    platform: str,
-    transparent: str | None,
-    libc: str | None,
-    tunables: str,
-    noted: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(system, "huge_pages", lambda: {"transparent": transparent})
-    monkeypatch.setattr(system, "operating_system", lambda: {"libc": libc})
-    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    assert ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in "".join(cpu_native.KERNEL.notes(platform))) == noted
 
 
 @needs_library

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,11 @@ __all__ = ["Report", "as_markdown", "examine", "run"]
 IMPORTED_BY_EASYDEL = ("eformer", "transformers", "torch")
 BESIDE = ("numpy", "flax", "ray", "libtpu")
 """Further distributions of the whole report, as are the plugins of JAX."""
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""A setting of the C library: it requests huge pages of memory for what is allocated."""
+OLDEST_GLIBC = (2, 35)
+"""From then on the C library has it."""
 
 Line = tuple[str, str | None]
 """A line of text and its style in a terminal."""
@@ -228,6 +234,23 @@ def _notes(backend: str, host_version: str | None) -> list[str]:
     return notes
 
 
+def _huge_pages(backend: str) -> list[str]:
+    """That the cache could lie in huge pages, where the system gives them on request."""
+    libc = re.fullmatch(r"glibc (\d+)\.(\d+)", system.operating_system()["libc"] or "")
+    if (
+        backend != "cpu"
+        or system.huge_pages()["transparent"] != "madvise"
+        or libc is None
+        or (int(libc[1]), int(libc[2])) < OLDEST_GLIBC
+        or HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "").split(":")
+    ):
+        return []
+    return [
+        "Linux gives huge pages of memory only on request here. A server with "
+        f"GLIBC_TUNABLES={HUGE_PAGES} in its environment decodes up to 1.4 times as fast."
+    ]
+
+
 def examine(say: Any = lambda text: None) -> Report:
     """Run all checks.
 
@@ -284,6 +307,7 @@ def examine(say: Any = lambda text: None) -> Report:
         report.fingerprint = workers.fingerprint()
     platform_name = jax.default_backend()
     notes += _notes(platform_name, host.host_version())
+    notes += _huge_pages(platform_name)
     notes += [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
     return report
 

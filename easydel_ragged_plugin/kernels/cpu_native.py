@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easydel_ragged_plugin import system, turboquant
+from easydel_ragged_plugin import turboquant
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 from easydel_ragged_plugin.varying import result_type
@@ -38,10 +38,6 @@ __all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "se
 
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""A setting of the C library: it requests huge pages for what is allocated."""
-OLDEST_GLIBC = (2, 35)
-"""From then on the C library has it."""
 
 INTERFACE = 6
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
@@ -352,23 +348,6 @@ class CpuNativeKernel(Kernel):
             "threads": min(_require().easydel_ragged_threads(), os.cpu_count() or 1),
             "built_with": _built_with(),
         }
-
-    def notes(self, platform: str) -> tuple[str, ...]:
-        """That the cache could lie in huge pages of memory, where Linux and the C library give them on request."""
-        libc = re.fullmatch(r"glibc (\d+)\.(\d+)", system.operating_system()["libc"] or "")
-        if (
-            platform != "cpu"
-            or availability() is not None
-            or system.huge_pages()["transparent"] != "madvise"
-            or libc is None
-            or (int(libc[1]), int(libc[2])) < OLDEST_GLIBC
-            or HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "").split(":")
-        ):
-            return ()
-        return (
-            "Linux gives huge pages of memory only on request here. A server with "
-            f"GLIBC_TUNABLES={HUGE_PAGES} in its environment decodes up to 1.4 times as fast.",
-        )
 
     def fingerprint(self) -> str:
         """The instruction set, or why there is none: numbers differ between them in their last bits.
