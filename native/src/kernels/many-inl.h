@@ -299,13 +299,14 @@ void many_rows(const Problem& p, int64_t row, int64_t kv_head, const Query* quer
   many.finish(begin, end);
 }
 
-// Rows of the two products: what they need then fits a second-level cache. The faster the products, the more packing
-// keys and values for them costs, so each packed key should serve more rows; and what has bfloat16 has a larger cache.
+// Rows of the two products. What they need fits a second-level cache, which is larger where bfloat16 is multiplied. The
+// faster the products, the more of the time is packing, so each packed key should serve more rows. Codes are unpacked
+// first, and that costs more than sums which leave the cache.
 int64_t most_many(const Problem& p) {
 #if defined(__AMX_BF16__)
   const int64_t of_pairs = 1024;
 #else
-  const int64_t of_pairs = p.cache_dtype == DType::kCodes ? 1024 : 512;  // codes are unpacked, too
+  const int64_t of_pairs = p.cache_dtype == DType::kCodes ? 1024 : 512;
 #endif
   const int64_t rows = pairs(p) ? of_pairs : 256;
   return max64(1, rows / p.group());
