@@ -147,12 +147,12 @@ def compress(keys: jax.Array, values: jax.Array, cache: TurboQuantPages) -> tupl
     """
     constants = cache.constants
     norms, rotated = _rotate(keys, constants)
-    indices = _nearest(rotated, constants.key_codebook)
-    residual = rotated - constants.key_codebook[indices]
+    indices, entries = _nearest(rotated, constants.key_codebook)
+    residual = rotated - entries
     signs = jnp.einsum("thd,md->thm", residual, constants.projection, precision="highest") >= 0
     key_norms = jnp.concatenate([norms, jnp.linalg.norm(residual, axis=-1, keepdims=True)], axis=-1)
     value_norms, rotated = _rotate(values, constants)
-    value_indices = _nearest(rotated, constants.value_codebook)
+    value_indices, _ = _nearest(rotated, constants.value_codebook)
     new = (_pack(indices, 2), _pack(signs, 8), key_norms, _pack(value_indices, 2), value_norms[..., 0])
     return tuple(each.astype(array.dtype) for each, array in zip(new, cache.arrays, strict=True))
 
@@ -165,9 +165,19 @@ def _rotate(array: jax.Array, constants: TurboQuantConstants) -> tuple[jax.Array
     return norms, jnp.einsum("thd,ed->the", direction, constants.rotation, precision="highest")
 
 
-def _nearest(array: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the nearest entry, or of the first of two that are equally near."""
-    return jnp.argmin(jnp.abs(array[..., None] - codebook[None, None, None, :]), axis=-1).astype(jnp.uint8)
+def _nearest(array: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices of the nearest entries, or of the first of two that are equally near; and these entries."""
+    # Entry by entry: on a CPU that takes half the time of argmin over an axis of 16, for which XLA has no vector code.
+    indices = jnp.zeros(array.shape, jnp.uint8)
+    entries = jnp.full_like(array, codebook[0])
+    least = jnp.abs(array - entries)
+    for index in range(1, codebook.shape[0]):
+        distance = jnp.abs(array - codebook[index])
+        closer = distance < least
+        least = jnp.where(closer, distance, least)
+        indices = jnp.where(closer, jnp.uint8(index), indices)
+        entries = jnp.where(closer, codebook[index], entries)
+    return indices, entries
 
 
 def _pack(array: jax.Array, count: int) -> jax.Array:

@@ -39,15 +39,19 @@ int64_t new_tokens(const Rows& rows) {
   return tokens;
 }
 
+// Those of all rows, in parts of at most `most` tokens.
+std::vector<Write> writes_of(const Rows& rows, int64_t most) {
+  std::vector<Write> writes;
+  writes.reserve(rows.live.size());
+  for (size_t r = 0; r < rows.live.size(); ++r)
+    for (int64_t begin = 0, count = rows.live[r].count; begin < count; begin += most)
+      writes.push_back({int32_t(r), begin, std::min(count, begin + most)});
+  return writes;
+}
+
 void add_writes(const Problem& p, const Rows& rows, int threads, Plan& plan) {
-  const int64_t tokens = new_tokens(rows);
-  plan.shared_writes = tokens * slot_bytes(p) > kLeastSharedWrites && threads > 1;
-  if (!plan.shared_writes) plan.writes.reserve(rows.live.size());
-  for (size_t r = 0; r < rows.live.size(); ++r) {
-    const int64_t count = rows.live[r].count, step = plan.shared_writes ? kWriteTokens : count;
-    for (int64_t begin = 0; begin < count; begin += step)
-      plan.writes.push_back({int32_t(r), begin, std::min(count, begin + step)});
-  }
+  plan.shared_writes = new_tokens(rows) * slot_bytes(p) > kLeastSharedWrites && threads > 1;
+  plan.writes = writes_of(rows, plan.shared_writes ? kWriteTokens : p.num_tokens);
 }
 
 // Threads that a call of this cost is worth sharing between. The caller wakes them one after the other, so with n of
@@ -225,6 +229,8 @@ class Planner {
 };
 
 }  // namespace
+
+std::vector<Write> make_writes(const Rows& rows) { return writes_of(rows, kWriteTokens); }
 
 Plan make_plan(const Problem& p, const Rows& rows, const std::vector<SharedKeys>& shared, const Limits& limits,
                int threads) {

@@ -59,6 +59,9 @@ struct Limits {
   int64_t most_many;  // of an item
 };
 
+// The writes of all rows, in parts that are worth sharing between threads.
+std::vector<Write> make_writes(const Rows& rows);
+
 // `threads`: those that there are, the caller included.
 Plan make_plan(const Problem& problem, const Rows& rows, const std::vector<SharedKeys>& shared, const Limits& limits,
                int threads);

@@ -4,8 +4,9 @@
 // slots. What the arrays mean is defined in easydel_ragged_plugin/types.py and layout.py; names are the same here.
 //
 // The files in the order in which a call passes through them: ffi (from XLA's arguments to a Problem), rows (which rows
-// can be served), prefixes (which keys they share), plan (how the work is divided), job (threads that share it), run
-// (all of it together), and then the routines of an instruction set, which isa chooses and kernels/ implements.
+// can be served), codes (a TurboQuant cache, whose coordinates are changed), attend (the rows of a cache), prefixes
+// (which keys they share), plan (how the work is divided), job (threads that share it), and then the routines of an
+// instruction set, which isa chooses and kernels/ implements. run begins with the rows.
 #pragma once
 
 #include <cstddef>

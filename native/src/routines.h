@@ -43,12 +43,18 @@ struct Routines {
   // Merges `count` partials in order, adds the sinks, and stores the token's output and logsumexp.
   void (*finish)(const Problem& problem, const Partial* partials, int64_t count, int64_t token);
 
-  // TurboQuant's rotations. Queries and outputs are attended in other coordinates, as elements of `rotated_dtype`:
-  // `rotated` holds them, [tokens, q_heads] vectors like the call's. Rotates vectors [first, first + count) of the
-  // queries into `rotated`, or of `rotated` into the output.
-  DType (*rotated_dtype)(const Problem& problem);
+  // TurboQuant's rotations. Codes are attended as elements of `element_dtype`, in one of two ways. Queries and outputs
+  // change into the coordinates of the cache: `rotated` holds them, [tokens, q_heads] vectors like the call's. Rotates
+  // vectors [first, first + count) of the queries into `rotated`, or of `rotated` into the output.
+  DType (*element_dtype)(const Problem& problem);
   size_t (*rotate_scratch)(const Problem& problem);
   void (*rotate)(const Problem& problem, bool outputs, void* rotated, int64_t first, int64_t count, void* scratch);
+
+  // Or keys and values change back: those at positions [begin, end) of `row` are restored into the slots of these
+  // positions in row `plain_row` of `plain`, whose cache has elements. `key_rotation`: [head_dim, key_dim].
+  size_t (*restore_scratch)(const Problem& problem);
+  void (*restore)(const Problem& problem, int64_t row, const Problem& plain, int64_t plain_row, int64_t begin,
+                  int64_t end, const float* key_rotation, void* scratch);
 };
 
 // Functions in headers that units of instruction sets include are static: of a shared inline function the linker keeps

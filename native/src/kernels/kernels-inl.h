@@ -43,8 +43,9 @@ namespace {
 }  // namespace
 
 extern const Routines kRoutines;
-const Routines kRoutines = {RAGGED_ISA_NAME, write,       most_few, few_scratch,   attend_few,     most_many,
-                            many_scratch,    attend_many, finish,   rotated_dtype, rotate_scratch, rotate};
+const Routines kRoutines = {RAGGED_ISA_NAME, write,        most_few,        few_scratch, attend_few,
+                            most_many,       many_scratch, attend_many,     finish,      element_dtype,
+                            rotate_scratch,  rotate,       restore_scratch, restore};
 
 }  // namespace RAGGED_ISA
 }  // namespace easydel_ragged
