@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "processors.h"
 #include "scratch.h"
 
 namespace easydel_ragged {
@@ -39,11 +40,14 @@ struct Job {
     std::atomic<int64_t> done{0};
   };
   Phase phases[kPhases];
+  Places places;  // of the caller, and of the helpers after it
   const Work* work = nullptr;
   size_t scratch_bytes = 0;
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<bool> failed{false};
   std::exception_ptr failure;  // of whoever has set `failed`; the caller reads it when all items are finished
+
+  explicit Job(int helpers) : places(1 + helpers) {}
 
   void do_item(int phase, int64_t item, char* scratch) {
     try {
@@ -72,12 +76,13 @@ struct Job {
     }
   }
 
-  void help() {
+  void help(int helper) {
     // A full pool runs the task at once, in the caller, which is about to take part anyway.
     if (std::this_thread::get_id() == caller) return;
     bool left = false;
     for (Phase& phase : phases) left |= phase.next.load(std::memory_order_relaxed) < phase.size;
     if (!left) return;
+    places.move(helper);
     try {
       const Scratch::Use scratch(thread_scratch(), scratch_bytes);
       run(scratch.memory(), false);
@@ -97,13 +102,14 @@ void run_job(const std::array<int64_t, kPhases>& sizes, size_t scratch_bytes, co
       for (int64_t item = 0; item < sizes[phase]; ++item) work(phase, item, scratch.memory());
     return;
   }
-  const auto job = std::make_shared<Job>();
+  const auto job = std::make_shared<Job>(helpers);
   for (int phase = 0; phase < kPhases; ++phase) job->phases[phase].size = sizes[phase];
   job->work = &work;
   job->scratch_bytes = scratch_bytes;
   const Scratch::Use scratch(thread_scratch(), scratch_bytes);
   try {
-    for (int i = 0; i < helpers; ++i) executor.spawn([job] { job->help(); });
+    job->places.stay(0);
+    for (int i = 1; i <= helpers; ++i) executor.spawn([job, i] { job->help(i); });
   } catch (...) {
     // Those that have started may be at work, so the caller may not leave: it goes on with fewer.
   }

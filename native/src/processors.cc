@@ -119,4 +119,32 @@ int usable_processors() {
 #endif
 }
 
+bool Places::taken(int index, int processor) const {
+  for (size_t i = 0; i < processor_.size(); ++i)
+    if (int(i) != index && processor_[i].load(std::memory_order_relaxed) == processor) return true;
+  return false;
+}
+
+#if defined(__linux__)
+void Places::stay(int index) { processor_[size_t(index)].store(sched_getcpu(), std::memory_order_relaxed); }
+
+void Places::move(int index) {
+  stay(index);
+  const int now = processor_[size_t(index)].load(std::memory_order_relaxed);
+  cpu_set_t all, one;
+  if (now < 0 || !taken(index, now) || sched_getaffinity(0, sizeof(all), &all) != 0) return;
+  for (int other = 0; other < CPU_SETSIZE; ++other) {
+    if (!CPU_ISSET(other, &all) || taken(index, other)) continue;
+    processor_[size_t(index)].store(other, std::memory_order_relaxed);
+    CPU_ZERO(&one);
+    CPU_SET(other, &one);
+    if (sched_setaffinity(0, sizeof(one), &one) == 0) sched_setaffinity(0, sizeof(all), &all);
+    return;
+  }
+}
+#else
+void Places::stay(int) {}
+void Places::move(int) {}
+#endif
+
 }  // namespace easydel_ragged

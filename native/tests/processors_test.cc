@@ -1,11 +1,16 @@
-// Quotas of control groups, in folders that look like the system's.
+// Quotas of control groups, in folders that look like the system's; and where threads run.
 #include "processors.h"
 
 #include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <utility>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include "unit.h"
 
@@ -105,6 +110,39 @@ TEST(both_versions_at_once_count) {
 }
 
 TEST(a_process_has_at_least_one_processor) { CHECK(usable_processors() >= 1); }
+
+#if defined(__linux__)
+// What becomes of a thread that shares the processor `shared` with another of its job and may run on those of `all`.
+int moved_from(int shared, const cpu_set_t& all) {
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(shared, &one);
+  CHECK(sched_setaffinity(0, sizeof(one), &one) == 0);
+  Places places(2);
+  places.stay(0);
+  CHECK(sched_setaffinity(0, sizeof(all), &all) == 0);
+  places.move(1);
+  const int now = sched_getcpu();
+  cpu_set_t after;
+  CHECK(sched_getaffinity(0, sizeof(after), &after) == 0 && CPU_EQUAL(&all, &after));
+  return now;
+}
+
+TEST(a_thread_leaves_a_processor_that_its_job_has_already) {
+  std::thread([] {
+    cpu_set_t all;
+    CHECK(sched_getaffinity(0, sizeof(all), &all) == 0);
+    int shared = 0, moved = 0;
+    while (!CPU_ISSET(shared, &all)) ++shared;
+    for (int round = 0; round < 20; ++round) moved += moved_from(shared, all) != shared;  // the system may move it, too
+    CHECK(CPU_COUNT(&all) > 1 ? moved >= 10 : moved == 0);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(shared, &one);
+    CHECK(moved_from(shared, one) == shared);  // there is no other
+  }).join();
+}
+#endif
 
 }  // namespace
 }  // namespace easydel_ragged
