@@ -27,7 +27,7 @@ from benchmarks.gpu.report import show
 from benchmarks.gpu.rivals import CONTESTANTS
 from benchmarks.gpu.table import MOSAIC, OURS, TABLE
 from benchmarks.processes import NOT_HERE
-from easydel_ragged_plugin import RaggedPageConfig
+from easydel_ragged_plugin import RaggedPageConfig, entries
 from easydel_ragged_plugin.bench import tune
 from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
@@ -37,7 +37,7 @@ from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
-from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning, write_entry
+from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import PallasMosaicGPU
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
@@ -221,7 +221,7 @@ def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.Monkey
         before = tiles.choose(problem.request, RaggedPageConfig())
         wanted = dataclasses.replace(before, programs=7)
         key = tiles.tuned_key(name, problem.request)
-        write_entry(tiles.tuned_file(), key, {"tiles": dataclasses.asdict(wanted)})
+        entries.write(tiles.tuned_file(), tiles.FORMAT, key, {"tiles": dataclasses.asdict(wanted)})
         tiles.read_tuned.cache_clear()
         assert tiles.choose(problem.request, RaggedPageConfig()) == wanted
     finally:
