@@ -58,9 +58,10 @@ KERNELS = (
 # What NVIDIA's compilers print is read: each program has to be compiled.
 GPU_VARIABLES = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 # The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
-MOSAIC = tuple(
-    f"test_pallas_mosaic_gpu.py::{name}"
-    for name in ("TestMosaicInBrief", "test_layers_of_a_loop_share_what_is_prepared")
+MOSAIC = (
+    "test_pallas_mosaic_gpu.py::TestMosaicInBrief",
+    "test_pallas_mosaic_gpu.py::test_layers_of_a_loop_share_what_is_prepared",
+    "test_trials.py::test_an_interpreted_trial_from_end_to_end",
 )
 MOSAIC_VARIABLES = {"NPROC": "8", "EASYDEL_RAGGED_TEST_MOSAIC": "require"}
 TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
