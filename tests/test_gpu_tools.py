@@ -150,7 +150,7 @@ def test_tune_without_a_gpu_says_so(cache: Path) -> None:
     assert result.exit_code == 1
     text = " ".join(result.output.split())
     assert "There is nothing to tune: JAX's default backend is 'cpu'" in text
-    assert "what can be tuned is pallas_gpu on gpu." in text
+    assert "what can be tuned or tried is pallas_gpu on gpu, pallas_mosaic_gpu on gpu." in text
     assert "pip install 'jax[cuda12]'" in text
     assert not cache.exists()
 
@@ -368,7 +368,8 @@ class TestHalfHour:
         first = names.index("mosaic-first")
         mosaic = names[first + 1 :]
         assert not any(name.startswith("mosaic") for name in names[:first])
-        assert [name for name in mosaic if "contract" not in name] == [
+        assert mosaic[0] == "mosaic-trial-32-8-128"
+        assert [name for name in mosaic[1:] if "contract" not in name] == [
             "mosaic-prefill-8k", "mosaic-chunk-2k-on-32k", "mosaic-mixed-63x4k-and-1k",
         ]  # fmt: skip
         assert all(commands[name].needs == "mosaic-first" for name in mosaic)
@@ -381,6 +382,17 @@ class TestHalfHour:
         kernels = {kernel: {each.name for each in CONTESTANTS[kernel]} for kernel in (OURS, MOSAIC)}
         assert MOSAIC not in kernels[OURS]
         assert {OURS, MOSAIC} <= kernels[MOSAIC]
+
+    @pytest.mark.parametrize("dry", [True, False])
+    def test_what_is_tuned_is_what_the_other_kernel_is_tried_beside(self, dry: bool, tmp_path: Path) -> None:
+        commands = {command.name: command for command in half_hour.commands(tmp_path, dry)}
+        tune, trial = commands["tune-32-8-128"], commands["mosaic-trial-32-8-128"]
+        assert list(commands).index(tune.name) < list(commands).index(trial.name)
+        assert tune.variables == trial.variables == (("EASYDEL_RAGGED_CACHE", str(tmp_path / "tuned")),)
+        for command, kernel in ((tune, OURS), (trial, MOSAIC)):
+            assert command.arguments[:5] == ("-m", "easydel_ragged_plugin", "tune", "--kernel", kernel)
+            assert ("--interpret" in command.arguments) == dry
+        assert dry or tune.arguments[5:] == trial.arguments[5:]
 
     def test_a_missed_target_is_measured_again_with_the_tuned_tiles(self, tmp_path: Path) -> None:
         names = [command.name for command in half_hour.commands(tmp_path, False)]
