@@ -527,10 +527,10 @@ def tpu_in_every_case(session: nox.Session) -> None:
 
 @nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
 def mosaic_in_every_case(session: nox.Session) -> None:
-    """What `kernels` leaves out: the Mosaic kernel on all cases of the contract, and the dry run of its benchmark."""
+    """What `kernels` leaves out of the Mosaic kernel: its contract and its trial in every case, its benchmark."""
     install(session, "", *group("test"), "absl-py")
     session.log("The Mosaic kernel, interpreted in every case: less than an hour")
-    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
+    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", "test_trials.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
     if not session.posargs:
         pytest(session, "test_gpu_tools.py::test_dry_run_of_the_mosaic_benchmark", **MOSAIC_VARIABLES)
 

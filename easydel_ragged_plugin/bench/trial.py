@@ -130,6 +130,15 @@ class Tried:
     timed: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     reason: str | None = None
 
+    def slower(self, beside: str) -> str | None:
+        """Where the kernel is not faster than ``beside``, or None."""
+        found = [
+            f"{name}: {times['us']:.0f} us, and {beside} takes {times['beside_us']:.0f}"
+            for name, times in self.timed.items()
+            if not times["us"] <= LEAST_GAIN * times["beside_us"]  # so that a NaN is found
+        ]
+        return f"not faster in {'; '.join(found)}" if found else None
+
 
 def command(kernel: Kernel, geometry: Geometry, interpret: bool) -> list[str]:
     """The command that runs the steps. Names of modules in the working directory are not taken for others."""
@@ -168,13 +177,10 @@ def try_kernel(
     console.print(f"{kernel.name} on {where}, in a process of its own", highlight=False)
     with Child(command(kernel, geometry, interpret), variables(interpret)) as child:
         tried = follow(console, child, trial.beside.name)
-    slower = [
-        f"{name}: {times['us']:.0f} us, and {trial.beside.name} takes {times['beside_us']:.0f}"
-        for name, times in tried.timed.items()
-        if times["us"] > LEAST_GAIN * times["beside_us"]
-    ]
-    if tried.reason is None and slower and not interpret:
-        tried.reason = f"not faster in {'; '.join(slower)}"
+    if tried.reason is None and not tried.timed:
+        tried.reason = "nothing was timed"
+    elif tried.reason is None and not interpret:
+        tried.reason = tried.slower(trial.beside.name)
     file = trial.save(request, tried.reason, {"checked": tried.checked, "timed": tried.timed})
     return file, tried.reason
 

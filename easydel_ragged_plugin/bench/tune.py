@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -118,12 +119,11 @@ def _try(console: Console, kernel: Kernel, trial: Trial, geometry: Geometry, *, 
     if refusal is not None and named and not interpret:
         raise CommandError(f"{kernel.name} does not take this: {refusal}", exit_code=1)
     if refusal is not None:
-        console.print(f"  {kernel.name} is not tried: {refusal}", highlight=False, soft_wrap=True)
+        console.print(f"  {kernel.name} is not tried: {escape(refusal)}", highlight=False, soft_wrap=True)
         return
     file, reason = try_kernel(console, kernel, trial, request, geometry, interpret)
-    told = "[green]✓[/green] {}: passed, written to {}" if reason is None else "[red]✗[/red] {}: {}; written to {}"
-    where = (file,) if reason is None else (reason, file)
-    console.print(told.format(kernel.name, *where), highlight=False, soft_wrap=True)
+    mark, outcome = ("[green]✓[/green]", "passed,") if reason is None else ("[red]✗[/red]", f"{escape(reason)};")
+    console.print(f"{mark} {kernel.name}: {outcome} written to {file}", highlight=False, soft_wrap=True)
 
 
 def _tune(console: Console, kernel: Kernel, tuning: Tuning, geometry: Geometry, interpret: bool) -> Path:
