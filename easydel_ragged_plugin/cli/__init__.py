@@ -489,8 +489,8 @@ def tune_command(
 
     The kernel for long rows on Hopper is then tried in a process of its own, which is ended where it hangs. It has to
     give right answers with every option, and to be faster than the tuned one in prompts, chunks and mixed steps. The
-    verdict goes into a file beside the other, and later processes choose the kernel by it. Exit code 0: it was found
-    out, whatever it is.
+    verdict goes into a file beside the other, and later processes choose the kernel by it. A verdict against it is no
+    error: the exit code is 0.
 
     [bold]Examples[/bold]
 

@@ -143,12 +143,9 @@ class PallasMosaicGPU(Kernel):
         may be none, as in a bucket for decoding: the step would pay for the second output of this kernel, and gain
         nothing.
         """
-        most = request.num_rows * self._more_than(request, RaggedPageConfig())
-        if request.num_tokens <= most:
-            return (
-                f"it is for long rows, and {request.num_rows} rows of few tokens hold the {request.num_tokens} of such "
-                "a step"
-            )
+        tokens, rows = request.num_tokens, request.num_rows
+        if tokens <= rows * self._more_than(request, RaggedPageConfig()):
+            return f"it is for long rows, and a step of {tokens} tokens in {rows} rows may have none"
         return verdicts.against(request)
 
     def _more_than(self, request: AttentionRequest, config: RaggedPageConfig) -> int:
@@ -231,14 +228,14 @@ class PallasMosaicGPU(Kernel):
                 f"The kernel {self.name}, for long rows on this GPU, has not been tried on it: 'easydel-ragged tune' "
                 "tries it, and from then on it is chosen where it is right and faster.",
             )
+        again = "'easydel-ragged tune' tries it again"
         why = {
-            geometry: reason or (verdict.stale and f"that was {verdict.stale}")
+            geometry: reason or (verdict.stale and f"that was {verdict.stale}; {again}")
             for geometry, verdict in found.items()
             if verdict.reason is None
         }
         return tuple(
-            f"The kernel {self.name} passed its trial for {geometry}, and is not chosen now: {lost}. When that is put "
-            "right, 'easydel-ragged tune' tries it again."
+            f"The kernel {self.name} passed its trial for {geometry}, and is not chosen now: {lost}."
             for geometry, lost in why.items()
             if lost is not None
         )

@@ -37,7 +37,7 @@ class Verdict:
     Attributes:
         reason: why the kernel has not passed; None where it has.
         date: when, as YYYY-MM-DD.
-        made_with: :func:`made_with` of the trial's process.
+        made_with: :func:`made_with` of the process that kept it.
     """
 
     reason: str | None
@@ -78,7 +78,7 @@ def made_with() -> dict[str, str]:
     for folder in (Path(__file__).parent, Path(pallas_gpu.__file__).parent):
         for source in sorted(folder.glob("*.py")):
             digest.update(source.read_bytes())
-    # A program lies elsewhere on another PATH and is the same one.
+    # The same ptxas may lie elsewhere.
     found = {f"ptxas {version}" if Path(name).is_absolute() else name for name, version in assembler.versions().items()}
     return {
         "jax": metadata.version("jax"),
