@@ -33,6 +33,7 @@ from .timing import LEAST_GAIN
 
 __all__ = ["Child", "Tried", "try_kernel"]
 
+STARTING = "the start"
 START_LIMIT_S = 120.0
 """For a process that imports JAX and starts its backend."""
 END_LIMIT_S = 20.0
@@ -197,27 +198,28 @@ def follow(console: Console, child: Child, beside: str) -> Tried:
         CommandError: the process says that it can't run them.
     """
     tried = Tried()
-    name, limit_s, begun = "the start", START_LIMIT_S, time.monotonic()
-    with console.status("starting") as status:
+    name, limit_s, begun = STARTING, START_LIMIT_S, time.monotonic()
+    with console.status(name) as status:
         while tried.reason is None:
             try:
                 line = child.line(max(0.0, begun + limit_s - time.monotonic()))
             except TimeoutError:
-                tried.reason = f"{name} did not end within {limit_s:g} s"
-                break
+                line = {"lost": f"{name} did not end within {limit_s:g} s"}
             if line is None:
-                tried.reason = f"its process ended in {name} ({child.last_words()})"
-                break
-            if "done" in line:
-                break
-            if "unable" in line:
-                raise CommandError(f"the trial can't run: {line['unable']}. Nothing is written.", exit_code=1)
-            if "begin" in line:
+                line = {"lost": f"its process ended in {name} ({child.last_words()})"}
+            if "unable" in line or (name == STARTING and "lost" in line):  # which says nothing about the kernel
+                why = line.get("unable") or line["lost"]
+                raise CommandError(f"the trial can't run: {why}. Nothing is written.", exit_code=1)
+            if "lost" in line:
+                tried.reason = line["lost"]
+            elif "begin" in line:
                 name, limit_s, begun = line["begin"], line["limit_s"], time.monotonic()
                 status.update(name)
             elif "end" in line:
                 _note(console, tried, line, beside, time.monotonic() - begun)
                 name, limit_s, begun = f"what follows {name}", START_LIMIT_S, time.monotonic()
+            elif "done" in line:
+                break
     return tried
 
 
