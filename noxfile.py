@@ -58,9 +58,10 @@ KERNELS = (
 # What NVIDIA's compilers print is read: each program has to be compiled.
 GPU_VARIABLES = {"EASYDEL_RAGGED_TEST_GPU_COMPILER": "require", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 # The interpreter of the Mosaic kernel needs more threads than a small machine has processors.
-MOSAIC = tuple(
-    f"test_pallas_mosaic_gpu.py::{name}"
-    for name in ("TestMosaicInBrief", "test_layers_of_a_loop_share_what_is_prepared")
+MOSAIC = (
+    "test_pallas_mosaic_gpu.py::TestMosaicInBrief",
+    "test_pallas_mosaic_gpu.py::test_layers_of_a_loop_share_what_is_prepared",
+    "test_trials.py::test_an_interpreted_trial_from_end_to_end",
 )
 MOSAIC_VARIABLES = {"NPROC": "8", "EASYDEL_RAGGED_TEST_MOSAIC": "require"}
 TPU_IN_BRIEF = ("test_pallas_tpu.py::TestPallasTPUInBrief",)
@@ -526,10 +527,10 @@ def tpu_in_every_case(session: nox.Session) -> None:
 
 @nox.session(python=newest_python(), default=False, tags=["all"])  # not for each change: its interpreter is slow
 def mosaic_in_every_case(session: nox.Session) -> None:
-    """What `kernels` leaves out: the Mosaic kernel on all cases of the contract, and the dry run of its benchmark."""
+    """What `kernels` leaves out of the Mosaic kernel: its contract and its trial in every case, its benchmark."""
     install(session, "", *group("test"), "absl-py")
     session.log("The Mosaic kernel, interpreted in every case: less than an hour")
-    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
+    pytest(session, "-m", "long", "test_pallas_mosaic_gpu.py", "test_trials.py", **MOSAIC_VARIABLES, **QUICK_TO_COMPILE)
     if not session.posargs:
         pytest(session, "test_gpu_tools.py::test_dry_run_of_the_mosaic_benchmark", **MOSAIC_VARIABLES)
 

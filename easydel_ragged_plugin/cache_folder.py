@@ -46,7 +46,7 @@ class Entry:
 
 
 def _kind(path: Path) -> str | None:
-    """By the names that this package gives. Kernels choose the names of their tuned tiles: those go by content."""
+    """By the names that this package gives. Kernels choose those of tuned tiles and trials, which go by content."""
     if path.name == GGUF_NAME:
         return "downloaded model"
     if CONVERTED.fullmatch(path.name):
@@ -58,8 +58,10 @@ def _kind(path: Path) -> str | None:
     if path.suffix == ".json" and path.is_file():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return f"tuned tiles for {len(content['entries'])} geometries" if "format" in content else None
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = content["entries"]
+            what = "trials" if any("passed" in entry for entry in kept.values()) else "tuned tiles"
+            return f"{what} for {len(kept)} geometries" if "format" in content else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
     return None
 

@@ -1,7 +1,8 @@
 """Which kernel runs a request, and the reasons against the others.
 
-:data:`ORDER` has the order of each platform. With ``kernel="auto"`` the first kernel that does not refuse runs. A
-kernel that is named runs, or :class:`~easydel_ragged_plugin.errors.Unsupported` is raised.
+:data:`ORDER` has the order of each platform. With ``kernel="auto"`` the first kernel runs that does not refuse, and for
+which nothing says that it runs only by name (``types.Kernel.only_by_name``). A kernel that is named runs, or
+:class:`~easydel_ragged_plugin.errors.Unsupported` is raised.
 """
 
 from __future__ import annotations
@@ -35,16 +36,10 @@ BUILT_IN: dict[str, Kernel] = {
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu_native", "xla", "turboquant", "ejkernel"),
     # The host's kernels come after the portable one: in their v3 padding tokens can overwrite live pages.
-    "gpu": ("pallas_gpu", "xla", "turboquant", "ejkernel"),
-    "tpu": ("pallas_tpu", "xla", "turboquant"),
+    "gpu": ("pallas_mosaic_gpu", "pallas_gpu", "xla", "turboquant", "ejkernel"),
+    "tpu": ("pallas_tpu", "xla", "turboquant", "ejkernel"),
 }
 """Kernels of this package to try on each platform, best first. Kernels of hooks come before them."""
-
-ONLY_BY_NAME: dict[str, dict[str, str]] = {
-    "gpu": {"pallas_mosaic_gpu": "no GPU has run it yet, and a wrong barrier would stop the process for good"},
-    "tpu": {"ejkernel": "where its answers are wrong is not known before the call"},
-}
-"""Kernels that run on a platform and are not in its order, and why."""
 
 ELSEWHERE = ("xla", "turboquant")
 """The order on a platform that is not in :data:`ORDER`."""
@@ -148,11 +143,17 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
             "config, in the host's operation_configs, by override_config or through EASYDEL_RAGGED_KERNEL."
         )
     reasons = {name: why_not(kernel, request, config) for name, kernel in known.items()}
+    by_name = {
+        name: f"only by name: {why}"
+        for name, kernel in known.items()
+        if reasons[name] is None and (why := kernel.only_by_name(request)) is not None
+    }
+    if config.kernel == "auto":
+        reasons |= by_name
     chosen = next((name for name in order if reasons[name] is None), None)
     if chosen is None:
         listing = "; ".join(f"{name}: {reasons[name]}" for name in order)
         raise Unsupported(f"{listing}. Request: {request.describe()}.")
-    by_name = {name: f"only by name: {why}" for name, why in ONLY_BY_NAME.get(request.platform, {}).items()}
     refusals = tuple(
         Refusal(name, reason or by_name.get(name, "later in the order"))
         for name, reason in reasons.items()
@@ -161,7 +162,9 @@ def select(request: AttentionRequest, call: RaggedPageConfig | None = None) -> t
     selection = Selection(chosen, config, refusals, request)
     hooks.manager().hook.ragged_selected(request=request, selection=selection)
     for name in order[: order.index(chosen)]:
-        warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
+        # What a kernel improves on comes after it: that one runs, or is named in a warning of its own.
+        if name not in by_name and known[name].improves_on is None:
+            warn_once(f"{name} was passed over for {chosen}: {reasons[name]}")
     logger.debug("%s", selection)
     return known[chosen], selection
 

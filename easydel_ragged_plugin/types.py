@@ -31,6 +31,7 @@ __all__ = [
     "Kernel",
     "Operands",
     "Prepared",
+    "Trial",
     "Tuning",
     "Version",
 ]
@@ -309,6 +310,39 @@ class Tuning(Protocol):
         ...
 
 
+class Trial(Protocol):
+    """What ``easydel-ragged tune`` tries of a kernel that has to pass a trial on a machine before it is chosen there.
+
+    The kernel runs in a process of its own, with a time limit for each step: small cases of every option that it
+    declares, compared with the oracle, then calls with long rows, timed in turns with another kernel. Where and how the
+    outcome is kept is the kernel's; its :meth:`Kernel.only_by_name` reads it.
+
+    Attributes:
+        beside: the kernel that it must be faster than.
+        interpreted: the kernel in an interpreter, which runs on any platform, for trying the command out; or None.
+            Its own ``trial()`` saves nothing that a later process would take.
+    """
+
+    @property
+    def beside(self) -> Kernel: ...
+
+    @property
+    def interpreted(self) -> Kernel | None: ...
+
+    def save(self, request: AttentionRequest, reason: str | None, measured: Mapping[str, Any]) -> Path:
+        """Keep the outcome for later processes, in place of an earlier one.
+
+        Args:
+            request: a call with the geometry and the dtypes that were tried.
+            reason: why the kernel has not passed; None where it has.
+            measured: further values to store with it, JSON-able.
+
+        Returns:
+            The file that holds it.
+        """
+        ...
+
+
 class Kernel(abc.ABC):
     """One way to compute ragged page attention.
 
@@ -327,6 +361,8 @@ class Kernel(abc.ABC):
         color: its color in figures; None for any.
         is_hosts: whether it is the host's own kernel, which others are compared with.
         config_type: dataclass of the settings that no other kernel has; ``RaggedPageConfig.kernel_config`` takes one.
+        improves_on: name of a kernel further down in the order that takes the same calls, and some more; None where
+            there is none. With that one to run in its place a refusal is no loss, and is not logged.
     """
 
     name: str
@@ -338,6 +374,7 @@ class Kernel(abc.ABC):
     color: str | None = None
     is_hosts: bool = False
     config_type: type | None = None
+    improves_on: str | None = None
 
     @abc.abstractmethod
     def refuses(self, request: AttentionRequest) -> str | None:
@@ -346,6 +383,14 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """Attend, after writing the new tokens where ``request.writes_pages``."""
+
+    def only_by_name(self, request: AttentionRequest) -> str | None:
+        """Why ``kernel="auto"`` leaves this kernel out, although it can run ``request``; or None.
+
+        A kernel that is named runs all the same. Called where nothing is in the way of it: not the platform, not
+        :attr:`features`, not :meth:`refuses`.
+        """
+        return None
 
     def prepare(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Any:
         """What :meth:`forward` computes of the index arrays alone, as a pytree of arrays; None where that is nothing.
@@ -380,4 +425,8 @@ class Kernel(abc.ABC):
 
     def tuning(self) -> Tuning | None:
         """What ``easydel-ragged tune`` can measure, or None."""
+        return None
+
+    def trial(self) -> Trial | None:
+        """What ``easydel-ragged tune`` has to try before :meth:`only_by_name` lets it be chosen, or None."""
         return None

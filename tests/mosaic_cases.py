@@ -1,28 +1,35 @@
-"""The shared cases in shapes that the Mosaic kernel takes, and where its interpreter can run."""
+"""The shared cases in shapes that the Mosaic kernel takes, where its interpreter can run, and a process on a card."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from easydel_ragged_plugin import RaggedPageConfig
-from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import HEAD_DIMS, LongRows, PallasMosaicGPU
+from easydel_ragged_plugin.kernels import pallas_mosaic_gpu
+from easydel_ragged_plugin.kernels.pallas_gpu import tiles
+from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Card
+from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import HEAD_DIMS, LongRows, PallasMosaicGPU, assembler
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import CASES, Case, Row
 
 __all__ = [
     "EVERY_CASE",
     "EVERY_ROW",
+    "H100",
     "INTERPRETED",
     "KNOWN_FAILURES",
     "NEEDED_THREADS",
     "SEVERAL_BLOCKS",
     "in_its_shape",
     "not_interpreted",
+    "on_hopper",
 ]
 
+H100 = "NVIDIA H100 80GB HBM3"
 INTERPRETED = PallasMosaicGPU(interpret=True)
 EVERY_ROW = RaggedPageConfig(kernel_config=LongRows(more_than=0))
 """Rows with one new token are long, too: the rows of the shared cases are short."""
@@ -49,6 +56,18 @@ def not_interpreted() -> str | None:
     if reason is None and threads < NEEDED_THREADS:
         reason = f"JAX's interpreter for GPUs needs {NEEDED_THREADS} threads of XLA, here are {threads}; set NPROC"
     return reason
+
+
+def on_hopper(patch: Any) -> None:
+    """Make this a process on an H100, with an assembler that is trusted, and all packages that the kernel needs.
+
+    Args:
+        patch: pytest's ``monkeypatch``.
+    """
+    patch.setattr(tiles, "card", lambda: (H100, Card(132, 227 * 1024, (9, 0))))
+    patch.setattr(assembler, "miscompiles", lambda: None)
+    patch.setattr(pallas_mosaic_gpu, "OLDEST_JAX", (0, 8))
+    patch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 def in_its_shape(cases: Iterable[Case]) -> tuple[Case, ...]:

@@ -217,6 +217,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / model.GGUF_NAME).write_bytes(bytes(1_200_000))
     (folder / "demo.log").write_text("a line")
     (folder / "a_kernel.json").write_text(json.dumps({"format": 3, "entries": {"card head_dim=64": {}}}))
+    tried = {"card head_dim=64": {"passed": False}, "card head_dim=128": {"passed": True}}
+    (folder / "tried.json").write_text(json.dumps({"format": 1, "entries": tried}))
     (folder / "results.json").write_text(json.dumps({"results": []}))
     (folder / "notes.txt").write_text("mine")
     os.utime(folder / "demo.log", (0, time.mktime((2026, 1, 2, 3, 4, 0, 0, 0, -1))))
@@ -232,6 +234,7 @@ def test_cache_shows_what_is_there(cache: Path) -> None:
     assert any(line.startswith("downloaded model 1.2 MB 2") and line.endswith(model.GGUF_NAME) for line in lines)
     assert any(line.startswith("converted model 2.5 MB 2") for line in lines)
     assert any(line.startswith("tuned tiles for 1 geometries") and line.endswith("a_kernel.json") for line in lines)
+    assert any(line.startswith("trials for 2 geometries") and line.endswith("tried.json") for line in lines)
     assert "log of the last run 6 bytes 2026-01-02 03:04 demo.log" in lines
     stays = [line for line in lines if line.startswith("not made by this package: stays")]
     assert [line.split()[-1] for line in stays] == ["notes.txt", "results.json"]

@@ -27,7 +27,7 @@ from benchmarks.gpu.report import show
 from benchmarks.gpu.rivals import CONTESTANTS
 from benchmarks.gpu.table import MOSAIC, OURS, TABLE
 from benchmarks.processes import NOT_HERE
-from easydel_ragged_plugin import RaggedPageConfig
+from easydel_ragged_plugin import RaggedPageConfig, entries
 from easydel_ragged_plugin.bench import tune
 from easydel_ragged_plugin.bench.cases import workload
 from easydel_ragged_plugin.bench.problem import Problem, build, check, few_rows
@@ -37,7 +37,7 @@ from easydel_ragged_plugin.cli import app
 from easydel_ragged_plugin.config import CACHE_VARIABLE
 from easydel_ragged_plugin.kernels import xla
 from easydel_ragged_plugin.kernels.pallas_gpu import PallasGPU, tiles
-from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning, write_entry
+from easydel_ragged_plugin.kernels.pallas_gpu.tuning import TileTuning
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import PallasMosaicGPU
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.testing.cases import Row
@@ -150,7 +150,7 @@ def test_tune_without_a_gpu_says_so(cache: Path) -> None:
     assert result.exit_code == 1
     text = " ".join(result.output.split())
     assert "There is nothing to tune: JAX's default backend is 'cpu'" in text
-    assert "what can be tuned is pallas_gpu on gpu." in text
+    assert "what can be tuned or tried is pallas_gpu on gpu, pallas_mosaic_gpu on gpu." in text
     assert "pip install 'jax[cuda12]'" in text
     assert not cache.exists()
 
@@ -221,7 +221,7 @@ def test_tuned_tiles_are_found_by_a_call(cache: Path, monkeypatch: pytest.Monkey
         before = tiles.choose(problem.request, RaggedPageConfig())
         wanted = dataclasses.replace(before, programs=7)
         key = tiles.tuned_key(name, problem.request)
-        write_entry(tiles.tuned_file(), key, {"tiles": dataclasses.asdict(wanted)})
+        entries.write(tiles.tuned_file(), tiles.FORMAT, key, {"tiles": dataclasses.asdict(wanted)})
         tiles.read_tuned.cache_clear()
         assert tiles.choose(problem.request, RaggedPageConfig()) == wanted
     finally:
@@ -368,7 +368,8 @@ class TestHalfHour:
         first = names.index("mosaic-first")
         mosaic = names[first + 1 :]
         assert not any(name.startswith("mosaic") for name in names[:first])
-        assert [name for name in mosaic if "contract" not in name] == [
+        assert mosaic[0] == "mosaic-trial-32-8-128"
+        assert [name for name in mosaic[1:] if "contract" not in name] == [
             "mosaic-prefill-8k", "mosaic-chunk-2k-on-32k", "mosaic-mixed-63x4k-and-1k",
         ]  # fmt: skip
         assert all(commands[name].needs == "mosaic-first" for name in mosaic)
@@ -381,6 +382,17 @@ class TestHalfHour:
         kernels = {kernel: {each.name for each in CONTESTANTS[kernel]} for kernel in (OURS, MOSAIC)}
         assert MOSAIC not in kernels[OURS]
         assert {OURS, MOSAIC} <= kernels[MOSAIC]
+
+    @pytest.mark.parametrize("dry", [True, False])
+    def test_what_is_tuned_is_what_the_other_kernel_is_tried_beside(self, dry: bool, tmp_path: Path) -> None:
+        commands = {command.name: command for command in half_hour.commands(tmp_path, dry)}
+        tune, trial = commands["tune-32-8-128"], commands["mosaic-trial-32-8-128"]
+        assert list(commands).index(tune.name) < list(commands).index(trial.name)
+        assert tune.variables == trial.variables == (("EASYDEL_RAGGED_CACHE", str(tmp_path / "tuned")),)
+        for command, kernel in ((tune, OURS), (trial, MOSAIC)):
+            assert command.arguments[:5] == ("-m", "easydel_ragged_plugin", "tune", "--kernel", kernel)
+            assert ("--interpret" in command.arguments) == dry
+        assert dry or tune.arguments[5:] == trial.arguments[5:]
 
     def test_a_missed_target_is_measured_again_with_the_tuned_tiles(self, tmp_path: Path) -> None:
         names = [command.name for command in half_hour.commands(tmp_path, False)]

@@ -24,7 +24,7 @@ from easydel_ragged_plugin import RaggedPageConfig, Unsupported, page_shape, rag
 from easydel_ragged_plugin.kernels import pallas_mosaic_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
-from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, sizes
+from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, assembler, sizes
 from easydel_ragged_plugin.layout import PageLayout
 from easydel_ragged_plugin.options import Options
 from easydel_ragged_plugin.types import AttentionRequest, Operands
@@ -201,7 +201,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     found = CARDS["H100"]
     card = tiles.Card(found.multiprocessors, found.shared_bytes, found.capability)
     monkeypatch.setattr(tiles, "card", lambda: (found.kind, card))
-    monkeypatch.setattr(pallas_mosaic_gpu, "miscompiles", lambda: None)
+    monkeypatch.setattr(assembler, "miscompiles", lambda: None)
 
 
 @pytest.mark.usefixtures("hopper")

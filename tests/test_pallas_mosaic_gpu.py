@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import os
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +26,7 @@ from mosaic_cases import (
     SEVERAL_BLOCKS,
     in_its_shape,
     not_interpreted,
+    on_hopper,
 )
 
 from easydel_ragged_plugin import RaggedPageConfig, prepare, ragged_page_attention_v3, select
@@ -35,7 +35,7 @@ from easydel_ragged_plugin.kernels import pallas_mosaic_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.kernels.pallas_gpu.tiles import Card
 from easydel_ragged_plugin.kernels.pallas_gpu.work import Column
-from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, LongRows, sizes
+from easydel_ragged_plugin.kernels.pallas_mosaic_gpu import KERNEL, LongRows, assembler, sizes
 from easydel_ragged_plugin.kernels.pallas_mosaic_gpu.work import work_of
 from easydel_ragged_plugin.layout import PageLayout, page_shape
 from easydel_ragged_plugin.rows import Rows
@@ -96,11 +96,7 @@ def request(**changes: Any) -> AttentionRequest:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process on an H100, with an assembler that is trusted, and all packages that it needs."""
-    monkeypatch.setattr(tiles, "card", lambda: ("NVIDIA H100 80GB HBM3", Card(132, 227 * 1024, (9, 0))))
-    monkeypatch.setattr(pallas_mosaic_gpu, "miscompiles", lambda: None)
-    monkeypatch.setattr(pallas_mosaic_gpu, "OLDEST_JAX", (0, 8))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    on_hopper(monkeypatch)
 
 
 @pytest.fixture
@@ -179,17 +175,6 @@ def test_lists_of_work() -> None:
     lacking = found.with_pages(made, jnp.array(needed))
     assert of_rows(lacking.tiles) == tiles_of_rows[10:]
     np.testing.assert_array_equal(np.flatnonzero(lacking.has_token(made)), [*range(300, 305), *range(309, 349)])
-
-
-@pytest.mark.once
-@pytest.mark.usefixtures("hopper")
-def test_runs_only_where_it_is_named() -> None:
-    _, selection = select.select(request())
-    reasons = {refusal.kernel: refusal.reason for refusal in selection.refusals}
-    assert selection.kernel == "pallas_gpu"
-    assert reasons[KERNEL.name].startswith("only by name: no GPU has run it yet")
-    _, selection = select.select(request(), RaggedPageConfig(kernel=KERNEL.name))
-    assert selection.kernel == KERNEL.name
 
 
 @pytest.mark.usefixtures("hopper")
@@ -273,13 +258,15 @@ def test_assemblers_that_miscompile(
 
     monkeypatch.setattr(metadata, "version", version_of)
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
-    monkeypatch.setattr(pallas_mosaic_gpu, "SYSTEM_PTXAS", str(tmp_path / "none" / "ptxas"))
+    monkeypatch.setattr(assembler, "SYSTEM_PTXAS", str(tmp_path / "none" / "ptxas"))
     monkeypatch.setenv("PATH", str(tmp_path))
     if ptxas is not None:
         program = tmp_path / "ptxas"
         program.write_text("#!/bin/sh\nexit 1\n" if ptxas == "broken" else f"#!/bin/sh\necho release, {ptxas}\n")
         program.chmod(0o755)
-    reason = pallas_mosaic_gpu.miscompiles.__wrapped__()  # found once in a process
+    found = assembler.versions.__wrapped__()  # once in a process
+    monkeypatch.setattr(assembler, "versions", lambda: found)
+    reason = assembler.miscompiles.__wrapped__()
     assert (reason is None) == (bad is None)
     assert bad is None or bad in str(reason)
 

@@ -41,9 +41,14 @@ class Picky(XlaKernel):
     platforms = frozenset({"cpu"})
     technologies = frozenset({"picky"})
     reason: str | None = None
+    by_name: str | None = None
 
     def refuses(self, request: AttentionRequest) -> str | None:
         return self.reason
+
+    def only_by_name(self, request: AttentionRequest) -> str | None:
+        assert self.reason is None, "it is not asked about what it can't run"
+        return self.by_name
 
 
 class Plugin:
@@ -123,6 +128,37 @@ def test_refusal_falls_back_and_is_logged(plugin: Plugin, caplog: pytest.LogCapt
     assert [record.getMessage() for record in ours] == [
         f"picky was passed over for {selection.kernel}: head_dim 32 on a Sunday"
     ]
+
+
+def logged_about_picky(caplog: pytest.LogCaptureFixture) -> list[str]:
+    with caplog.at_level(logging.WARNING, logger="easydel_ragged_plugin"):
+        _, selection = select.select(REQUEST)
+    assert selection.kernel != "picky"
+    return [record.getMessage() for record in caplog.records if "picky" in record.getMessage()]
+
+
+def test_kernel_that_runs_only_by_name_is_left_out(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no fallback, so nothing is logged; and a kernel that is not there, or refuses, says that."""
+    plugin.kernel.by_name = "it has not been tried"
+    assert logged_about_picky(caplog) == []
+    assert select.Refusal("picky", "only by name: it has not been tried") in select.select(REQUEST)[1].refusals
+    _, selection = select.select(REQUEST, RaggedPageConfig(kernel="xla"))
+    assert select.Refusal("picky", "only by name: it has not been tried") in selection.refusals
+    assert chosen(config=RaggedPageConfig(kernel="picky")) == "picky"
+    with pytest.raises(Unsupported, match=r"picky: only by name: it has not been tried; .*xla: is "):
+        chosen(config=RaggedPageConfig(platform="picky"))
+    plugin.kernel.reason = "head_dim 32"
+    assert select.Refusal("picky", "head_dim 32") in select.select(REQUEST)[1].refusals
+
+
+@pytest.mark.parametrize("improves_on", [None, "xla"])
+def test_refusal_of_what_improves_on_another_kernel_is_not_logged(
+    improves_on: str | None, plugin: Plugin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "_warned", set())
+    plugin.kernel.improves_on = improves_on
+    plugin.kernel.reason = "head_dim 32"
+    assert len(logged_about_picky(caplog)) == (improves_on is None)
 
 
 def test_named_kernel_runs_or_raises(plugin: Plugin) -> None:

@@ -22,14 +22,14 @@ from typing import Any
 
 from benchmarks.processes import NOT_HERE, ended
 
-from .table import MOSAIC, TABLE, TABLES
+from .table import MOSAIC, OURS, TABLE, TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 480.0
 FIRST_LIMIT_S = 120.0
 """For one case of a kernel that may never end."""
 GEOMETRIES = (("32", "8", "128"), ("64", "8", "64"))
-"""Query heads, kv heads and head_dim that are tuned."""
+"""Query heads, kv heads and head_dim that are tuned. The Mosaic kernel is tried with the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +57,24 @@ def commands(out: Path, dry: bool) -> Iterator[Command]:
     trace = ("--out", str(out / "trace"), *dry_run)
     yield Command("profile", ("-m", "benchmarks.gpu.profile", "--case", "decode-64x2k", *trace))
     for q_heads, kv_heads, head_dim in GEOMETRIES[:1] if dry else GEOMETRIES:
-        shape = ("--q-heads", q_heads, "--kv-heads", kv_heads, "--head-dim", head_dim)
-        tiny = ("--interpret", "--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--page-size", "16")
-        tune = ("-m", "easydel_ragged_plugin", "tune", *(tiny if dry else shape))
+        tune = _tune(OURS, ("4", "2", "32") if dry else (q_heads, kv_heads, head_dim), dry)
         yield Command(f"tune-{q_heads}-{kv_heads}-{head_dim}", tune, tuned)
-    yield from _mosaic(out, dry)
+    yield from _mosaic(out, dry, tuned)
     for name in names:
         if missed(out / f"table-{name}.json"):
             yield Command(f"again-{name}", _table(name, out / f"again-{name}.json"), tuned)
 
 
-def _mosaic(out: Path, dry: bool) -> Iterator[Command]:
-    """Those about the Mosaic kernel. No card has run it, so one case comes first: the others wait for its end."""
+def _mosaic(out: Path, dry: bool, tuned: tuple[tuple[str, str], ...]) -> Iterator[Command]:
+    """Those about the Mosaic kernel. No card has run it, so one case comes first: the others wait for its end.
+
+    Then it is tried as users try it. The contract and the workloads tell what is wrong where it does not pass.
+    """
     first = "mosaic-first"
     which = "TestMosaicResults and v3 and " + ("mixed" if dry else "several-blocks-plain")
     yield dataclasses.replace(_contract(first, which, out, dry), limit_s=LIMIT_S if dry else FIRST_LIMIT_S)
+    trial = _tune(MOSAIC, ("4", "2", "64") if dry else GEOMETRIES[0], dry)
+    yield Command(f"mosaic-trial-{'-'.join(GEOMETRIES[0])}", trial, tuned, needs=first)
     contracts, tables = [], []
     for part, version in (("Results", "v3"), ("Results", "v2"), ("Laws", "v3")):
         which = f"TestMosaic{part} and {version}"
@@ -82,6 +85,14 @@ def _mosaic(out: Path, dry: bool) -> Iterator[Command]:
         tables.append(Command(name, (*_table(entry.case.name, out / f"{name}.json"), *how)))
     for command in (*contracts[:1], *tables, *contracts[1:]):
         yield dataclasses.replace(command, needs=first)
+
+
+def _tune(kernel: str, geometry: tuple[str, str, str], dry: bool) -> tuple[str, ...]:
+    """Tune a kernel, or try it, with so many query heads and kv heads, and this head_dim."""
+    options = zip(("--q-heads", "--kv-heads", "--head-dim"), geometry, strict=True)
+    how = ("--interpret", "--page-size", "16") if dry else ()
+    shape = (part for option in options for part in option)
+    return ("-m", "easydel_ragged_plugin", "tune", "--kernel", kernel, *shape, *how)
 
 
 def _contract(name: str, which: str, out: Path, dry: bool) -> Command:

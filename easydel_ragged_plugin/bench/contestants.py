@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from easydel_ragged_plugin import select
+from easydel_ragged_plugin.config import RaggedPageConfig
+from easydel_ragged_plugin.errors import Unsupported
 
 from .problem import Problem
 from .timing import Candidate
@@ -71,13 +73,21 @@ class OfKernel:
 
     Args:
         name: its name, or None for what selection chooses.
+        is_named: whether somebody asked for it by this name: one that runs only by name might never end.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None, *, is_named: bool = True) -> None:
         self._name = name
+        self._is_named = is_named
         self.is_own = name is None or not select.kernels()[name].is_hosts
         self.label = (name or "this package") if self.is_own else "EasyDeL's kernel"
 
     def enter(self, problem: Problem) -> Candidate:
         """Compile it."""
+        if self._name is not None and not self._is_named:
+            kernel = select.kernels()[self._name]
+            refusal = select.why_not(kernel, problem.request, RaggedPageConfig())
+            reason = kernel.only_by_name(problem.request) if refusal is None else None
+            if reason is not None:
+                raise Unsupported(f"{self._name} runs only by name: {reason}. To time it, name it with --kernel.")
         return Candidate(problem, self._name)

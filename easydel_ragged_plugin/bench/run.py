@@ -199,7 +199,8 @@ def _contestants(names: Sequence[str], every: bool, peers: Sequence[str], with_h
             if platform in kernel.platforms and PLAIN.name in kernel.features.cache_formats and not kernel.is_hosts
         ]
     hosts = [OfKernel(name) for name, kernel in known.items() if kernel.is_hosts and with_host and name not in chosen]
-    return [*map(OfKernel, dict.fromkeys(chosen)), *(PEERS[name] for name in peers), *hosts]
+    ours = [OfKernel(name, is_named=not every) for name in dict.fromkeys(chosen)]
+    return [*ours, *(PEERS[name] for name in peers), *hosts]
 
 
 def _chosen_peers(names: Sequence[str]) -> list[str]:

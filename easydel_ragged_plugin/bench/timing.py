@@ -14,13 +14,17 @@ import numpy as np
 from jax import lax
 
 from easydel_ragged_plugin import api
+from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.testing.batches import Case
-from easydel_ragged_plugin.types import Operands
+from easydel_ragged_plugin.types import Kernel, Operands
 
 from .problem import Problem, check, every_row, public_call
 from .work import work
 
-__all__ = ["Candidate", "Step", "copies_beyond_cache", "mean_us", "seconds_per_call"]
+__all__ = ["LEAST_GAIN", "Candidate", "Step", "copies_beyond_cache", "mean_us", "seconds_per_call", "step_of", "timer"]
+
+LEAST_GAIN = 0.98
+"""What takes the place of something else needs no more than this part of its time."""
 
 
 class Candidate:
@@ -120,8 +124,19 @@ def mean_us(run: Callable[[int], object], calls: int) -> float:
 Step = Callable[[Operands], tuple[jax.Array, jax.Array]]
 """One call: its output, and the pages after it."""
 
+
+def step_of(kernel: Kernel, problem: Problem, config: RaggedPageConfig) -> Step:
+    """A call of ``kernel`` alone on ``problem``."""
+
+    def step(operands: Operands) -> tuple[jax.Array, jax.Array]:
+        attended = kernel.forward(problem.request, config, operands)
+        return attended.output, attended.pages
+
+    return step
+
+
 UNROLLED = 8
-"""Calls in one trip of the loop of :func:`seconds_per_call`, at most. Each has a block table of its own."""
+"""Calls in one trip of the loop of :func:`timer`, at most. Each has a block table of its own."""
 
 COLD_BYTES = 1 << 30
 """What the calls of one trip read together, so that none finds its pages in a cache. An H100 has one of 50 MB."""
@@ -132,19 +147,17 @@ def copies_beyond_cache(case: Case) -> int:
     return max(1, min(UNROLLED, -(-COLD_BYTES // work(case).moved_bytes)))
 
 
-def seconds_per_call(
-    problem: Problem, step: Step, *, expected_s: float, repeats: int = 5, least_s: float = 0.05
-) -> tuple[float, tuple[float, ...]]:
-    """(median, all) seconds of a call, timed over many calls inside one compiled program.
+def timer(problem: Problem, step: Step, *, expected_s: float, least_s: float = 0.05) -> Callable[[], float]:
+    """A function that gives seconds of a call, each time anew: a mean over many calls inside one compiled program.
 
     A call's output is the next one's queries, so none can be left out or moved. The program has a fixed number of
     trips, so that XLA need not wait for the host between them. Starting it costs tens of microseconds in ``least_s``.
+    It has been compiled, and has run once.
 
     Args:
         problem: what is called, with each of its block tables in turn.
         step: the call.
         expected_s: about how long a call takes, in seconds.
-        repeats: timed runs of the program.
         least_s: how long a run of the program should take, in seconds.
     """
     trips = max(1, math.ceil(least_s / (expected_s * len(problem.tables))))
@@ -161,9 +174,20 @@ def seconds_per_call(
     shared = problem.operands._replace(pages=jnp.zeros(0))  # the pages travel alone, donated
     copied = jax.tree.map(jnp.copy, problem.operands.pages)  # of one array; of several for another cache's form
     pages = jax.block_until_ready(program(copied, shared, problem.tables))[1]
-    samples = []
-    for _ in range(repeats):
+
+    def seconds() -> float:
+        nonlocal pages
         started = time.perf_counter()
         pages = jax.block_until_ready(program(pages, shared, problem.tables))[1]
-        samples.append((time.perf_counter() - started) / (trips * len(problem.tables)))
-    return statistics.median(samples), tuple(samples)
+        return (time.perf_counter() - started) / (trips * len(problem.tables))
+
+    return seconds
+
+
+def seconds_per_call(
+    problem: Problem, step: Step, *, expected_s: float, repeats: int = 5, least_s: float = 0.05
+) -> tuple[float, tuple[float, ...]]:
+    """(median, all) of ``repeats`` times that :func:`timer` gives."""
+    seconds = timer(problem, step, expected_s=expected_s, least_s=least_s)
+    samples = tuple(seconds() for _ in range(repeats))
+    return statistics.median(samples), samples

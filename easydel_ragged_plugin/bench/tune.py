@@ -1,7 +1,8 @@
-"""``easydel-ragged tune``: which sizes of a kernel are fastest on this machine.
+"""``easydel-ragged tune``: which sizes of a kernel are fastest on this machine, and which kernels can be chosen on it.
 
 Every candidate must give the right answer before it is timed. Decoding and prefill are measured apart. What can be
-tuned of a kernel, and where the winners are kept for later processes, is the kernel's: see ``types.Tuning``.
+tuned of a kernel, and where the winners are kept for later processes, is the kernel's: see ``types.Tuning``. So is what
+must be tried before it is chosen: see ``types.Trial``, and ``trial.py``.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,40 +25,16 @@ from easydel_ragged_plugin import select
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.interrupt import interruptible
 from easydel_ragged_plugin.terminal import CommandError, usable_cache_dir
-from easydel_ragged_plugin.testing.cases import Row
-from easydel_ragged_plugin.types import Kernel, Tuning
+from easydel_ragged_plugin.testing.batches import Row
+from easydel_ragged_plugin.types import Kernel, Trial, Tuning
 
-from .cases import workload
+from .geometry import Geometry
 from .problem import Problem, build, check, few_rows
-from .timing import copies_beyond_cache, seconds_per_call
+from .timing import LEAST_GAIN, seconds_per_call, step_of
+from .trial import try_kernel
 from .work import work
 
 __all__ = ["Geometry", "run"]
-
-LEAST_GAIN = 0.98
-"""A candidate takes the place of the present sizes when it needs no more than this part of their time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What is tuned: the parts of a request that decide how a kernel runs."""
-
-    q_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 128
-    dtype: str = "bfloat16"
-    cache_dtype: str | None = None
-
-    def problem(self, part: str, small: bool) -> Problem:
-        """A decode step of 32 requests of 500 to 8000 tokens, or a prompt of 4096. ``small``: for an interpreter."""
-        if part == "decode":
-            rows = tuple(Row(500 + 242 * index, 1) for index in range(32))
-            rows = (Row(40, 1), Row(7, 1)) if small else rows
-        else:
-            rows = (Row(24, 20),) if small else (Row(4096, 4096),)
-        case = workload(f"tune-{part}", rows, **dataclasses.asdict(self))
-        return build(case, "v2", copies=1 if small else copies_beyond_cache(case))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +48,7 @@ class Measured:
 
 def measure(kernel: Kernel, problem: Problem, sizes: Any, interpret: bool) -> Measured:
     """Check a candidate's answer, then time it."""
-    config = RaggedPageConfig(kernel_config=sizes)
-
-    def step(operands: Any) -> Any:
-        return kernel.forward(problem.request, config, operands)[:2]
-
+    step = step_of(kernel, problem, RaggedPageConfig(kernel_config=sizes))
     # A compiler may refuse a candidate in ways of its own (registers, shared memory): that is one that has lost.
     try:
         output, pages = jax.block_until_ready(jax.jit(step)(problem.operands))
@@ -89,40 +64,66 @@ def measure(kernel: Kernel, problem: Problem, sizes: Any, interpret: bool) -> Me
     return Measured(sizes, 1e6 * seconds)
 
 
-def _tunable(interpret: bool) -> list[tuple[Kernel, Tuning]]:
-    """The kernels of this machine that can be tuned.
+def _found(names: Sequence[str], interpret: bool) -> list[Kernel]:
+    """The kernels that can be tuned or tried on this machine, of ``names`` where any are given.
 
     Raises:
-        CommandError: there is none.
+        CommandError: there is none, or a name is not one of theirs.
     """
     platform = jax.default_backend()
-    every = [(kernel, tuning) for kernel in select.kernels().values() if (tuning := kernel.tuning()) is not None]
+    every = [kernel for kernel in select.kernels().values() if kernel.tuning() or kernel.trial()]
+    unknown = [name for name in names if name not in [kernel.name for kernel in every]]
+    if unknown:
+        known = ", ".join(kernel.name for kernel in every)
+        raise CommandError(f"--kernel: got {', '.join(unknown)}, wanted some of {known}.")
+    if names:
+        every = [kernel for kernel in every if kernel.name in names]
     if interpret:
-        kernels = [tuning.interpreted for _, tuning in every if tuning.interpreted is not None]
-        every = [(kernel, tuning) for kernel in kernels if (tuning := kernel.tuning()) is not None]
-    found = [(kernel, tuning) for kernel, tuning in every if platform in kernel.platforms]
+        stand_ins = [what.interpreted for kernel in every if (what := kernel.tuning() or kernel.trial()) is not None]
+        every = [kernel for kernel in stand_ins if kernel is not None]
+    found = [kernel for kernel in every if platform in kernel.platforms]
     if not found:
-        listing = ", ".join(f"{kernel.name} on {', '.join(sorted(kernel.platforms))}" for kernel, _ in every)
+        listing = ", ".join(f"{kernel.name} on {', '.join(sorted(kernel.platforms))}" for kernel in every)
         raise CommandError(
-            f"There is nothing to tune: JAX's default backend is {platform!r}, and what can be tuned is {listing}. On "
-            "a machine with a GPU, install JAX for it (pip install 'jax[cuda12]') and see what 'easydel-ragged doctor' "
-            "finds.",
+            f"There is nothing to tune: JAX's default backend is {platform!r}, and what can be tuned or tried is "
+            f"{listing}. On a machine with a GPU, install JAX for it (pip install 'jax[cuda12]') and see what "
+            "'easydel-ragged doctor' finds.",
             exit_code=1,
         )
     return found
 
 
-def run(geometry: Geometry, *, interpret: bool = False) -> None:
+def run(geometry: Geometry, *, kernels: Sequence[str] = (), interpret: bool = False) -> None:
     """See ``easydel-ragged tune --help``."""
     console = Console()
     with interruptible(at_once=True):
-        found = _tunable(interpret)
+        # Before JAX starts: a kernel that is tried has a process of its own, which needs some of the card's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        found = _found(kernels, interpret)
         usable_cache_dir(make=False)  # the winners go there
-        for kernel, tuning in found:
-            file = _tune(console, kernel, tuning, geometry, interpret)
-            console.print(f"[green]✓[/green] {kernel.name}: written to {file}", highlight=False, soft_wrap=True)
+        for kernel in found:
+            if (tuning := kernel.tuning()) is not None:
+                file = _tune(console, kernel, tuning, geometry, interpret)
+                console.print(f"[green]✓[/green] {kernel.name}: written to {file}", highlight=False, soft_wrap=True)
+        for kernel in found:  # beside tuned ones
+            if (trial := kernel.trial()) is not None:
+                _try(console, kernel, trial, geometry, named=kernel.name in kernels, interpret=interpret)
     if interpret:
         console.print("  timed in an interpreter: these sizes say nothing about a GPU, and no GPU takes them")
+
+
+def _try(console: Console, kernel: Kernel, trial: Trial, geometry: Geometry, *, named: bool, interpret: bool) -> None:
+    """Try a kernel where it can run; where it can't, say why."""
+    request = build(geometry.workload("trial", (Row(128, 128),)), "v3").request
+    refusal = select.why_not(kernel, request, RaggedPageConfig())
+    if refusal is not None and named and not interpret:
+        raise CommandError(f"{kernel.name} does not take this: {refusal}", exit_code=1)
+    if refusal is not None:
+        console.print(f"  {kernel.name} is not tried: {escape(refusal)}", highlight=False, soft_wrap=True)
+        return
+    file, reason = try_kernel(console, kernel, trial, request, geometry, interpret)
+    mark, outcome = ("[green]✓[/green]", "passed,") if reason is None else ("[red]✗[/red]", f"{escape(reason)};")
+    console.print(f"{mark} {kernel.name}: {outcome} written to {file}", highlight=False, soft_wrap=True)
 
 
 def _tune(console: Console, kernel: Kernel, tuning: Tuning, geometry: Geometry, interpret: bool) -> Path:

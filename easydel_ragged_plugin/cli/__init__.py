@@ -450,6 +450,15 @@ def bench_command(
 
 @_command("tune")
 def tune_command(
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            "-k",
+            help="Kernel to tune or to try, by name; repeat it for several.",
+            show_default="all that can be tuned or tried",
+        ),
+    ] = None,
     q_heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
@@ -466,17 +475,22 @@ def tune_command(
     interpret: Annotated[
         bool,
         typer.Option(
-            "--interpret", help="Tiny problems in Pallas' interpreter, on any machine: to try the command out."
+            "--interpret", help="Tiny problems in Pallas' interpreters, on any machine: to try the command out."
         ),
     ] = False,
 ) -> None:
-    """Find the fastest tile sizes of this package's Triton kernel on this machine's GPU.
+    """Fit this package to this machine's GPU: find the fastest tile sizes, and try the kernel for Hopper.
 
     Some dozens of candidates are compiled, checked against the reference and timed, for decoding and for prefill.
     The winners go into a file of the cache folder (EASYDEL_RAGGED_CACHE, or one in your cache directory), under the
     card's name and this geometry; later processes use them where neither a config nor a hook says otherwise. Nothing
     else ever tunes: a call without an entry takes the sizes of a built-in table. A kernel of a hook that can be tuned
     is, too.
+
+    The kernel for long rows on Hopper is then tried in a process of its own, which is ended where it hangs. It has to
+    give right answers with every option, and to be faster than the tuned one in prompts, chunks and mixed steps. The
+    verdict goes into a file beside the other, and later processes choose the kernel by it. A verdict against it is no
+    error: the exit code is 0.
 
     [bold]Examples[/bold]
 
@@ -490,7 +504,7 @@ def tune_command(
         from easydel_ragged_plugin.bench.tune import Geometry, run
 
         geometry = Geometry(q_heads, kv_heads, head_dim, page_size, dtype.value, cache_dtype and cache_dtype.value)
-        run(geometry, interpret=interpret)
+        run(geometry, kernels=kernel or (), interpret=interpret)
 
 
 @_command("cache")
@@ -501,7 +515,7 @@ def cache_command(
     """Show what this package keeps on disk, and remove it.
 
     Lists the cache folder (EASYDEL_RAGGED_CACHE, or one in your cache directory): downloaded models, converted
-    models, tuned tiles and logs, with their sizes and dates. An uninstall leaves them.
+    models, tuned tiles, trials and logs, with their sizes and dates. An uninstall leaves them.
 
     With [bold]--clear[/bold] they are removed, and the folder, too, where it is empty then. Files of others are listed
     and stay. Links are removed, what they lead to is not.

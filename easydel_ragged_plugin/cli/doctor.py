@@ -162,7 +162,8 @@ def _without(probes: Mapping[str, Selection | Exception]) -> list[str]:
         for name in select.ORDER.get(chosen.request.platform, ()):
             if name == chosen.kernel:
                 break
-            if not known[name].facts()["available"]:
+            # One that improves on another is missed by nobody who has not tried it; where it was, its notes say so.
+            if known[name].improves_on is None and not known[name].facts()["available"]:
                 names.append(name)
     return list(dict.fromkeys(names))
 

@@ -104,6 +104,10 @@ class EjkernelKernel(Kernel):
             return refused_on_tpu(request)
         return "v3 runs head_dim 64 on TPU alone" if request.head_dim == 64 else None
 
+    def only_by_name(self, request: AttentionRequest) -> str | None:
+        """On a TPU always: see :func:`refused_on_tpu` for what is known."""
+        return "where its answers are wrong is not known before the call" if request.platform == "tpu" else None
+
     def forward(self, request: AttentionRequest, config: RaggedPageConfig, operands: Operands) -> Attended:
         """See :meth:`easydel_ragged_plugin.types.Kernel.forward`."""
         if request.cache_format == TURBOQUANT:

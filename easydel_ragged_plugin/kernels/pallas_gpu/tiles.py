@@ -30,13 +30,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from easydel_ragged_plugin import entries
 from easydel_ragged_plugin.config import RaggedPageConfig, cache_dir
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.types import AttentionRequest
@@ -54,8 +53,6 @@ __all__ = [
     "tuned_here",
     "tuned_key",
 ]
-
-logger = logging.getLogger("easydel_ragged_plugin")
 
 KIB = 1024
 LEAST_SIDE = 16
@@ -369,22 +366,7 @@ def tuned_here() -> dict[str, Tiles]:
 @functools.cache
 def read_tuned() -> dict[str, Tiles]:
     """Tuned tiles by key, read once in a process. A file that can't be used is named in a warning, and ignored."""
-    file = tuned_file()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        logger.warning("tuned tiles are ignored: %s", error)
-        return {}
-    try:
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, this version of the package reads {FORMAT}")
-        return {key: tiles_from_json(fields["tiles"]) for key, fields in content["entries"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("tuned tiles of %s are ignored: %r. Run 'easydel-ragged tune' to write them anew.", file, error)
-        return {}
+    return entries.read(tuned_file(), FORMAT, "tuned tiles", lambda entry: tiles_from_json(entry["tiles"]))
 
 
 def tiles_from_json(fields: dict[str, Any]) -> Tiles:

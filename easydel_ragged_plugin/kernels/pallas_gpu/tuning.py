@@ -1,4 +1,4 @@
-"""What ``easydel-ragged tune`` measures of this kernel, and the file that keeps the winners.
+"""What ``easydel-ragged tune`` measures of this kernel, and where the winners are kept.
 
 ``tiles.py`` reads the file. An entry holds for one card and for those parts of a request that decide how a tile runs.
 """
@@ -7,42 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from easydel_ragged_plugin import entries
 from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.types import AttentionRequest, Kernel
 
 from . import tiles
 from .tiles import Tile, Tiles, power_of_two
 
-__all__ = ["TileTuning", "write_entry"]
-
-
-def write_entry(file: Path, key: str, entry: Mapping[str, Any]) -> None:
-    """Add an entry to the file of tuned tiles. The file appears whole or not at all; other entries stay."""
-    entries: dict[str, Any] = {}
-    if file.exists():
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["format"] == tiles.FORMAT:
-                entries = dict(content["entries"])
-        except (ValueError, KeyError, TypeError):
-            entries = {}  # unreadable, which readers have been warning of: replaced
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": tiles.FORMAT, "entries": {**entries, key: entry}}, indent=2, sort_keys=True)
-    descriptor, staged = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-        os.replace(staged, file)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+__all__ = ["TileTuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,5 +61,6 @@ class TileTuning:
         name = "interpreter" if self.interpret else tiles.card()[0]
         winner = dataclasses.replace(best["decode"], prefill=best["prefill"].prefill)
         file = tiles.tuned_file()
-        write_entry(file, tiles.tuned_key(name, request), {**measured, "tiles": dataclasses.asdict(winner)})
+        entry = {**measured, "tiles": dataclasses.asdict(winner)}
+        entries.write(file, tiles.FORMAT, tiles.tuned_key(name, request), entry)
         return file

@@ -1,14 +1,16 @@
 """Prefill for Hopper: rows of many new tokens in Pallas' Mosaic GPU, all others as in ``pallas_gpu``.
 
-========== =====================================================================================================
-sizes.py   what a program holds
-work.py    which rows are long, and the lists of work
-attend.py  the kernel of long rows: a warpgroup that copies pages by TMA, two that multiply by ``wgmma`` in turn
-scratch.py its tile, its shared memory and its barriers
-copies.py  what it copies: pages, queries, output
-softmax.py its softmax, in registers
-settle.py  what follows it, in Triton: logsumexps to their places, queries with NaN once more
-========== =====================================================================================================
+============ ===================================================================================================
+sizes.py     what a program holds
+work.py      which rows are long, and the lists of work
+attend.py    the kernel of long rows: a warpgroup that copies pages by TMA, two that multiply by ``wgmma`` in turn
+scratch.py   its tile, its shared memory and its barriers
+copies.py    what it copies: pages, queries, output
+softmax.py   its softmax, in registers
+settle.py    what follows it, in Triton: logsumexps to their places, queries with NaN once more
+assembler.py which versions of NVIDIA's assembler are there, and whether they can be trusted
+verdicts.py  where it was tried, and whether it passed
+============ ===================================================================================================
 
 The update of v3's pages and the rows with few new tokens are left to ``pallas_gpu``. Names of Pallas'
 Mosaic GPU backend are used in this folder alone, and imported when a call is traced.
@@ -16,14 +18,8 @@ Mosaic GPU backend are used in this folder alone, and imported when a call is tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import importlib.util
-import re
-import shutil
-import subprocess
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,10 +30,10 @@ from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.kernels import pallas_gpu
 from easydel_ragged_plugin.kernels.pallas_gpu import tiles
 from easydel_ragged_plugin.rows import plausible_rows
-from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
+from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands, Trial
 from easydel_ragged_plugin.varying import varying_axes
 
-from . import sizes
+from . import assembler, sizes, verdicts
 from .sizes import Sizes
 from .work import LongWork, work_of
 
@@ -55,14 +51,6 @@ CAPABILITY = (9, 0)
 OLDEST_JAX = (0, 9, 2)
 FOLLOWS_AXES_JAX = (0, 10)
 """From then on JAX traces such a kernel inside of ``jax.shard_map`` with its defaults."""
-
-PACKAGES = ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc")
-"""Those that bring NVIDIA's assembler to JAX: as a library, or as the program ptxas."""
-SYSTEM_PTXAS = "/usr/local/cuda/bin/ptxas"
-MISCOMPILED = ("12.8", "12.9")
-"""Versions of CUDA whose ptxas miscompiles causal masks, according to JAX's own attention kernel for Hopper
-(``jax/experimental/pallas/ops/gpu/attention_mgpu.py``). It names 12.8.0 to 12.9.1, by the version of the runtime, which
-is one number for all 12.9."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +102,7 @@ class PallasMosaicGPU(Kernel):
     label = "Mosaic (this package)"
     color = "#7c3aed"
     config_type = LongRows
+    improves_on = pallas_gpu.KERNEL.name
 
     def __init__(self, *, interpret: bool = False) -> None:
         self.interpret = interpret
@@ -144,7 +133,20 @@ class PallasMosaicGPU(Kernel):
         if capability != CAPABILITY:
             found = "an unknown one" if capability is None else ".".join(map(str, capability))
             return f"takes compute capability {'.'.join(map(str, CAPABILITY))} alone (Hopper), this is {found}"
-        return miscompiles()
+        return assembler.miscompiles()
+
+    def only_by_name(self, request: AttentionRequest) -> str | None:
+        """Unless a step is one of long rows by its shape, and a trial has passed on this card: see ``verdicts.py``.
+
+        A step has no more tokens than its shape says. If these are more than all rows of the shape may have while each
+        is decoded, then a full step has a long row, whichever way its tokens are shared out. With fewer tokens there
+        may be none, as in a bucket for decoding: the step would pay for the second output of this kernel, and gain
+        nothing.
+        """
+        tokens, rows = request.num_tokens, request.num_rows
+        if tokens <= rows * self._more_than(request, RaggedPageConfig()):
+            return f"it is for long rows, and a step of {tokens} tokens in {rows} rows may have none"
+        return verdicts.against(request)
 
     def _more_than(self, request: AttentionRequest, config: RaggedPageConfig) -> int:
         """Rows with more new tokens than that are long."""
@@ -205,13 +207,42 @@ class PallasMosaicGPU(Kernel):
         return settle(request, own, work.tiles, logsumexps, arrays, sinks, Results(output, lse), self.interpret)
 
     def facts(self) -> dict[str, Any]:
-        """Why it can't run here, where it can't; and the GPU."""
+        """Why it can't run here, where it can't; the GPU, and the trials on it."""
         reason = self._not_here()
-        return {"available": reason is None, "reason": reason, "card": tiles.card()[0] or None}
+        tried = [f"{geometry}: {verdict}" for geometry, verdict in verdicts.here().items()]
+        return {"available": reason is None, "reason": reason, "card": tiles.card()[0] or None, "tried": tried}
 
     def fingerprint(self) -> str:
-        """With what the kernel of few tokens depends on."""
-        return f"{super().fingerprint()}, with {self.others.fingerprint()}"
+        """With what the kernel of few tokens depends on, and the geometries for which it is chosen."""
+        passed = [geometry for geometry, verdict in sorted(verdicts.here().items()) if verdict.in_force]
+        chosen = f"chosen for: {', '.join(passed) or 'nothing'}"
+        return f"{super().fingerprint()}, with {self.others.fingerprint()}, {chosen}"
+
+    def notes(self, platform: str) -> tuple[str, ...]:
+        """On a GPU that it is for, that it can be tried; on one that it was tried on, what has become of that."""
+        if platform != "gpu":
+            return ()
+        reason, found = self._not_here(), verdicts.here()
+        if reason is None and not found:
+            return (
+                f"The kernel {self.name}, for long rows on this GPU, has not been tried on it: 'easydel-ragged tune' "
+                "tries it, and from then on it is chosen where it is right and faster.",
+            )
+        again = "'easydel-ragged tune' tries it again"
+        why = {
+            geometry: reason or (verdict.stale and f"that was {verdict.stale}; {again}")
+            for geometry, verdict in found.items()
+            if verdict.reason is None
+        }
+        return tuple(
+            f"The kernel {self.name} passed its trial for {geometry}, and is not chosen now: {lost}."
+            for geometry, lost in why.items()
+            if lost is not None
+        )
+
+    def trial(self) -> Trial:
+        """Its right answers, and its time on long rows beside that of ``pallas_gpu``."""
+        return verdicts.HopperTrial(self.others, PallasMosaicGPU(interpret=True), interpret=self.interpret)
 
 
 def tiles_of_others(request: AttentionRequest, config: RaggedPageConfig) -> tiles.Tiles:
@@ -245,44 +276,6 @@ def not_its_shape(request: AttentionRequest) -> str | None:
     if sizes.choose(request) is None:
         return f"{request.group_size} query heads for a kv head; takes 1 to 8, and multiples of 8 up to 64"
     return None
-
-
-@functools.cache
-def miscompiles() -> str | None:
-    """Why what assembles programs for this process's GPU can't be trusted, or None.
-
-    XLA takes the library, the first ptxas in the PATH, or another one. Which, it does not say: none may be a bad one.
-    """
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            version = metadata.version(name)
-            found[f"{name} {version}"] = ".".join(version.split(".")[:2])
-    for path in (shutil.which("ptxas"), SYSTEM_PTXAS):
-        if path is not None:
-            found[path] = version_of(path)
-    known = {source: version for source, version in found.items() if version}
-    if not known:
-        runtime = re.search(r"\bcuda (\d+)", jax.local_devices()[0].client.platform_version)
-        if runtime is None:
-            return "the version of CUDA is unknown; the ptxas of some miscompiles it"
-        number = int(runtime[1])  # 12080 is 12.8
-        known[f"CUDA {number}"] = f"{number // 1000}.{number % 1000 // 10}"
-    for source, version in known.items():
-        if version in MISCOMPILED:
-            return f"ptxas of CUDA {version} ({source}) miscompiles causal masks; install another one, such as CUDA 13"
-    return None
-
-
-@functools.cache
-def version_of(ptxas: str) -> str:
-    """Version of CUDA of a ptxas; an empty text where it does not run, and so XLA does not take it."""
-    try:
-        said = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    found = re.search(r"\bV(\d+\.\d+)\.\d+\b", said)
-    return "" if found is None else found[1]
 
 
 KERNEL = PallasMosaicGPU()
