@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,14 @@ from described_cards import described_gpu
 from gpu_requests import in_two_loops
 from jax.sharding import PartitionSpec as P
 
-from easydel_ragged_plugin import CUSTOM_CALLS, api, page_shape, ragged_page_attention_v2, ragged_page_attention_v3
+from easydel_ragged_plugin import (
+    CUSTOM_CALLS,
+    RaggedPageConfig,
+    api,
+    page_shape,
+    ragged_page_attention_v2,
+    ragged_page_attention_v3,
+)
 from easydel_ragged_plugin.kernels.pallas_gpu import attend, softmax
 from easydel_ragged_plugin.layout import Version
 
@@ -251,6 +259,15 @@ def test_a_decode_step_of_one_row_has_no_prefill() -> None:
     assert names(lower("v2", rows=1, tokens=1, sliding_window=128)) == ["ragged_decode"]
     assert names(lower("v2", rows=1, tokens=1, attention_chunk_size=128)) == ["ragged_decode"]
     assert names(lower("v2", rows=1, tokens=1, sliding_window=1000)) == ["ragged_decode", "ragged_merge"]
+
+
+def test_a_step_of_decodes_starts_few_programs_of_prefill() -> None:
+    # 64 tokens hold 12 rows that are longer than a decode tile, of 4 tokens. For each kv head they fill 13 tiles of 32
+    # tokens at most; two more are room for a row with a wrong start. With room for a tile of each row it would be 66.
+    lowered = lower("v2", rows=64, tokens=64, config=RaggedPageConfig(num_queries_per_block=32, num_stages=1))
+    prefill = dict(zip(names(lowered), calls(lowered), strict=True))["ragged_prefill"]
+    grid = prefill.attributes["mhlo.backend_config"]
+    assert math.prod(grid[f"grid_{axis}"].value for axis in "xyz") == 8 * (13 + 2)
 
 
 # The Triton programs.
