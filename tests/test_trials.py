@@ -420,9 +420,10 @@ def test_what_it_has_started_ends_with_it() -> None:
 @needs_proc
 def test_ctrl_c_ends_it(repository: Path) -> None:
     program = (
-        "import sys\n"
+        "import signal, sys\n"
         "from easydel_ragged_plugin.bench.trial import Child\n"
         "from easydel_ragged_plugin.interrupt import interruptible\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests may run where it is ignored
         f"with interruptible(at_once=True), Child([sys.executable, '-c', {WITH_ANOTHER!r}], {{}}) as child:\n"
         "    print(child.line(20)['pid'], child._process.pid, flush=True)\n"
         "    child.line(60)\n"
