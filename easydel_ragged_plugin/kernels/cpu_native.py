@@ -282,7 +282,7 @@ def _attend_plain(request: AttentionRequest, operands: Operands) -> Attended:
 
 
 def _attend_codes(request: AttentionRequest, operands: Operands) -> Attended:
-    """New tokens are compressed outside of the call. It rotates queries, and outputs back."""
+    """New tokens are compressed outside of the call. It rotates queries, and outputs back; or keys and values back."""
     cache: turboquant.TurboQuantPages = operands.pages
     constants = cache.constants
     arrays = [

@@ -42,8 +42,7 @@ void write(const Problem& p, const Rows& rows, const Executor& executor) {
   if (p.keys == nullptr) return;
   const std::vector<Write> writes = make_writes(rows);
   const auto work = [&](int, int64_t index, char*) { write_part(p, rows, writes[size_t(index)]); };
-  run_job({0, int64_t(writes.size())}, 0, std::ref(work), executor,
-          int(std::min<size_t>(size_t(executor.threads), writes.size())) - 1);
+  run_job({0, int64_t(writes.size())}, 0, std::ref(work), executor, helpers_for(executor, writes.size()));
 }
 
 void attend(const Problem& p, const Rows& rows, const Executor& executor) {

@@ -26,10 +26,6 @@ Scratch& thread_scratch() {
   return of_thread;
 }
 
-int helpers(const Executor& executor, size_t items) {
-  return int(std::min<size_t>(size_t(executor.threads), items)) - 1;
-}
-
 struct Tokens {
   int64_t begin, end;
 };
@@ -70,7 +66,7 @@ void attend_rotated(const Problem& p, const Rows& rows, const Executor& executor
       isa.rotate(p, back, back ? outputs : queries, begin * heads, (end - begin) * heads, scratch);
     };
     run_job({0, int64_t(parts.size())}, isa.rotate_scratch(p), std::ref(work), executor,
-            helpers(executor, parts.size()));
+            helpers_for(executor, parts.size()));
   };
   rotate(false);
   attend(rotated, rows, executor);
@@ -151,7 +147,7 @@ void attend_restored(const Problem& p, const Rows& rows, Problem plain, const fl
                 scratch);
   };
   run_job({0, int64_t(parts.size())}, isa.restore_scratch(p), std::ref(work), executor,
-          helpers(executor, parts.size()));
+          helpers_for(executor, parts.size()));
   attend(plain, numbered, executor);
 }
 

@@ -1,5 +1,6 @@
 #include "job.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -93,6 +94,10 @@ struct Job {
 };
 
 }  // namespace
+
+int helpers_for(const Executor& executor, size_t items) {
+  return int(std::min<size_t>(size_t(executor.threads), items)) - 1;
+}
 
 void run_job(const std::array<int64_t, kPhases>& sizes, size_t scratch_bytes, const Work& work,
              const Executor& executor, int helpers) {

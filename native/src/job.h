@@ -14,6 +14,9 @@ struct Executor {
   std::function<void(std::function<void()>)> spawn;
 };
 
+// Threads beside the caller that may share `items`, however little these take.
+int helpers_for(const Executor& executor, size_t items);
+
 constexpr int kPhases = 2;
 
 // Does one item. The scratch memory is the thread's own.

@@ -17,7 +17,8 @@ namespace easydel_ragged {
 enum class DType : int32_t { kF32, kBF16, kF16, kF8E4M3FN, kF8E5M2, kCodes };
 
 // A TurboQuant cache (easydel_ragged_plugin/turboquant.py), dtype kCodes. Its keys have head_dim coordinates and then
-// the signs; queries are rotated and projected likewise, and outputs are of rotated values.
+// the signs. Either queries are rotated and projected likewise, and outputs are of rotated values; or keys and values
+// are restored. See codes.h.
 struct Codes {
   enum Name { kKeyIndices, kKeySigns, kKeyNorms, kValueIndices, kValueNorms, kArrays };
   uint8_t* arrays[kArrays] = {};       // [pages, page_size, bytes[name]]

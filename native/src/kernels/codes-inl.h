@@ -127,6 +127,9 @@ RAGGED_INLINE float norm_at(const uint8_t* array, int64_t i, DType dtype) {
   }
 }
 
+// Infinity times coordinates of both signs is no number; times their sum it would be one.
+RAGGED_INLINE float finite_norm(float norm) { return norm - norm == 0.0f ? norm : __builtin_nanf(""); }
+
 // Keys and values of some slots for one kv head, [count][2][stride]. A residual is stored as a multiple of the key.
 template <class Book>
 void unpack(const Problem& p, const char* const* slot, int64_t count, int64_t kv_head, typename Book::Element* to,
@@ -138,10 +141,9 @@ void unpack(const Problem& p, const char* const* slot, int64_t count, int64_t kv
   const uint8_t* key_norms = codes.arrays[Codes::kKeyNorms];
   for (int64_t t = 0; t < count; ++t, to += 2 * stride) {
     const int64_t head = int64_t(reinterpret_cast<uintptr_t>(slot[t])) * p.num_kv_heads + kv_head;
-    const float norm = norm_at(key_norms, 2 * head, codes.key_norms);
+    const float norm = finite_norm(norm_at(key_norms, 2 * head, codes.key_norms));
     const float residual = norm_at(key_norms, 2 * head + 1, codes.key_norms);
-    // Infinity times coordinates of both signs is no number; times their sum it would be one.
-    norms.keys[t] = norm - norm == 0.0f ? (norm < kTiny && norm > -kTiny ? kTiny : norm) : __builtin_nanf("");
+    norms.keys[t] = norm < kTiny && norm > -kTiny ? kTiny : norm;
     norms.values[t] = norm_at(codes.arrays[Codes::kValueNorms], head, codes.value_norms);
     unpack_indices(codes.arrays[Codes::kKeyIndices] + head * indices, p.head_dim, keys, to);
     unpack_signs(codes.arrays[Codes::kKeySigns] + head * signs / 8, signs, residual / norms.keys[t], to + p.head_dim);

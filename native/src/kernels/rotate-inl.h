@@ -116,9 +116,6 @@ struct RestoreScratch {
   }
 };
 
-// Infinity times coordinates of both signs is no number.
-RAGGED_INLINE float finite_norm(float norm) { return norm - norm == 0.0f ? norm : __builtin_nanf(""); }
-
 // Keys and values at positions [begin, end) of a row of codes, into the slots of those positions in another row.
 template <class Step>
 void restore_tokens(const Problem& p, int64_t row, const Problem& plain, int64_t plain_row, int64_t begin, int64_t end,
