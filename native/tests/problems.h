@@ -169,7 +169,7 @@ inline Problem make_problem(Bytes& bytes, Arrays& a, bool orderly) {
   const int64_t capacity = p.pages_per_row * p.page_size;
   a.query_start_loc.assign(1, 0);
   for (int64_t r = 0; r < p.num_rows; ++r) {
-    const int64_t count = bytes.one_in(2) ? 1 : bytes.between(0, 100);
+    const int64_t count = bytes.one_in(2) ? 1 : bytes.one_in(2) ? bytes.between(2, 8) : bytes.between(0, 100);
     int64_t context = count + (prefixes ? bytes.between(100, 250) : bytes.between(0, 200));
     if (orderly && context > capacity) context = capacity;
     a.context_lens.push_back(int32_t(context));

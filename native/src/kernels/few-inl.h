@@ -5,9 +5,16 @@ template <int count>
 struct Count {
   static constexpr int value = count;
 };
+template <class F>
+RAGGED_INLINE void with_count(int64_t count, F&& f) {
+  if (count == 4) f(Count<4>{});
+  if (count == 3) f(Count<3>{});
+  if (count == 2) f(Count<2>{});
+  if (count == 1) f(Count<1>{});
+}
 
-// Attention of some queries to a block of tokens, on vectors: up to four rows of queries at a time. A row is a query
-// token and a head of the group.
+// Attention of some queries to a block of tokens, on vectors. A row is a query token and a head of the group. Rows that
+// fill the lanes of a vector are taken in lanes, where all queries see the whole block; others four at a time.
 template <class T, class Dot, bool kStaged>
 struct VectorHeads {
   using Element = typename Dot::Element;
@@ -15,17 +22,26 @@ struct VectorHeads {
   const Problem& p;
   const FewScratch& s;
   const Query* const queries;
-  const int64_t rows;  // of a kv head
-  bool all_seen = false;
+  const int64_t rows, in_lanes;  // of a kv head; the first rows are taken in lanes
+  const LaneScratch lanes;
+  bool all_seen = false, any_in_lanes = false;
 
   VectorHeads(const Problem& problem, const FewScratch& scratch, const Query* first, int64_t count, HeadRange heads)
-      : p(problem), s(scratch), queries(first), rows(count * problem.group()) {
+      : p(problem),
+        s(scratch),
+        queries(first),
+        rows(count * problem.group()),
+        in_lanes(kStaged ? rows_in_lanes(rows) : 0),
+        lanes(problem, kStaged ? rows : 0, scratch.query_stride, scratch.rest) {
     for (int64_t q = 0; q < count; ++q)
       for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) {
         queries[q].partial.maximum[h] = -kInfinity;
         queries[q].partial.total[h] = 0.0f;
         __builtin_memset(weighted(q, h), 0, size_t(partial_stride(p)) * sizeof(float));
       }
+    if constexpr (kStaged)
+      for (int64_t h = heads.begin; h < heads.end; ++h)
+        for (int64_t r = 0; r < in_lanes; r += kLanes) start_lanes(h, r);
   }
   VectorHeads(const VectorHeads&) = delete;
 
@@ -40,22 +56,15 @@ struct VectorHeads {
   void attend(int64_t kv_head, int64_t count, Ahead& ahead) {
     const Logits logits(p, kv_head);
     const char* const* slot = s.slot;
-    int64_t keys = kv_head * p.head_stride, values = keys + p.value_offset;
+    int64_t keys = kv_head * p.head_stride, values = keys + p.value_offset, r = 0;
     if constexpr (kStaged) {
-      for (int64_t t = 0; t < count + kBlockPadding; ++t)
-        s.staged_slot[t] = s.staged + min64(t, count - 1) * 2 * s.query_stride * int64_t(sizeof(Element));
-      Element* staged = reinterpret_cast<Element*>(s.staged);
-      if constexpr (is_same<T, Coded>) {
-        unpack_head(p, slot, count, kv_head, staged, s.query_stride, s.norms);
-      } else {
-        stage<T>(slot, count, keys, p.head_dim, staged, s.query_stride);
-        stage<T>(slot, count, values, p.head_dim, staged + s.query_stride, s.query_stride);
-      }
-      slot = s.staged_slot;
-      keys = 0;
-      values = s.query_stride;
+      if (all_seen) r = in_lanes;
+      // Rows in lanes alone need no staged elements, unless whole vectors of values might end past the cache.
+      const bool once = is_same<T, Element> && r == rows && (Dot::kPairs || p.head_dim % kLaneTokens == 0);
+      if (!once) stage_head(kv_head, count, slot, keys, values);
+      if (r > 0) attend_in_lanes(logits, kv_head, slot, count, keys, values, ahead);
     }
-    for (int64_t r = 0; r < rows;) {
+    while (r < rows) {
       const Seen seen = all_seen ? Seen{0, count} : s.seen[r / p.group()];
       int64_t most = min64(4, rows - r), same = 1;
       if (all_seen)
@@ -71,10 +80,7 @@ struct VectorHeads {
           attend_rows<decltype(number)::value>(logits, kv_head, r, slot + seen.low, seen.high - seen.low, keys, values,
                                                norms, ahead);
         };
-        if (same == 4) attend_some(Count<4>{});
-        if (same == 3) attend_some(Count<3>{});
-        if (same == 2) attend_some(Count<2>{});
-        if (same == 1) attend_some(Count<1>{});
+        with_count(same, attend_some);
       }
       r += same;
     }
@@ -86,10 +92,79 @@ struct VectorHeads {
       for (int64_t q = 0; q < rows / p.group(); ++q)
         for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) in_order(weighted(q, h), p.head_dim);
 #endif
-    (void)heads;
+    for (int64_t h = heads.begin; h < heads.end && any_in_lanes; ++h)
+      for (int64_t r = 0; r < in_lanes; r += kLanes) finish_lanes(h, r);
   }
 
  private:
+  int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * p.group() + row % p.group(); }
+
+  // Keys and values of a block, converted: then they are at `slot`, and `keys` and `values` are their offsets there.
+  void stage_head(int64_t kv_head, int64_t count, const char* const*& slot, int64_t& keys, int64_t& values) const {
+    Element* staged = reinterpret_cast<Element*>(s.staged);
+    for (int64_t t = 0; t < count + kBlockPadding; ++t)
+      s.staged_slot[t] = s.staged + min64(t, count - 1) * 2 * s.query_stride * int64_t(sizeof(Element));
+    if constexpr (is_same<T, Coded>) {
+      unpack_head(p, slot, count, kv_head, staged, s.query_stride, s.norms);
+    } else {
+      stage<T>(slot, count, keys, p.head_dim, staged, s.query_stride);
+      stage<T>(slot, count, values, p.head_dim, staged + s.query_stride, s.query_stride);
+    }
+    slot = s.staged_slot;
+    keys = 0;
+    values = s.query_stride;
+  }
+
+  void start_lanes(int64_t kv_head, int64_t row) const {
+    const LaneRows found = lanes.of(kv_head, row / kLanes);
+    // In elements of 32 bits.
+    const int64_t stride = s.query_stride * int64_t(sizeof(typename Dot::Query)) / int64_t(sizeof(float));
+    queries_in_lanes(reinterpret_cast<const float*>(s.template queries_of<typename Dot::Query>(kv_head * rows + row)),
+                     min64(kLanes, rows - row), stride, stride, found.queries);
+    store(found.maximum, splat(-kInfinity));
+    __builtin_memset(found.total, 0, size_t(lanes.found_size - kLanes) * sizeof(float));
+  }
+
+  void attend_in_lanes(const Logits& logits, int64_t kv_head, const char* const* slot, int64_t count, int64_t keys,
+                       int64_t values, Ahead& ahead) {
+    constexpr bool kNorms = is_same<T, Coded>;
+    const int64_t bytes = p.key_dim * int64_t(sizeof(Element)), tokens = FewScratch::most_tokens(p);
+    any_in_lanes = true;
+    keys_in_lines(slot, count, keys * int64_t(sizeof(Element)), bytes, tokens, lanes.keys);
+    int64_t steps = count;
+#if defined(__AVX512BF16__)
+    if constexpr (Dot::kPairs) {
+      values_in_pairs(slot, count, values, p.head_dim, round_up(p.head_dim, 16), lanes.values);
+      slot = lanes.value;
+      values = 0;
+      steps = (count + 1) / 2;
+    }
+#endif
+    for (int64_t r = 0; r < in_lanes; r += kLanes) {
+      const LaneRows found = lanes.of(kv_head, r / kLanes);
+      lane_products<Dot>(found.queries, lanes.keys, (bytes + kCacheLine - 1) / kCacheLine, tokens, count, lanes.weights,
+                         ahead);
+      const auto softmax = [&](auto capped) {
+        return lane_softmax<Dot, decltype(capped)::value != 0, kNorms>(logits, lanes.weights, count, s.norms,
+                                                                       found.maximum, found.total);
+      };
+      const VecF factor = p.logits_soft_cap > 0 ? softmax(Count<1>{}) : softmax(Count<0>{});
+      lane_values<Dot>(lanes.weights, factor, slot, values, steps, p.head_dim, found.sums, ahead);
+    }
+  }
+
+  void finish_lanes(int64_t kv_head, int64_t row) const {
+    float *maximum[kLanes], *total[kLanes], *sums[kLanes];
+    const int64_t live = min64(kLanes, rows - row);
+    for (int64_t i = 0; i < live; ++i) {
+      const int64_t query = (row + i) / p.group(), head = head_of(kv_head, row + i);
+      maximum[i] = queries[query].partial.maximum + head;
+      total[i] = queries[query].partial.total + head;
+      sums[i] = weighted(query, head);
+    }
+    merge_lanes(lanes.of(kv_head, row / kLanes), live, p.head_dim, maximum, total, sums);
+  }
+
   float* weighted(int64_t query, int64_t head) const {
     return queries[query].partial.weighted + head * partial_stride(p);
   }
@@ -104,7 +179,7 @@ struct VectorHeads {
     float* sums[kQueries];
     typename Dot::Weight* weights = reinterpret_cast<typename Dot::Weight*>(Dot::kPairs ? s.pairs : s.weights);
     for (int i = 0; i < kQueries; ++i) {
-      const int64_t query = (row + i) / p.group(), head = kv_head * p.group() + (row + i) % p.group();
+      const int64_t query = (row + i) / p.group(), head = head_of(kv_head, row + i);
       const Partial& partial = queries[query].partial;
       float* logit = s.weights + i * kMostBlock;
       typename Dot::Weight* weight = weights + i * kMostBlock;
@@ -208,9 +283,11 @@ void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64
       few_blocks<T, Dot, Heads>(p, row, queries, count, begin, end, scratch, kv_heads);
     };
     // What more than four rows read is staged: it is converted once, and lies close together. Keys of a head in the
-    // cache are whole pages of memory apart, so a first-level cache has but a few places for all of them.
+    // cache are whole pages of memory apart, so a first-level cache has but a few places for all of them. What rows in
+    // lanes read is, too.
     const bool apart = p.token_stride * int64_t(sizeof(T)) >= kStagedStride;
-    const bool staged = count * p.group() > 4 && (apart || sizeof(T) == 1);
+    const int64_t rows = count * p.group();
+    const bool staged = rows > 4 && (apart || sizeof(T) == 1 || rows_in_lanes(rows) > 0);
 #if defined(__AVX512BF16__)
     if constexpr (is_same<T, BF16>)
       if (pairs(p) && !staged) return attend(Tag<VectorHeads<T, PairDot, false>>{}, Tag<PairDot>{});
@@ -229,9 +306,12 @@ void attend_few(const Problem& p, int64_t row, const Query* queries, int64_t cou
 }
 
 size_t few_scratch(const Problem& p) {
-  size_t size = FewScratch(p, most_few(p), nullptr).size;
+  const int64_t count = most_few(p);
+  const FewScratch s(p, count, nullptr);
+  size_t rest = LaneScratch(p, count * p.group(), s.query_stride, nullptr).size;
 #if defined(__AMX_BF16__)
-  size += TileScratch(p, nullptr).size;
+  const size_t of_tiles = TileScratch(p, nullptr).size;
+  rest = rest > of_tiles ? rest : of_tiles;
 #endif
-  return size;
+  return s.size + rest;
 }

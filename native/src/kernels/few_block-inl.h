@@ -16,6 +16,23 @@ constexpr int64_t kMostFew = 8;    // queries of a call; packing pays from about
 // The number does not depend on the heads, which may be split between devices, so that the order of sums does not.
 int64_t most_few(const Problem&) { return kMostFew; }
 
+constexpr int kLineElements = kCacheLine / 4;  // of 32 bits: a float, or a pair of bfloat16
+// Of rows in lanes: keys, or columns of values, at a time. Their sums fill the registers beside a vector of lanes.
+constexpr int kLaneTokens = 16;
+
+// Whether rows of queries are taken in lanes (few_lanes-inl.h): where a product spreads an element that it loads.
+#if defined(__AVX512F__)
+constexpr bool kInLanes = true;
+#else
+constexpr bool kInLanes = false;
+#endif
+// How many of some rows are. A few lanes may be empty.
+RAGGED_INLINE int64_t rows_in_lanes(int64_t rows) {
+  if (!kInLanes) return 0;
+  const int64_t rest = rows % kLanes;
+  return rest * 4 >= kLanes * 3 ? rows : rows - rest;
+}
+
 // Tokens [low, high) of a block, which a query sees; none where high is not above low.
 struct Seen {
   int64_t low, high;
