@@ -132,17 +132,34 @@ constexpr int block_lane(int width, bool high, int lane) {
   const int start = lane / (2 * width) * (2 * width) + lane % width + (high ? width : 0);
   return lane % (2 * width) < width ? start : start + kLanes;
 }
+// For sums of lanes, where it is enough that the lanes of each vector stay apart: shuffles that are one instruction
+// and leave both registers as they are. The sums of the last two steps are in the order of the vectors again.
+constexpr int sum_lane(int width, bool high, int lane) {
+  const int in_four = lane % 4, four = lane / 4;
+  if (width == 1) return four * 4 + in_four / 2 + (high ? 2 : 0) + in_four % 2 * kLanes;
+  if (kLanes < 16 || width == 2) return block_lane(width, high, lane);
+  const int from = width == 4 ? four % 2 + (high ? 2 : 0) : four % 2 * 2 + (high ? 1 : 0);
+  return from * 4 + in_four + four / 2 * kLanes;
+}
+template <int... I>
+RAGGED_INLINE VecF shuffle(VecF a, VecF b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, VecI{I...});
+#endif
+}
 template <int width, bool high, int... I>
 RAGGED_INLINE VecF interleave(VecF a, VecF b, Indices<I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, block_lane(width, high, I)...);
-#else
-  return __builtin_shuffle(a, b, VecI{block_lane(width, high, I)...});
-#endif
+  return shuffle<block_lane(width, high, I)...>(a, b);
 }
 template <int width, bool high>
 RAGGED_INLINE VecF interleave(VecF a, VecF b) {
   return interleave<width, high>(a, b, typename MakeIndices<kLanes>::type{});
+}
+template <int width, int... I>
+RAGGED_INLINE VecF add_lanes(VecF a, VecF b, Indices<I...>) {
+  return shuffle<sum_lane(width, false, I)...>(a, b) + shuffle<sum_lane(width, true, I)...>(a, b);
 }
 
 // Lane i of the result: the sum of all lanes of v[i].
@@ -154,7 +171,7 @@ RAGGED_INLINE VecF sums(const VecF* v) {
     VecF half[count / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < count / 2; ++i)
-      half[i] = interleave<width, false>(v[2 * i], v[2 * i + 1]) + interleave<width, true>(v[2 * i], v[2 * i + 1]);
+      half[i] = add_lanes<width>(v[2 * i], v[2 * i + 1], typename MakeIndices<kLanes>::type{});
     return sums<count / 2, 2 * width>(half);
   }
 }
