@@ -151,29 +151,6 @@ struct Norms {
   float *keys, *values;  // of logits, and of weights
 };
 
-// Online softmax: from base-2 logits [from, to) to weights, which may be in place. `most` holds the largest logit of
-// each lane. Returns the factor for what was summed before.
-template <bool kNorms, class Weight>
-RAGGED_INLINE float add_weights(const float* logits, Weight* weights, int64_t from, int64_t to, VecF most,
-                                const Norms& norms, float& maximum_seen, float& total) {
-  const float new_maximum = max_of(most);
-  const float updated = new_maximum > maximum_seen ? new_maximum : maximum_seen;
-  const float reference = updated == -kInfinity ? 0.0f : updated;
-  VecF sum = {};
-  for (int64_t t = from; t < to; t += kLanes) {
-    const VecF weight = exp2_nonpositive(load(logits + t) - splat(reference));
-    if constexpr (kNorms)
-      store_weights(weights + t, weight * load(norms.values + t));
-    else
-      store_weights(weights + t, weight);
-    sum = sum + weight;
-  }
-  const float factor = exp2_nonpositive(maximum_seen - reference);
-  total = total * factor + sum_of(sum);
-  maximum_seen = updated;
-  return factor;
-}
-
 // What the weighted values of a kv head are multiplied by.
 RAGGED_INLINE float value_scale(const Problem& p, int64_t kv_head) {
   return p.v_scales ? p.v_scale * p.v_scales[kv_head] : p.v_scale;

@@ -176,18 +176,18 @@ struct VectorHeads {
     few_products<Dot, kQueries>(s.template queries_of<typename Dot::Query>(kv_head * rows + row), s.query_stride, slot,
                                 count, keys, p.key_dim, s.weights, ahead);
     float factor[kQueries];
-    float* sums[kQueries];
+    float *sums[kQueries], *maximum[kQueries], *total[kQueries];
     typename Dot::Weight* weights = reinterpret_cast<typename Dot::Weight*>(Dot::kPairs ? s.pairs : s.weights);
     for (int i = 0; i < kQueries; ++i) {
       const int64_t query = (row + i) / p.group(), head = head_of(kv_head, row + i);
-      const Partial& partial = queries[query].partial;
-      float* logit = s.weights + i * kMostBlock;
-      typename Dot::Weight* weight = weights + i * kMostBlock;
-      float &most = partial.maximum[head], &total = partial.total[head];
-      factor[i] = p.logits_soft_cap > 0 ? few_softmax<true, kNorms>(logits, logit, weight, count, norms, most, total)
-                                        : few_softmax<false, kNorms>(logits, logit, weight, count, norms, most, total);
+      maximum[i] = queries[query].partial.maximum + head;
+      total[i] = queries[query].partial.total + head;
       sums[i] = weighted(query, head);
     }
+    if (p.logits_soft_cap > 0)
+      few_softmax<true, kNorms, kQueries>(logits, s.weights, weights, count, norms, maximum, total, factor);
+    else
+      few_softmax<false, kNorms, kQueries>(logits, s.weights, weights, count, norms, maximum, total, factor);
     few_all_values<kQueries>(Tag<Dot>{}, weights, factor, slot, count, values, p.head_dim, sums, ahead);
   }
 };

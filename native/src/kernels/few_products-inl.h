@@ -198,27 +198,72 @@ RAGGED_INLINE void in_order(float* weighted, int64_t head_dim) {
 }
 #endif
 
-// From one query's products with the tokens of a block to its weights, which may be in place; returns the factor for
-// what was summed before.
-template <bool kCapped, bool kNorms, class Weight>
-RAGGED_INLINE float few_softmax(const Logits& logits, float* row, Weight* weights, int64_t count, const Norms& norms,
-                                float& maximum_seen, float& total) {
-  VecF most = splat(-kInfinity);
-  for (int64_t t = count; t < round_up(count, kLanes); ++t) row[t] = 0.0f;
-  for (int64_t t = 0; t < count; t += kLanes) {
-    VecF x = load(row + t);
-    if constexpr (kNorms) x = x * load(norms.keys + t);
-    x = logits.of<kCapped>(x);
-    if (t + kLanes > count) {
-      VecI lane;
-      for (int i = 0; i < kLanes; ++i) lane[i] = i;
-      x = lane < splat_int(int32_t(count - t)) ? x : splat(-kInfinity);
+// What up to four rows of queries have seen: lane i % 4 is that of row i.
+template <int kQueries>
+RAGGED_INLINE VecF of_rows(const float* const* from) {
+  float four[4] = {};
+  for (int i = 0; i < kQueries; ++i) four[i] = *from[i];
+#if defined(__AVX512F__)
+  return (VecF)_mm512_broadcast_f32x4(load_bits<__m128>(four));
+#else
+  VecF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = four[i % 4];
+  return v;
+#endif
+}
+template <int kQueries>
+RAGGED_INLINE void to_rows(VecF v, float* const* to) {
+  float all[kLanes];
+  store(all, v);
+  for (int i = 0; i < kQueries; ++i) *to[i] = all[i];
+}
+
+// From up to four rows of products with the tokens of a block to their weights, which may be in place, each row
+// kMostBlock after the last. Raises the rows' maxima and adds to their totals, and stores the factors for what was
+// summed before.
+template <bool kCapped, bool kNorms, int kQueries, class Weight>
+RAGGED_INLINE void few_softmax(const Logits& logits, float* rows, Weight* weights, int64_t count, const Norms& norms,
+                               float* const* maximum_seen, float* const* total, float* factor) {
+  VecF most[4], sum[4] = {};
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) most[q] = splat(-kInfinity);
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+    float* row = rows + q * kMostBlock;
+    for (int64_t t = count; t < round_up(count, kLanes); ++t) row[t] = 0.0f;
+    for (int64_t t = 0; t < count; t += kLanes) {
+      VecF x = load(row + t);
+      if constexpr (kNorms) x = x * load(norms.keys + t);
+      x = logits.of<kCapped>(x);
+      if (t + kLanes > count) x = lane < splat_int(int32_t(count - t)) ? x : splat(-kInfinity);
+      store(row + t, x);
+      most[q] = maximum(x, most[q]);
     }
-    store(row + t, x);
-    most = maximum(x, most);
   }
-  const float factor = add_weights<kNorms>(row, weights, 0, count, most, norms, maximum_seen, total);
-  // Those of tokens that are not seen: 0 times a norm that is not finite would be no number.
-  for (int64_t t = count; kNorms && t < round_up(count, kLanes); ++t) weights[t] = Weight{};
-  return factor;
+  const VecF before = of_rows<kQueries>(maximum_seen), raised = across<Largest>(most);
+  const VecF updated = raised > before ? raised : before;
+  const VecF reference = updated == splat(-kInfinity) ? VecF{} : updated;
+  float references[kLanes];
+  store(references, reference);
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+    for (int64_t t = 0; t < count; t += kLanes) {
+      const VecF weight = exp2_nonpositive(load(rows + q * kMostBlock + t) - splat(references[q]));
+      if constexpr (kNorms)
+        store_weights(weights + q * kMostBlock + t, weight * load(norms.values + t));
+      else
+        store_weights(weights + q * kMostBlock + t, weight);
+      sum[q] = sum[q] + weight;
+    }
+    // Those of tokens that are not seen: 0 times a norm that is not finite would be no number.
+    for (int64_t t = count; kNorms && t < round_up(count, kLanes); ++t) weights[q * kMostBlock + t] = Weight{};
+  }
+  const VecF factors = exp2_nonpositive(before - reference);
+  to_rows<kQueries>(of_rows<kQueries>(total) * factors + across<Added>(sum), total);
+  to_rows<kQueries>(updated, maximum_seen);
+  float all[kLanes];
+  store(all, factors);
+  for (int q = 0; q < kQueries; ++q) factor[q] = all[q];
 }

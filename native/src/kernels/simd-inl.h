@@ -132,8 +132,9 @@ constexpr int block_lane(int width, bool high, int lane) {
   const int start = lane / (2 * width) * (2 * width) + lane % width + (high ? width : 0);
   return lane % (2 * width) < width ? start : start + kLanes;
 }
-// For sums of lanes, where it is enough that the lanes of each vector stay apart: shuffles that are one instruction
-// and leave both registers as they are. The sums of the last two steps are in the order of the vectors again.
+// For what is taken together across lanes, where it is enough that the lanes of each vector stay apart: shuffles that
+// are one instruction and leave both registers as they are. After the last step results are in the order of the
+// vectors.
 constexpr int sum_lane(int width, bool high, int lane) {
   const int in_four = lane % 4, four = lane / 4;
   if (width == 1) return four * 4 + in_four / 2 + (high ? 2 : 0) + in_four % 2 * kLanes;
@@ -157,9 +158,20 @@ template <int width, bool high>
 RAGGED_INLINE VecF interleave(VecF a, VecF b) {
   return interleave<width, high>(a, b, typename MakeIndices<kLanes>::type{});
 }
-template <int width, int... I>
-RAGGED_INLINE VecF add_lanes(VecF a, VecF b, Indices<I...>) {
-  return shuffle<sum_lane(width, false, I)...>(a, b) + shuffle<sum_lane(width, true, I)...>(a, b);
+// How two are taken together, and that for the lanes of two vectors, or of one.
+struct Added {
+  RAGGED_INLINE VecF of(VecF a, VecF b) { return a + b; }
+};
+struct Largest {
+  RAGGED_INLINE VecF of(VecF a, VecF b) { return maximum(a, b); }
+};
+template <class Op, int width, int... I>
+RAGGED_INLINE VecF fold(VecF a, VecF b, Indices<I...>) {
+  return Op::of(shuffle<sum_lane(width, false, I)...>(a, b), shuffle<sum_lane(width, true, I)...>(a, b));
+}
+template <int by, int... I>
+RAGGED_INLINE VecF rotate(VecF v, Indices<I...>) {
+  return shuffle<((I + by) % kLanes)...>(v, v);
 }
 
 // Lane i of the result: the sum of all lanes of v[i].
@@ -171,9 +183,18 @@ RAGGED_INLINE VecF sums(const VecF* v) {
     VecF half[count / 2];
 #pragma GCC unroll 16
     for (int i = 0; i < count / 2; ++i)
-      half[i] = add_lanes<width>(v[2 * i], v[2 * i + 1], typename MakeIndices<kLanes>::type{});
+      half[i] = fold<Added, width>(v[2 * i], v[2 * i + 1], typename MakeIndices<kLanes>::type{});
     return sums<count / 2, 2 * width>(half);
   }
+}
+// Lane i of the result: the sum, or the largest, of all lanes of v[i % 4].
+template <class Op>
+RAGGED_INLINE VecF across(const VecF* v) {
+  using Lanes = typename MakeIndices<kLanes>::type;
+  VecF all = fold<Op, 2>(fold<Op, 1>(v[0], v[1], Lanes{}), fold<Op, 1>(v[2], v[3], Lanes{}), Lanes{});
+  if constexpr (kLanes >= 16) all = Op::of(all, rotate<8>(all, Lanes{}));
+  if constexpr (kLanes >= 8) all = Op::of(all, rotate<4>(all, Lanes{}));
+  return all;
 }
 
 template <int width = kLanes / 2>
