@@ -135,7 +135,7 @@ constexpr int block_lane(int width, bool high, int lane) {
 // For what is taken together across lanes, where it is enough that the lanes of each vector stay apart: shuffles that
 // are one instruction and leave both registers as they are. After the last step results are in the order of the
 // vectors.
-constexpr int sum_lane(int width, bool high, int lane) {
+constexpr int fold_lane(int width, bool high, int lane) {
   const int in_four = lane % 4, four = lane / 4;
   if (width == 1) return four * 4 + in_four / 2 + (high ? 2 : 0) + in_four % 2 * kLanes;
   if (kLanes < 16 || width == 2) return block_lane(width, high, lane);
@@ -167,7 +167,7 @@ struct Largest {
 };
 template <class Op, int width, int... I>
 RAGGED_INLINE VecF fold(VecF a, VecF b, Indices<I...>) {
-  return Op::of(shuffle<sum_lane(width, false, I)...>(a, b), shuffle<sum_lane(width, true, I)...>(a, b));
+  return Op::of(shuffle<fold_lane(width, false, I)...>(a, b), shuffle<fold_lane(width, true, I)...>(a, b));
 }
 template <int by, int... I>
 RAGGED_INLINE VecF rotate(VecF v, Indices<I...>) {
