@@ -21,7 +21,17 @@ from easydel_ragged_plugin.types import Kernel, Operands
 from .problem import Problem, check, every_row, public_call
 from .work import work
 
-__all__ = ["LEAST_GAIN", "Candidate", "Step", "copies_beyond_cache", "mean_us", "seconds_per_call", "step_of", "timer"]
+__all__ = [
+    "LEAST_GAIN",
+    "Candidate",
+    "Step",
+    "copies_beyond_cache",
+    "mean_us",
+    "seconds_per_call",
+    "settled_us",
+    "step_of",
+    "timer",
+]
 
 LEAST_GAIN = 0.98
 """What takes the place of something else needs no more than this part of its time."""
@@ -81,9 +91,7 @@ class Candidate:
         """Take the faster way; microseconds of a call that way."""
         taken = {}
         for self.in_one_program in (True, False):
-            calls = 1 if self.checked_us > 50_000 else 4
-            self.run(1)
-            taken[self.in_one_program] = self.time_us(calls)
+            taken[self.in_one_program] = settled_us(self.run)
         self.in_one_program = taken[True] <= taken[False]
         return taken[self.in_one_program]
 
@@ -119,6 +127,11 @@ def mean_us(run: Callable[[int], object], calls: int) -> float:
     started = time.perf_counter()
     run(calls)
     return (time.perf_counter() - started) / calls * 1e6
+
+
+def settled_us(run: Callable[[int], object]) -> float:
+    """See :func:`mean_us`; of calls for about 20 ms, among which starting them does not count."""
+    return mean_us(run, max(1, min(200, round(20_000 / mean_us(run, 1)))))
 
 
 Step = Callable[[Operands], tuple[jax.Array, jax.Array]]
