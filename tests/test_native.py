@@ -264,6 +264,19 @@ def test_compute_dtype_float32_keeps_weights_in_float32(level: str, head_dim: in
 
 @needs_library
 @each_level
+@pytest.mark.parametrize("context", [1, 17, 63])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (16, 1)])
+def test_an_infinite_value_of_a_last_token_without_a_partner(heads: tuple[int, int], context: int, level: str) -> None:
+    """Values are taken in pairs of tokens; what stands in for the missing one must add nothing, 0 times it included."""
+    arguments = random_call("v3", [(context, 1)], heads, 64, (jnp.dtype("bfloat16"), jnp.dtype("bfloat16")), 16)
+    arguments["values"][0, :, 5] = np.inf
+    expected, found = call_both("v3", arguments)
+    assert np.isposinf(expected.output[0, :, 5]).all()
+    np.testing.assert_allclose(found.output.astype(np.float64)[:1], expected.output[:1], rtol=2**-7, atol=2**-6)
+
+
+@needs_library
+@each_level
 @pytest.mark.parametrize("cache", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_stored_values_are_rounded_like_numpy(cache: str, level: str) -> None:
     """Ties, subnormals, overflow and NaN of a float32 written into a narrower cache."""

@@ -87,13 +87,13 @@ struct VectorHeads {
   }
 
   void finish(HeadRange heads) {
+    for (int64_t h = heads.begin; h < heads.end && any_in_lanes; ++h)
+      for (int64_t r = 0; r < in_lanes; r += kLanes) finish_lanes(h, r);
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kPairs)
       for (int64_t q = 0; q < rows / p.group(); ++q)
         for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) in_order(weighted(q, h), p.head_dim);
 #endif
-    for (int64_t h = heads.begin; h < heads.end && any_in_lanes; ++h)
-      for (int64_t r = 0; r < in_lanes; r += kLanes) finish_lanes(h, r);
   }
 
  private:
@@ -131,25 +131,25 @@ struct VectorHeads {
     const int64_t bytes = p.key_dim * int64_t(sizeof(Element)), tokens = FewScratch::most_tokens(p);
     any_in_lanes = true;
     keys_in_lines(slot, count, keys * int64_t(sizeof(Element)), bytes, tokens, lanes.keys);
-    int64_t steps = count;
-#if defined(__AVX512BF16__)
+    typename LaneDot<Dot>::Values beside(slot, count, values, p.head_dim, lanes.values);
+    int64_t steps = count, columns = p.head_dim;
     if constexpr (Dot::kPairs) {
-      values_in_pairs(slot, count, values, p.head_dim, round_up(p.head_dim, 16), lanes.values);
       slot = lanes.value;
       values = 0;
       steps = (count + 1) / 2;
+      columns = lanes.columns;
     }
-#endif
     for (int64_t r = 0; r < in_lanes; r += kLanes) {
       const LaneRows found = lanes.of(kv_head, r / kLanes);
       lane_products<Dot>(found.queries, lanes.keys, (bytes + kCacheLine - 1) / kCacheLine, tokens, count, lanes.weights,
-                         ahead);
+                         ahead, beside);
+      beside.finish();
       const auto softmax = [&](auto capped) {
         return lane_softmax<Dot, decltype(capped)::value != 0, kNorms>(logits, lanes.weights, count, s.norms,
                                                                        found.maximum, found.total);
       };
       const VecF factor = p.logits_soft_cap > 0 ? softmax(Count<1>{}) : softmax(Count<0>{});
-      lane_values<Dot>(lanes.weights, factor, slot, values, steps, p.head_dim, found.sums, ahead);
+      lane_values<Dot>(lanes.weights, factor, slot, values, steps, columns, found.sums, ahead);
     }
   }
 
@@ -162,7 +162,7 @@ struct VectorHeads {
       total[i] = queries[query].partial.total + head;
       sums[i] = weighted(query, head);
     }
-    merge_lanes(lanes.of(kv_head, row / kLanes), live, p.head_dim, maximum, total, sums);
+    merge_lanes(lanes.of(kv_head, row / kLanes), live, Dot::kPairs ? lanes.columns : p.head_dim, maximum, total, sums);
   }
 
   float* weighted(int64_t query, int64_t head) const {

@@ -27,12 +27,49 @@ RAGGED_INLINE void keys_in_lines(const char* const* slot, int64_t count, int64_t
   }
 }
 
+#if defined(__AVX512BF16__)
+// A block's values in pairs of tokens: [pairs][columns], the columns in the order of few_pairs. A last token without a
+// neighbor has zeros for one.
+struct ValuesInPairs {
+  const char* const* slot;  // of the first token of a pair
+  const char* const* end;   // after the last token
+  int64_t offset, head_dim;
+  float* to;
+  int64_t column = 0;
+
+  ValuesInPairs(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim, float* to)
+      : slot(slot), end(slot + count), offset(offset), head_dim(head_dim), to(to) {}
+
+  RAGGED_INLINE_MEMBER void step() {
+    if (slot >= end) return;
+    const int64_t left = head_dim - column;
+    const __mmask32 columns = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+    const __m512i even = _mm512_maskz_loadu_epi16(columns, at<BF16>(slot[0], offset + column));
+    const __m512i odd =
+        slot + 1 < end ? _mm512_maskz_loadu_epi16(columns, at<BF16>(slot[1], offset + column)) : _mm512_setzero_si512();
+    store_bits(to, _mm512_unpacklo_epi16(even, odd));
+    store_bits(to + kLanes, _mm512_unpackhi_epi16(even, odd));
+    to += 2 * kLanes;
+    column += 32;
+    if (left > 32) return;
+    column = 0;
+    slot += 2;
+  }
+  RAGGED_INLINE_MEMBER void finish() {
+    while (slot < end) step();
+  }
+};
+#endif
+
 // How an element, or a pair of them, is taken for all lanes.
 template <class Dot>
 struct LaneDot;
 template <>
 struct LaneDot<FloatDot<float>> {
   static constexpr int kTokens = 1;  // whose weights and values are side by side
+  struct Values : NothingBeside {    // they are used where they are
+    Values(const char* const*, int64_t, int64_t, int64_t, float*) {}
+  };
   RAGGED_INLINE VecF add(VecF sum, VecF lanes, const float* element) { return fma(lanes, splat(*element), sum); }
   RAGGED_INLINE void store_weights(float* weights, VecF first, VecF) { store(weights, first); }
 };
@@ -40,6 +77,7 @@ struct LaneDot<FloatDot<float>> {
 template <>
 struct LaneDot<PairDot> {
   static constexpr int kTokens = 2;
+  using Values = ValuesInPairs;
   // Compilers load the pair into a register of its own first, and that takes a third longer.
   RAGGED_INLINE VecF add(VecF sum, VecF lanes, const float* pair) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(lanes), "m"(*pair));
@@ -53,27 +91,15 @@ struct LaneDot<PairDot> {
                    (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first)));
   }
 };
-
-// A block's values in pairs of tokens: [pairs][stride]. A last token without a neighbor has zeros for one.
-RAGGED_INLINE void values_in_pairs(const char* const* slot, int64_t count, int64_t offset, int64_t head_dim,
-                                   int64_t stride, float* to) {
-  for (int64_t t = 0; t < count; t += 2, to += stride)
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      const __mmask16 columns = head_dim - d >= kLanes ? 0xffff : __mmask16((1u << (head_dim - d)) - 1);
-      const auto values = [&](int64_t token) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, at<BF16>(slot[token], offset + d)));
-      };
-      const __m512i second = t + 1 < count ? _mm512_slli_epi32(values(t + 1), 16) : _mm512_setzero_si512();
-      store_bits(to + d, _mm512_or_si512(values(t), second));
-    }
-}
 #endif
 
-// logits[t][kLanes] of `count` tokens, rounded up to kLaneTokens with keys that may hold anything.
-template <class Dot>
+// logits[t][kLanes] of `count` tokens, rounded up to kLaneTokens with keys that may hold anything. Beside them, steps
+// of something else, which the processor makes while it multiplies.
+template <class Dot, class Beside>
 void lane_products(const float* queries, const float* keys, int64_t lines, int64_t tokens, int64_t count, float* logits,
-                   Ahead& ahead) {
+                   Ahead& ahead, Beside& beside) {
   Ahead requests = ahead;
+  Beside other = beside;
   for (int64_t t = 0; t < count; t += kLaneTokens) {
     VecF sum[kLaneTokens] = {};
     const float *line = keys + t * kLineElements, *query = queries;
@@ -83,21 +109,23 @@ void lane_products(const float* queries, const float* keys, int64_t lines, int64
 #pragma GCC unroll 16
         for (int i = 0; i < kLaneTokens; ++i) sum[i] = LaneDot<Dot>::add(sum[i], q, line + i * kLineElements + e);
         requests.request();
+        other.step();
       }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLaneTokens; ++i) store(logits + (t + i) * kLanes, sum[i]);
   }
   ahead = requests;
+  beside = other;
 }
 
 // sums[c][kLanes] = sums[c][kLanes] * factor + sum over t of weights[t][kLanes] * value[t][c]; in pairs of tokens where
 // weights are. Columns are rounded up to kLaneTokens, of values that may hold anything.
 template <class Dot>
 void lane_values(const float* weights, VecF factor, const char* const* value, int64_t offset, int64_t count,
-                 int64_t head_dim, float* sums, Ahead& ahead) {
+                 int64_t columns, float* sums, Ahead& ahead) {
   Ahead requests = ahead;
-  for (int64_t c = 0; c < head_dim; c += kLaneTokens, sums += kLaneTokens * kLanes) {
+  for (int64_t c = 0; c < columns; c += kLaneTokens, sums += kLaneTokens * kLanes) {
     VecF sum[kLaneTokens];
 #pragma GCC unroll 16
     for (int i = 0; i < kLaneTokens; ++i) sum[i] = load(sums + i * kLanes) * factor;
@@ -161,16 +189,18 @@ struct LaneScratch {
   float* queries;                        // [kv_heads][sets][query_stride][kLanes], elements or pairs
   float* found;                          // [kv_heads][sets][2 + columns][kLanes]
   float* keys;                           // keys_in_lines
-  float* values;                         // values_in_pairs
+  float* values;                         // ValuesInPairs
   const char** value;                    // addresses of these pairs
   float* weights;                        // [tokens][kLanes], logits at first
   int64_t sets, query_size, found_size;  // the sizes: of a set, in floats
+  int64_t columns;                       // of sums: head_dim, rounded up
   size_t size;
 
   LaneScratch(const Problem& p, int64_t rows, int64_t query_stride, void* base) {
     Carver carver{static_cast<char*>(base)};
     sets = (rows_in_lanes(rows) + kLanes - 1) / kLanes;
-    const int64_t columns = round_up(p.head_dim, 16), tokens = sets > 0 ? FewScratch::most_tokens(p) : 0;
+    columns = kDotBF16 ? round_up(p.head_dim, 32) : round_up(p.head_dim, 16);
+    const int64_t tokens = sets > 0 ? FewScratch::most_tokens(p) : 0;
     static_assert(16 % kLanes == 0 && 16 % kLaneTokens == 0, "whole vectors");
     query_size = query_stride * kLanes;
     found_size = (2 + columns) * kLanes;
@@ -192,7 +222,7 @@ struct LaneScratch {
 };
 
 // Adds what rows in lanes have found to their partials: maximum, total and weighted values of each of `count` rows.
-RAGGED_INLINE void merge_lanes(const LaneRows& rows, int64_t count, int64_t head_dim, float* const* maximum,
+RAGGED_INLINE void merge_lanes(const LaneRows& rows, int64_t count, int64_t columns, float* const* maximum,
                                float* const* total, float* const* weighted) {
   float before[kLanes], factor[kLanes];
   for (int64_t i = 0; i < count; ++i) {
@@ -203,7 +233,7 @@ RAGGED_INLINE void merge_lanes(const LaneRows& rows, int64_t count, int64_t head
     *total[i] = *total[i] * before[i] + rows.total[i] * factor[i];
     *maximum[i] = updated;
   }
-  for (int64_t c = 0; c < head_dim; c += kLanes) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
     VecF v[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) v[i] = load(rows.sums + (c + i) * kLanes);

@@ -1,9 +1,5 @@
 // Products of vectors with a matrix: queries, outputs, keys and values of a cache of codes change their coordinates.
 
-struct NothingBeside {
-  RAGGED_INLINE_MEMBER void step() {}
-};
-
 // Elements that keys, values, queries and outputs of Problem::codes have in the products.
 DType element_dtype(const Problem& p) { return pairs(p) ? DType::kBF16 : DType::kF32; }
 
