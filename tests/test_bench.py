@@ -159,9 +159,25 @@ def test_what_starting_costs_does_not_choose_between_two_ways(call_us: int, monk
 
         return run
 
-    together, one_by_one = bench_timing.settled_us(takes(100, call_us)), bench_timing.settled_us(takes(0, call_us + 10))
+    together, one_by_one = bench_timing.least_us([takes(100, call_us), takes(0, call_us + 10)])
     assert one_by_one == pytest.approx(call_us + 10)
     assert call_us < together < one_by_one
+
+
+@pytest.mark.once
+def test_a_busy_moment_does_not_choose_between_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_us = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now_us * 1e-6)
+
+    def takes(call_us: float, busy: bool) -> Callable[[int], None]:
+        def run(calls: int) -> None:
+            nonlocal now_us
+            now_us += calls * call_us * (2 if busy and now_us < 50_000 else 1)
+
+        return run
+
+    assert bench_timing.least_us([takes(100, busy=True), takes(110, busy=False)]) == pytest.approx([100, 110])
+    assert now_us > 100_000
 
 
 @pytest.mark.once

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from easydel_ragged_plugin.bench.problem import Problem, check, every_row
-from easydel_ragged_plugin.bench.timing import mean_us, settled_us
+from easydel_ragged_plugin.bench.timing import least_us, mean_us
 from easydel_ragged_plugin.errors import Unsupported
 from easydel_ragged_plugin.types import AttentionRequest, Features
 
@@ -84,9 +84,9 @@ class PeerEntry:
 
     def choose(self) -> float:
         """The fastest form; the others' arrays are given back."""
-        taken = {form: settled_us(form.run) for form in self._forms}
-        self._forms = [min(taken, key=taken.__getitem__)]
-        return taken[self._forms[0]]
+        taken = least_us([form.run for form in self._forms])
+        self._forms = [self._forms[taken.index(min(taken))]]
+        return min(taken)
 
     def time_us(self, calls: int) -> float:
         """See :func:`..timing.mean_us`."""
