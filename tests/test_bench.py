@@ -165,6 +165,22 @@ def test_what_starting_costs_does_not_choose_between_two_ways(call_us: int, monk
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("together_us", [90, 110])
+def test_a_candidate_takes_the_faster_way(together_us: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_us = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now_us * 1e-6)
+
+    def run(self: Candidate, in_one_program: bool, calls: int) -> None:
+        nonlocal now_us
+        now_us += calls * (together_us if in_one_program else 100)
+
+    monkeypatch.setattr(Candidate, "_run", run)
+    candidate = Candidate.__new__(Candidate)  # without a program
+    assert candidate.choose() == pytest.approx(min(together_us, 100))
+    assert candidate.in_one_program == (together_us < 100)
+
+
+@pytest.mark.once
 def test_a_busy_moment_does_not_choose_between_two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     now_us = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now_us * 1e-6)

@@ -146,13 +146,13 @@ struct Logits {
   }
 };
 
-// The norms of the keys and values of a block of codes.
 // Where nothing is done beside products.
 struct NothingBeside {
   RAGGED_INLINE_MEMBER void step() {}
   RAGGED_INLINE_MEMBER void finish() {}
 };
 
+// The norms of the keys and values of a block of codes.
 struct Norms {
   float *keys, *values;  // of logits, and of weights
 };
