@@ -68,7 +68,7 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
         sum[q * kTokens + t] = Dot::add(sum[q * kTokens + t], Dot::query(queries + q * query_stride + d), key);
     }
   }
-  return sums<kLanes>(sum);
+  return folded<Added, kLanes>(sum);
 }
 
 // logits[q * kMostBlock + t] of `count` tokens, rounded up to a whole vector with addresses that may repeat.
@@ -242,7 +242,7 @@ RAGGED_INLINE void few_softmax(const Logits& logits, float* rows, Weight* weight
       most[q] = maximum(x, most[q]);
     }
   }
-  const VecF before = of_rows<kQueries>(maximum_seen), raised = across<Largest>(most);
+  const VecF before = of_rows<kQueries>(maximum_seen), raised = folded<Largest, 4>(most);
   const VecF updated = raised > before ? raised : before;
   const VecF reference = updated == splat(-kInfinity) ? VecF{} : updated;
   float references[kLanes];
@@ -250,7 +250,8 @@ RAGGED_INLINE void few_softmax(const Logits& logits, float* rows, Weight* weight
 #pragma GCC unroll 4
   for (int q = 0; q < kQueries; ++q) {
     for (int64_t t = 0; t < count; t += kLanes) {
-      const VecF weight = exp2_nonpositive(load(rows + q * kMostBlock + t) - splat(references[q]));
+      const VecF weight =
+          exp2_nonpositive<is_same<Weight, BF16>>(load(rows + q * kMostBlock + t) - splat(references[q]));
       if constexpr (kNorms)
         store_weights(weights + q * kMostBlock + t, weight * load(norms.values + t));
       else
@@ -261,7 +262,7 @@ RAGGED_INLINE void few_softmax(const Logits& logits, float* rows, Weight* weight
     for (int64_t t = count; kNorms && t < round_up(count, kLanes); ++t) weights[q * kMostBlock + t] = Weight{};
   }
   const VecF factors = exp2_nonpositive(before - reference);
-  to_rows<kQueries>(of_rows<kQueries>(total) * factors + across<Added>(sum), total);
+  to_rows<kQueries>(of_rows<kQueries>(total) * factors + folded<Added, 4>(sum), total);
   to_rows<kQueries>(updated, maximum_seen);
   float all[kLanes];
   store(all, factors);

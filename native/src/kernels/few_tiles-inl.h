@@ -38,12 +38,6 @@ RAGGED_INLINE void deinterleave(VecF* v) {
   }
 }
 
-struct Larger {
-  RAGGED_INLINE VecF of(VecF a, VecF b) { return maximum(a, b); }
-};
-struct Sum {
-  RAGGED_INLINE VecF of(VecF a, VecF b) { return a + b; }
-};
 // Lanes i, i + kCount, i + 2 kCount, ... are taken together; every one of them gets the result.
 template <class Operation, int kCount>
 RAGGED_INLINE VecF across(VecF v) {
@@ -188,7 +182,7 @@ struct TileHeads {
       store(products + i, x);
       most = maximum(x, most);
     }
-    const VecF before = load(tiles.maximum + chunk * kLanes), after = maximum(across<Larger, kQueries>(most), before);
+    const VecF before = load(tiles.maximum + chunk * kLanes), after = maximum(across<Largest, kQueries>(most), before);
     const VecF reference = after == splat(-kInfinity) ? VecF{} : after;
     VecF sum = {};
     for (int64_t t = 0; t < whole / kQueries; t += 16) {
@@ -209,7 +203,7 @@ struct TileHeads {
       }
     }
     const VecF factor = exp2_nonpositive(before - reference);
-    store(tiles.total + chunk * kLanes, load(tiles.total + chunk * kLanes) * factor + across<Sum, kQueries>(sum));
+    store(tiles.total + chunk * kLanes, load(tiles.total + chunk * kLanes) * factor + across<Added, kQueries>(sum));
     store(tiles.maximum + chunk * kLanes, after);
     if (_mm512_cmp_ps_mask((__m512)factor, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) == 0) return;
     float factors[kLanes];

@@ -16,9 +16,30 @@ RAGGED_INLINE size_t exact_scratch(const Problem& p) {
 template <class Step>
 constexpr int kScored = kBesideProducts<Step> ? 2 : 1;
 
+// Rows of a block whose largest scores, or sums of weights, are found together.
+template <class Step>
+constexpr int kFolded = kLanes < 8 || Step::kRows > 8 ? kLanes : 8;
 // Rows of a block, in whole vectors.
 template <class Step>
 constexpr int kBlockRows = (Step::kRows + kLanes - 1) / kLanes * kLanes;
+
+// Columns [from, to) of a tile.
+struct Columns {
+  int64_t from, to;
+  RAGGED_INLINE_MEMBER Columns whole(int64_t steps) const { return {from / steps * steps, round_up(to, steps)}; }
+};
+
+// What a block of rows sees of a tile.
+struct SeenByBlock {
+  Columns any, each;  // what some row sees, and what each of them sees
+};
+
+// Columns of what is scored, weighed and summed begin and end with these.
+constexpr int64_t kScoredColumns = 2 * kLanes;
+template <class Step>
+constexpr int64_t kWeighedColumns = Step::kTiles ? kScoredColumns : kLanes;
+template <class Step>
+constexpr int64_t kSummedColumns = Step::kTiles ? kScoredColumns : kStepsBeside<Step> * Step::kElements;
 
 template <class T, class Step>
 struct ManyScratch {
@@ -27,8 +48,8 @@ struct ManyScratch {
   int64_t rows, depth, width;  // depth: steps over key_dim; width: columns of the sums
   float *queries, *keys, *values, *sums, *maximum, *total;
   // Of one block of rows: its scores (and those of the block after it); its weights, and their sums by lanes; and for
-  // each row the largest logit, what logits are held against, negated, and the factor for what was summed before.
-  float *scores[kScored<Step>], *weights, *totals, *most, *minus_reference, *factor;
+  // each row what logits are held against, negated, and the factor for what was summed before.
+  float *scores[kScored<Step>], *weights, *totals, *minus_reference, *factor;
   Slot *slot, *next_slot;       // of a tile, and of the one after it
   int32_t* lines;               // Ahead::lines, of this kv head
   Element* staged;              // keys and values of a tile of codes, [kTile][2][staged_stride]
@@ -48,11 +69,10 @@ struct ManyScratch {
     values = carver.take<float>(kTile * width);
     sums = carver.take<float>(rows * width);
     maximum = carver.take<float>(rows + kLanes);  // read in whole vectors
-    total = carver.take<float>(rows);
+    total = carver.take<float>(rows + kLanes);
     for (float*& block : scores) block = carver.take<float>(Step::kRows * kTile);
     weights = Step::kElements == 2 ? carver.take<float>(Step::kRows * kTile / 2) : nullptr;
     totals = carver.take<float>(Step::kRows * kLanes);
-    most = carver.take<float>(kBlockRows<Step>);
     minus_reference = carver.take<float>(kBlockRows<Step>);
     factor = carver.take<float>(kBlockRows<Step>);
     slot = carver.take<Slot>(kTile);
@@ -161,9 +181,8 @@ struct Many {
       }
     });
     for (int64_t r = 0; r < s.rows + kLanes; ++r) s.maximum[r] = -kInfinity;
-    __builtin_memset(s.total, 0, size_t(s.rows) * sizeof(float));
+    __builtin_memset(s.total, 0, size_t(s.rows + kLanes) * sizeof(float));
     __builtin_memset(s.sums, 0, size_t(s.rows * s.width) * sizeof(float));
-    for (int i = Step::kRows; i < kBlockRows<Step>; ++i) s.most[i] = -kInfinity;
   }
 
   // Tokens [start, start + tokens), of which the slots are known.
@@ -182,39 +201,46 @@ struct Many {
     for (int64_t q = 0; q < count; ++q) s.seen[q] = seen_of_block(p, queries[q].position, start, tokens);
   }
 
-  // The keys that a block of rows sees, as columns of whole steps.
-  Seen columns(int64_t r) const {
-    int64_t from = kTile, to = 0;
+  SeenByBlock seen_by_block(int64_t r) const {
+    SeenByBlock seen{{kTile, 0}, {0, kTile}};
     for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q) {
-      from = min64(from, s.seen[q].low);
-      to = max64(to, s.seen[q].high);
+      seen.any = {min64(seen.any.from, s.seen[q].low), max64(seen.any.to, s.seen[q].high)};
+      seen.each = {max64(seen.each.from, s.seen[q].low), min64(seen.each.to, s.seen[q].high)};
     }
-    return {from / (2 * kLanes) * (2 * kLanes), round_up(to, 2 * kLanes)};
+    return seen;
+  }
+
+  // The rows of a block from `i` on, kFolded of them if there are so many.
+  static void store_rows(float* of_block, int64_t i, VecF v) {
+    float each[kLanes];
+    store(each, v);
+    __builtin_memcpy(of_block + i, each, size_t(min64(kFolded<Step>, Step::kRows - i)) * sizeof(float));
   }
 
   // Raises the maxima of a block of rows by its scores. After that its weights can be made.
-  void raise(int64_t r, const Seen& columns, float* scores) {
-    const int64_t from = columns.low, to = columns.high;
-    bool all = true;
-    for (int64_t q = r / group; q <= (min64(r + Step::kRows, live) - 1) / group; ++q)
-      all = all && s.seen[q].low <= from && s.seen[q].high >= to;
+  void raise(int64_t r, const SeenByBlock& seen, float* scores) {
+    const Columns weighed = seen.any.whole(kWeighedColumns<Step>);
+    const int64_t from = weighed.from, to = weighed.to;
     // A positive scale leaves the largest product the largest logit: then nothing has to be stored.
     const bool scaled = !kCapped && !kNorms && logits.scale > 0;
-    for (int64_t i = 0; i < Step::kRows; ++i) {
-      float* of_row = scores + i * kTile;
-      if (!scaled) many_logits<kCapped, kNorms>(logits, of_row, from, to, s.norms.keys);
-      if (!all && r + i < live) hide(of_row, from, to, s.seen[(r + i) / group]);
-      s.most[i] = max_of(largest(of_row, from, to)) * (scaled ? logits.scale : 1.0f);
-    }
-    for (int64_t i = 0; i < Step::kRows; i += kLanes) {
-      const VecF before = load(s.maximum + r + i), most = load(s.most + i);
-      const VecF updated = most > before ? most : before;
+    if (!scaled)
+      for (int64_t i = 0; i < Step::kRows; ++i)
+        many_logits<kCapped, kNorms>(logits, scores + i * kTile, from, to, s.norms.keys);
+    if (seen.each.from > from || seen.each.to < to)
+      for (int64_t i = 0; i < min64(Step::kRows, live - r); ++i)
+        hide(scores + i * kTile, from, to, s.seen[(r + i) / group]);
+    for (int64_t i = 0; i < Step::kRows; i += kFolded<Step>) {
+      VecF most[kFolded<Step>];
+      for (int64_t j = 0; j < kFolded<Step>; ++j)
+        most[j] = i + j < Step::kRows ? largest(scores + (i + j) * kTile, from, to) : VecF{};
+      const VecF before = load(s.maximum + r + i);
+      const VecF raised = folded<Largest, kFolded<Step>>(most) * splat(scaled ? logits.scale : 1.0f);
+      const VecF updated = raised > before ? raised : before;
       const VecF reference = updated == splat(-kInfinity) ? VecF{} : updated;
-      store(s.most + i, updated);
       store(s.minus_reference + i, VecF{} - reference);
       store(s.factor + i, exp2_nonpositive(before - reference));
+      store_rows(s.maximum + r, i, updated);
     }
-    __builtin_memcpy(s.maximum + r, s.most, Step::kRows * sizeof(float));
     __builtin_memset(s.totals, 0, sizeof(float) * Step::kRows * kLanes);
     beside.scores = scores;
     beside.weights = reinterpret_cast<ElementOf<Step>*>(s.weights ? s.weights : scores);
@@ -225,22 +251,35 @@ struct Many {
   }
 
   // Adds what a block of rows has weighed to its sums.
-  void add(int64_t r, const Seen& columns) {
+  void add(int64_t r, const SeenByBlock& seen) {
+    const Columns summed = seen.any.whole(kSummedColumns<Step>);
     beside.finish();
-    sum_block<Step>(reinterpret_cast<float*>(beside.weights), s.values, columns.low, columns.high, s.factor,
+    sum_block<Step>(reinterpret_cast<float*>(beside.weights), s.values, summed.from, summed.to, s.factor,
                     s.sums + r * s.width, s.width, beside);
-    for (int64_t i = 0; i < Step::kRows; ++i)
-      s.total[r + i] = s.total[r + i] * s.factor[i] + sum_of(load(s.totals + i * kLanes));
+    for (int64_t i = 0; i < Step::kRows; i += kFolded<Step>) {
+      VecF sum[kFolded<Step>];
+      for (int64_t j = 0; j < kFolded<Step>; ++j)
+        sum[j] = i + j < Step::kRows ? load(s.totals + (i + j) * kLanes) : VecF{};
+      store_rows(s.total + r, i, fma(load(s.total + r + i), load(s.factor + i), folded<Added, kFolded<Step>>(sum)));
+    }
   }
 
-  // A block of rows is scored while the weights of the block before it are made, or one after the other.
-  void attend_tile() {
+  // A block of rows is scored while the weights of the block before it are made, or one after the other. `requests`:
+  // lines of the next tile, which are asked for beside the last blocks. There they fit between the products, and come
+  // late enough to be in the cache still when the tile is packed.
+  void attend_tile(int64_t requests) {
+    constexpr int64_t kRequesting = 24 * Step::kRows;
     int64_t scored = -1, turn = 0;
-    Seen of_scored{};
+    SeenByBlock of_scored{};
     for (int64_t r = 0; r < s.rows; r += Step::kRows) {
-      const Seen seen = columns(r);
-      if (seen.high <= seen.low) continue;
-      multiply_panels<Step>(s.queries + r * s.depth, s.keys, s.depth, seen.low, seen.high, s.scores[turn], kTile,
+      if (s.rows - r <= kRequesting && requests > 0) {
+        beside.ahead.budget = requests;
+        requests = 0;
+      }
+      const SeenByBlock seen = seen_by_block(r);
+      if (seen.any.to <= seen.any.from) continue;
+      const Columns columns = seen.any.whole(kScoredColumns);
+      multiply_panels<Step>(s.queries + r * s.depth, s.keys, s.depth, columns.from, columns.to, s.scores[turn], kTile,
                             beside);
       if (scored >= 0) add(scored, of_scored);
       raise(r, seen, s.scores[turn]);
@@ -260,12 +299,13 @@ struct Many {
       const int64_t tokens = min64(kTile, end - start), coming = min64(kTile, end - start - tokens);
       cache.slots(start, tokens, s.slot);
       pack(start, tokens);
+      int64_t requests = 0;
       if (kBesideProducts<Step> && !kNorms && coming > 0) {
         cache.slots(start + tokens, coming, s.next_slot);
         beside.ahead = {reinterpret_cast<const char* const*>(s.next_slot), s.lines, lines_each};
-        beside.ahead.budget = coming * lines_each;
+        requests = coming * lines_each;
       }
-      attend_tile();
+      attend_tile(requests);
       beside.ahead.budget = 0;
     }
   }

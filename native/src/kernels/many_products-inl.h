@@ -4,7 +4,13 @@
 // the first-level cache between the two products. Columns of one register block:
 constexpr int kBlockVectors = RAGGED_REGISTERS == 32 ? 4 : 2;
 constexpr int kPanel = kBlockVectors * kLanes;  // columns of a packed panel
-constexpr int kTile = 128;                      // key tokens of one step
+// Key tokens of one step. More of them spread what is done once for each block of rows; with tiles the scores of a
+// block would leave the first-level cache, and a small second-level cache holds no more of packed floats.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+constexpr int kTile = 256;
+#else
+constexpr int kTile = 128;
+#endif
 static_assert(kTile % kPanel == 0 && kTile % (2 * kLanes) == 0, "whole panels");
 
 // How products are made, on 32-bit elements: a float, or a pair of bf16. A block has kRows rows.
@@ -145,6 +151,16 @@ void multiply_any(int64_t vectors, const float* a, int64_t a_stride, const float
   }
 }
 
+// The same without a factor, of a panel or half of one. Not inlined: its loop needs all registers.
+template <class Step, class Work>
+__attribute__((noinline)) void multiply_panel(bool whole, const float* a, const float* panel, int64_t depth, float* c,
+                                              int64_t c_stride, Work& beside) {
+  if (whole)
+    multiply<Step, kBlockVectors>(a, depth, panel, kPanel, depth, c, c_stride, nullptr, beside);
+  else
+    multiply<Step, 2>(a, depth, panel, kPanel, depth, c, c_stride, nullptr, beside);
+}
+
 // c[kRows][columns from, to) = a[kRows][depth] * b, which is in packed panels. Columns are whole steps of them.
 template <class Step, class Work>
 RAGGED_INLINE void multiply_panels(const float* a, const float* b, int64_t depth, int64_t from, int64_t to, float* c,
@@ -158,10 +174,7 @@ RAGGED_INLINE void multiply_panels(const float* a, const float* b, int64_t depth
     for (int64_t column = from, columns; column < to; column += columns) {
       const float* panel = b + column / kPanel * kPanel * depth + column % kPanel;
       columns = column % kPanel || to - column == kHalf ? kHalf : kPanel;
-      if (columns == kPanel)
-        multiply<Step, kBlockVectors>(a, depth, panel, kPanel, depth, c + column, c_stride, nullptr, beside);
-      else
-        multiply<Step, 2>(a, depth, panel, kPanel, depth, c + column, c_stride, nullptr, beside);
+      multiply_panel<Step>(columns == kPanel, a, panel, depth, c + column, c_stride, beside);
     }
   }
 }

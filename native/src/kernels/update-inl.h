@@ -8,7 +8,10 @@ RAGGED_INLINE void convert(const From* from, To* to, int64_t count) {
 }
 template <class T>
 RAGGED_INLINE void convert(const T* from, T* to, int64_t count) {
-  __builtin_memcpy(to, from, size_t(count) * sizeof(T));
+  constexpr int64_t each = int64_t(sizeof(VecF) / sizeof(T));  // by vectors: a call for each head costs more
+  int64_t i = 0;
+  for (; i + each <= count; i += each) store_bits(to + i, load_bits<VecF>(from + i));
+  if (i < count) __builtin_memcpy(to + i, from + i, size_t(count - i) * sizeof(T));
 }
 
 template <class From, class To>
