@@ -149,6 +149,7 @@ GEOMETRIES = [
     ((4, 2), 192),
     ((3, 1), 256),
     ((2, 2), 7),
+    ((21, 21), 128),  # tokens so large that a block has 8 of them
 ]
 
 

@@ -1,10 +1,6 @@
 // Attention of few query tokens, all heads, over keys as they lie in the cache. A block of tokens at a time comes into
 // the second-level cache; each of its keys and values is loaded there for up to four queries at once.
 
-template <int count>
-struct Count {
-  static constexpr int value = count;
-};
 template <class F>
 RAGGED_INLINE void with_count(int64_t count, F&& f) {
   if (count == 4) f(Count<4>{});
@@ -218,7 +214,7 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   });
 
   Heads heads(p, s, queries, number, kv_heads);
-  const int64_t block = FewScratch::most_tokens(p);
+  const int64_t block = FewScratch::block_tokens(p, number * p.group());
   int64_t lines_each = 0;
   if constexpr (!is_same<T, Coded>) lines_each = find_lines<T>(p, {0, p.num_kv_heads}, s.lines);
   int64_t count = min64(block, end - begin);

@@ -9,6 +9,7 @@ constexpr int kLeastBlock = 32;
 #else
 constexpr int kLeastBlock = 16;
 #endif
+constexpr int kSmallBlock = 8;     // tokens of a block, where they are large and one row of queries reads them
 constexpr int kBlockPadding = 32;  // addresses after a block's, of tokens that may be read as well
 constexpr int kMostQueries = 8;    // rows of queries whose weights are held at a time
 constexpr int64_t kMostFew = 8;    // queries of a call; packing pays from about so many on
@@ -105,6 +106,11 @@ struct FewScratch {
   // Tokens of a block. It is the same for all ways to attend, so that the order of sums is.
   RAGGED_INLINE int64_t most_tokens(const Problem& p) {
     return max64(kLeastBlock, min64(kMostBlock, kMostBlockBytes / slot_bytes(p) / kLeastBlock * kLeastBlock));
+  }
+  // Of so many rows of a kv head.
+  RAGGED_INLINE int64_t block_tokens(const Problem& p, int64_t rows) {
+    const int64_t most = most_tokens(p);
+    return rows == 1 && most == kLeastBlock && most * slot_bytes(p) > kMostBlockBytes ? kSmallBlock : most;
   }
   template <class T>
   RAGGED_INLINE_MEMBER T* queries_of(int64_t row) const {

@@ -47,10 +47,9 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
   for (; d + Dot::kStep <= head_dim; d += Dot::kStep) {
     typename Dot::Vec key[kTokens];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) key[t] = Dot::key(at<T>(slot[t], offset + d));
-    if (d % int64_t(kCacheLine / sizeof(T)) == 0) {
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) ahead.request();
+    for (int t = 0; t < kTokens; ++t) {
+      key[t] = Dot::key(at<T>(slot[t], offset + d));
+      if (d % int64_t(kCacheLine / sizeof(T)) == 0) ahead.request();
     }
 #pragma GCC unroll 16
     for (int q = 0; q < kQueries; ++q) {
@@ -71,6 +70,11 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
   return folded<Added, kLanes>(sum);
 }
 
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
+
 // logits[q * kMostBlock + t] of `count` tokens, rounded up to a whole vector with addresses that may repeat.
 template <class Dot, int kQueries>
 void few_products(const typename Dot::Query* queries, int64_t query_stride, const char* const* slot, int64_t count,
@@ -79,7 +83,14 @@ void few_products(const typename Dot::Query* queries, int64_t query_stride, cons
   Ahead requests = ahead;
   for (int64_t t = 0; t < count; t += kTokens) {
     float all[kLanes];
-    store(all, products<Dot, kQueries, kTokens>(queries, query_stride, slot + t, offset, head_dim, requests));
+    const auto multiply = [&](auto tokens) __attribute__((always_inline)) {
+      store(all, products<Dot, kQueries, decltype(tokens)::value>(queries, query_stride, slot + t, offset, head_dim,
+                                                                  requests));
+    };
+    if (kQueries == 1 && count - t <= kTokens / 2)
+      multiply(Count<kTokens / 2>{});
+    else
+      multiply(Count<kTokens>{});
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q)
       __builtin_memcpy(logits + q * kMostBlock + t, all + q * kTokens, kTokens * sizeof(float));
