@@ -416,7 +416,7 @@ class Kernel(abc.ABC):
 
     def facts(self) -> dict[str, Any]:
         """What ``doctor`` and benchmarks show of it, JSON-able: ``available``, ``reason`` (None where it is available),
-        and further facts."""
+        and further facts. ``huge_pages`` is "used" where the kernel moves caches there."""
         return {"available": True, "reason": None}
 
     def notes(self, platform: str) -> tuple[str, ...]:

@@ -306,16 +306,18 @@ def test_plugins_of_jax_are_found_by_their_names_and_entry_points(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("backend", "transparent", "libc", "tunables", "noted"),
+    ("backend", "transparent", "libc", "tunables", "native", "noted"),
     [
-        ("cpu", "madvise", "glibc 2.36", "", True),
-        ("cpu", "madvise", "glibc 2.35", "glibc.malloc.check=3", True),
-        ("cpu", "madvise", "glibc 2.36", "glibc.malloc.check=3:glibc.malloc.hugetlb=1", False),
-        ("cpu", "madvise", "glibc 2.34", "", False),
-        ("cpu", "madvise", None, "", False),
-        ("cpu", "always", "glibc 2.36", "", False),
-        ("cpu", None, "glibc 2.36", "", False),
-        ("tpu", "madvise", "glibc 2.36", "", False),
+        ("cpu", "madvise", "glibc 2.36", "", "not used", True),
+        ("cpu", "madvise", "glibc 2.36", "", None, True),
+        ("cpu", "madvise", "glibc 2.36", "", "used", False),
+        ("cpu", "madvise", "glibc 2.35", "glibc.malloc.check=3", "not used", True),
+        ("cpu", "madvise", "glibc 2.36", "glibc.malloc.check=3:glibc.malloc.hugetlb=1", "not used", False),
+        ("cpu", "madvise", "glibc 2.34", "", "not used", False),
+        ("cpu", "madvise", None, "", "not used", False),
+        ("cpu", "always", "glibc 2.36", "", "not used", False),
+        ("cpu", None, "glibc 2.36", "", "not used", False),
+        ("tpu", "madvise", "glibc 2.36", "", "not used", False),
     ],
 )
 def test_huge_pages_are_named_where_they_can_be_requested(
@@ -323,11 +325,12 @@ def test_huge_pages_are_named_where_they_can_be_requested(
     transparent: str | None,
     libc: str | None,
     tunables: str,
+    native: str | None,
     noted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(system, "huge_pages", lambda: {"transparent": transparent})
     monkeypatch.setattr(system, "operating_system", lambda: {"libc": libc})
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    notes = doctor._huge_pages(backend)
+    notes = doctor._huge_pages(backend, {"xla": {}, "cpu_native": {} if native is None else {"huge_pages": native}})
     assert ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in "".join(notes)) == noted

@@ -51,6 +51,46 @@ def test_an_unknown_instruction_set_is_a_reason() -> None:
 
 
 @needs_library
+def test_huge_pages_are_used_where_the_system_has_them_unless_turned_off() -> None:
+    code = "from easydel_ragged_plugin.kernels import cpu_native; print(cpu_native.KERNEL.facts()['huge_pages'])"
+    assert in_new_process(code, EASYDEL_RAGGED_HUGE_PAGES="0") == "not used"
+    assert in_new_process(code, EASYDEL_RAGGED_HUGE_PAGES=" 1 ") == ("used" if cpu_native.huge_pages() else "not used")
+    assert "EASYDEL_RAGGED_HUGE_PAGES is 'yes'" in in_new_process(REASON, EASYDEL_RAGGED_HUGE_PAGES="yes")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux moves memory to huge pages")
+@needs_library
+def test_a_cache_is_moved_to_huge_pages_while_it_serves() -> None:
+    if not cpu_native.huge_pages():
+        pytest.skip("this Linux is older than 6.1, or its transparent huge pages are off")
+    code = """
+import re, functools, jax, jax.numpy as jnp, numpy as np
+from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
+def huge():
+    return int(re.search(r"AnonHugePages:\\s+(\\d+) kB", open("/proc/self/smaps_rollup").read())[1]) >> 10
+pages = jax.random.normal(jax.random.key(0), page_shape("v3", 256, 128, 2, 128, jnp.float32))
+index = (jnp.full((1,), 9, jnp.int32), jnp.zeros((1, 4), jnp.int32), jnp.arange(2, dtype=jnp.int32),
+         jnp.array([0, 0, 1], jnp.int32))
+step = jax.jit(functools.partial(ragged_page_attention_v3, config="cpu_native"), donate_argnums=3)
+one = jnp.ones((1, 2, 128), jnp.float32)
+before, first = huge(), None
+for _ in range(50_000):
+    output, pages = step(one, one, one, pages, *index)
+    first = np.asarray(output) if first is None else first
+    if huge() >= before + 60:
+        break
+np.testing.assert_array_equal(np.asarray(output), first)
+print(huge() - before)
+"""
+    moved, kept = (
+        int(in_new_process(code.replace("50_000", n), EASYDEL_RAGGED_HUGE_PAGES=on))
+        for n, on in (("50_000", "1"), ("500", "0"))
+    )
+    assert moved >= 60
+    assert kept < 60
+
+
+@needs_library
 def test_an_older_jaxlib_is_a_reason_and_the_backend_lives() -> None:
     code = (
         "from easydel_ragged_plugin.kernels import cpu_native as native\n"
@@ -101,12 +141,14 @@ def test_the_library_shows_no_names_but_its_own() -> None:
         "easydel_ragged_attention_codes",
         "easydel_ragged_build",
         "easydel_ragged_ffi_version",
+        "easydel_ragged_huge_pages",
         "easydel_ragged_interface",
         "easydel_ragged_isa",
         "easydel_ragged_isa_levels",
         "easydel_ragged_other_interface",
         "easydel_ragged_set_isa",
         "easydel_ragged_threads",
+        "easydel_ragged_use_huge_pages",
     }
 
 

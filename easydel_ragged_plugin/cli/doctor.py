@@ -235,11 +235,16 @@ def _notes(backend: str, host_version: str | None) -> list[str]:
     return notes
 
 
-def _huge_pages(backend: str) -> list[str]:
-    """That the cache could lie in huge pages, where the system gives them on request."""
+def _huge_pages(backend: str, kernels: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """That the cache could lie in huge pages, where the system gives them on request and no kernel moves it there.
+
+    Args:
+        kernels: the facts of each.
+    """
     libc = re.fullmatch(r"glibc (\d+)\.(\d+)", system.operating_system()["libc"] or "")
     if (
         backend != "cpu"
+        or any(facts.get("huge_pages") == "used" for facts in kernels.values())
         or system.huge_pages()["transparent"] != "madvise"
         or libc is None
         or (int(libc[1]), int(libc[2])) < OLDEST_GLIBC
@@ -308,7 +313,7 @@ def examine(say: Any = lambda text: None) -> Report:
         report.fingerprint = workers.fingerprint()
     platform_name = jax.default_backend()
     notes += _notes(platform_name, host.host_version())
-    notes += _huge_pages(platform_name)
+    notes += _huge_pages(platform_name, report.kernels)
     notes += [note for kernel in kernels.values() for note in kernel.notes(platform_name)]
     return report
 

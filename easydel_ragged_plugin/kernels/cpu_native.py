@@ -10,6 +10,8 @@ Environment:
     EASYDEL_RAGGED_NATIVE_LIBRARY: path of a library to load in place of the installed one.
     EASYDEL_RAGGED_ISA: an instruction set below the best, one of those that :func:`isa_levels` lists. Blanks around the
         name do not count. With any other name the kernel is not available.
+    EASYDEL_RAGGED_HUGE_PAGES: 0 leaves caches in the memory pages that JAX gave them. By default they are moved to huge
+        ones while they serve, where Linux can. With anything else than 0 or 1 the kernel is not available.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ from easydel_ragged_plugin.config import RaggedPageConfig
 from easydel_ragged_plugin.types import Attended, AttentionRequest, Features, Kernel, Operands
 from easydel_ragged_plugin.varying import result_type
 
-__all__ = ["KERNEL", "CpuNativeKernel", "availability", "isa", "isa_levels", "set_isa"]
+__all__ = ["KERNEL", "CpuNativeKernel", "availability", "huge_pages", "isa", "isa_levels", "set_isa"]
 
 LIBRARY_VARIABLE = "EASYDEL_RAGGED_NATIVE_LIBRARY"
 ISA_VARIABLE = "EASYDEL_RAGGED_ISA"
+HUGE_PAGES_VARIABLE = "EASYDEL_RAGGED_HUGE_PAGES"
 
 INTERFACE = 6
 """Version of what this file and the library agree on; ``easydel_ragged_interface`` of the library."""
@@ -126,6 +129,10 @@ def _load() -> ctypes.CDLL:
     if not library.easydel_ragged_set_isa(wanted):
         levels = library.easydel_ragged_isa_levels().decode()
         raise _Unusable(f"{ISA_VARIABLE} is {os.environ[ISA_VARIABLE]!r}, and this machine has {levels}")
+    use = os.environ.get(HUGE_PAGES_VARIABLE, "").strip() or "1"
+    if use not in ("0", "1"):
+        raise _Unusable(f"{HUGE_PAGES_VARIABLE} is {os.environ[HUGE_PAGES_VARIABLE]!r}; set it to 0 or 1")
+    library.easydel_ragged_use_huge_pages(int(use))
     return library
 
 
@@ -163,6 +170,15 @@ def _built_with() -> str | None:
 def isa() -> str:
     """The instruction set in use."""
     return _require().easydel_ragged_isa().decode()
+
+
+def huge_pages() -> bool:
+    """Whether caches are moved to huge pages of memory while they serve.
+
+    Only Linux from 6.1 on can, where its transparent huge pages are not off. ``EASYDEL_RAGGED_HUGE_PAGES=0`` leaves
+    caches where they are.
+    """
+    return bool(_require().easydel_ragged_huge_pages())
 
 
 def isa_levels() -> tuple[str, ...]:
@@ -346,6 +362,7 @@ class CpuNativeKernel(Kernel):
             "isa_levels": list(isa_levels()),
             # XLA's thread pool has one for each processor of the affinity; a cgroup may leave fewer.
             "threads": min(_require().easydel_ragged_threads(), os.cpu_count() or 1),
+            "huge_pages": "used" if huge_pages() else "not used",
             "built_with": _built_with(),
         }
 

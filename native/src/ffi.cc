@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "huge_pages.h"
 #include "isa.h"
 #include "problem.h"
 #include "processors.h"
@@ -167,7 +168,9 @@ ffi::Error attend(ffi::ThreadPool pool, Attributes attributes, ffi::AnyBuffer qu
   p.pages = pages.untyped_data();
   p.k_scales = has_k_scale ? k_scale.typed_data<float>() : nullptr;
   p.v_scales = has_v_scale ? v_scale.typed_data<float>() : nullptr;
-  return run_call(p, distribution, pool);
+  ffi::Error error = run_call(p, distribution, pool);
+  if (error.success()) cache_seen(pages.untyped_data(), pages.size_bytes());
+  return error;
 }
 
 // The same over a TurboQuant cache: its five arrays, for a call that writes those of the new tokens, too, and as many
@@ -321,6 +324,10 @@ RAGGED_EXPORT int easydel_ragged_interface() { return 6; }
 
 // Threads that a call takes at most, however many XLA's pool has.
 RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_processors(); }
+
+// Whether caches are moved to huge pages: not on a system that can't, nor where it was turned off.
+RAGGED_EXPORT int easydel_ragged_huge_pages() { return easydel_ragged::huge_pages_used() ? 1 : 0; }
+RAGGED_EXPORT void easydel_ragged_use_huge_pages(int use) { easydel_ragged::use_huge_pages(use != 0); }
 
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }

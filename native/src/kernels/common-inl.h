@@ -38,6 +38,10 @@ template <class T>
 struct Tag {
   using type = T;
 };
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
 
 // In place of an element's type: a cache of codes, whose slots have numbers in place of addresses. It is several
 // arrays.

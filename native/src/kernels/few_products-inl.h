@@ -70,11 +70,6 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
   return folded<Added, kLanes>(sum);
 }
 
-template <int count>
-struct Count {
-  static constexpr int value = count;
-};
-
 // logits[q * kMostBlock + t] of `count` tokens, rounded up to a whole vector with addresses that may repeat.
 template <class Dot, int kQueries>
 void few_products(const typename Dot::Query* queries, int64_t query_stride, const char* const* slot, int64_t count,
