@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 from native_library import LEVELS, needs_library
 
+from easydel_ragged_plugin import system
 from easydel_ragged_plugin.kernels import cpu_native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,8 @@ def test_huge_pages_are_used_where_the_system_has_them_unless_turned_off() -> No
 def test_a_cache_is_moved_to_huge_pages_while_it_serves() -> None:
     if not cpu_native.huge_pages():
         pytest.skip("this Linux is older than 6.1, or its transparent huge pages are off")
+    if system.huge_pages()["transparent"] != "madvise":
+        pytest.skip("this Linux gives huge pages to all memory from the start")
     code = """
 import re, functools, jax, jax.numpy as jnp, numpy as np
 from easydel_ragged_plugin import page_shape, ragged_page_attention_v3
@@ -84,7 +87,7 @@ print(huge() - before)
 """
     moved, kept = (
         int(in_new_process(code.replace("50_000", n), EASYDEL_RAGGED_HUGE_PAGES=on))
-        for n, on in (("50_000", "1"), ("500", "0"))
+        for n, on in (("50_000", "1"), ("8_000", "0"))
     )
     assert moved >= 60
     assert kept < 60
