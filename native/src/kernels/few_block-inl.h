@@ -4,12 +4,13 @@
 constexpr int kMostBlock = 128;               // most tokens of one block
 constexpr int64_t kMostBlockBytes = 1 << 17;  // and most bytes of it: with the next, they fit a second-level cache
 constexpr int64_t kStagedStride = 2048;       // bytes between tokens that are far apart
+// Fewest tokens of a block, and how many it has where they are large and one row of queries reads them. Tiles multiply
+// 32 at a time.
 #if defined(__AMX_BF16__)
-constexpr int kLeastBlock = 32;
+constexpr int kLeastBlock = 32, kSmallBlock = 32;
 #else
-constexpr int kLeastBlock = 16;
+constexpr int kLeastBlock = 16, kSmallBlock = 8;
 #endif
-constexpr int kSmallBlock = 8;     // tokens of a block, where they are large and one row of queries reads them
 constexpr int kBlockPadding = 32;  // addresses after a block's, of tokens that may be read as well
 constexpr int kMostQueries = 8;    // rows of queries whose weights are held at a time
 constexpr int64_t kMostFew = 8;    // queries of a call; packing pays from about so many on
