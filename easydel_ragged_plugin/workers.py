@@ -45,7 +45,8 @@ VARIABLES = (
     "FORCE_NATIVE_RUNTIME",
 )
 """Environment variables that change programs. What other variables lead to (``EASYDEL_RAGGED_CACHE``: tuned sizes,
-``EASYDEL_RAGGED_NATIVE_LIBRARY``: a library) is in the kernels' own fingerprints: paths may differ between workers."""
+``EASYDEL_RAGGED_NATIVE_LIBRARY``: a library) is in the kernels' own fingerprints: paths may differ between workers.
+``EASYDEL_RAGGED_HUGE_PAGES`` changes no numbers, so workers may differ in it."""
 
 
 class FingerprintMismatch(RuntimeError):
