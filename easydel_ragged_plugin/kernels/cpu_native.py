@@ -111,6 +111,10 @@ def _load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         interface, built_for = library.easydel_ragged_interface(), library.easydel_ragged_ffi_version()
+        library.easydel_ragged_isa.restype = ctypes.c_char_p
+        library.easydel_ragged_isa_levels.restype = ctypes.c_char_p
+        library.easydel_ragged_set_isa.argtypes = [ctypes.c_char_p]
+        library.easydel_ragged_move_to_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     except (OSError, AttributeError) as error:
         raise _Unusable(f"the native library can't be loaded: {error}") from error
     if interface != INTERFACE:
@@ -122,9 +126,6 @@ def _load() -> ctypes.CDLL:
             f"the native library was built for XLA FFI {built_major}.{built_minor} and this jaxlib offers "
             f"{major}.{minor}: upgrade jaxlib"
         )
-    library.easydel_ragged_isa.restype = ctypes.c_char_p
-    library.easydel_ragged_isa_levels.restype = ctypes.c_char_p
-    library.easydel_ragged_set_isa.argtypes = [ctypes.c_char_p]
     wanted = _isa_of_environment()
     if not library.easydel_ragged_set_isa(wanted):
         levels = library.easydel_ragged_isa_levels().decode()
@@ -392,6 +393,11 @@ class CpuNativeKernel(Kernel):
         if request.head_dim > MAX_HEAD_DIM:
             return f"head_dim {request.head_dim}, more than {MAX_HEAD_DIM}"
         return None
+
+    def settle(self, pages: jax.Array) -> None:
+        """Move all of a cache to huge pages now. See :meth:`easydel_ragged_plugin.types.Kernel.settle`."""
+        for shard in pages.addressable_shards:
+            _require().easydel_ragged_move_to_huge_pages(shard.data.unsafe_buffer_pointer(), shard.data.nbytes)
 
     def register_ffi_targets(self) -> str | None:
         """See :meth:`easydel_ragged_plugin.types.Kernel.register_ffi_targets`. It loads the library."""

@@ -328,6 +328,10 @@ RAGGED_EXPORT int easydel_ragged_threads() { return easydel_ragged::usable_proce
 // Whether caches are moved to huge pages: not on a system that can't, nor where it was turned off.
 RAGGED_EXPORT int easydel_ragged_huge_pages() { return easydel_ragged::huge_pages_used() ? 1 : 0; }
 RAGGED_EXPORT void easydel_ragged_use_huge_pages(int use) { easydel_ragged::use_huge_pages(use != 0); }
+// Moves all of a cache there now; by itself it is moved in steps while it serves.
+RAGGED_EXPORT void easydel_ragged_move_to_huge_pages(void* cache, size_t bytes) {
+  easydel_ragged::move_cache(cache, bytes);
+}
 
 RAGGED_EXPORT const char* easydel_ragged_isa() { return easydel_ragged::isa_name(); }
 RAGGED_EXPORT const char* easydel_ragged_isa_levels() { return easydel_ragged::isa_levels(); }

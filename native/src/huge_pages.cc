@@ -44,34 +44,66 @@ bool collapse(char*, size_t) { return false; }
 bool system_collapses() { return false; }
 #endif
 
+HugePages& of_process() {
+  static HugePages* const pages = new HugePages({collapse, now_ns});  // lives on while threads end
+  return *pages;
+}
+
 }  // namespace
+
+HugePages::Cache& HugePages::known(void* cache, size_t bytes) {
+  if (caches_.size() >= kMostCaches && caches_.count(cache) == 0) caches_.clear();
+  Cache& found = caches_[cache];
+  const int64_t now = system_.now_ns();
+  if (found.bytes != bytes || now - found.called_ns > kForgottenNs) {
+    found = {bytes, 0, now, (kPage - reinterpret_cast<uintptr_t>(cache) % kPage) % kPage};
+  }
+  found.called_ns = now;
+  return found;
+}
+
+bool HugePages::step(void* cache, Cache& known) {
+  const size_t end = known.bytes - (reinterpret_cast<uintptr_t>(cache) + known.bytes) % kPage;
+  if (known.next >= end || failures_ == kMostFailures) return false;
+  const size_t bytes = std::min(kStep, end - known.next);
+  failures_ = system_.collapse(static_cast<char*>(cache) + known.next, bytes) ? 0 : failures_ + 1;
+  known.next += bytes;
+  return true;
+}
 
 void HugePages::seen(void* cache, size_t bytes) {
   if (bytes < kLeastCache) return;
   const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock || failures_ == kMostFailures) return;
-  if (caches_.size() >= kMostCaches && caches_.count(cache) == 0) caches_.clear();
-  Cache& known = caches_[cache];
-  const size_t address = reinterpret_cast<uintptr_t>(cache);
-  if (known.bytes != bytes) known = {bytes, 0, (kPage - address % kPage) % kPage};
-  const size_t end = bytes - (address + bytes) % kPage;  // at least one huge page lies before it
-  if (++known.calls < kLeastCalls) return;
-  known.calls = kLeastCalls;
-  if (known.next >= end) return;
-  const int64_t started = system_.now_ns();
-  if (started < next_step_ns_) return;
-  const size_t step = std::min(kStep, end - known.next);
-  failures_ = system_.collapse(static_cast<char*>(cache) + known.next, step) ? 0 : failures_ + 1;
-  known.next += step;
+  if (!lock) return;
+  Cache& found = known(cache, bytes);
+  if (++found.calls < kLeastCalls) return;
+  found.calls = kLeastCalls;
+  const int64_t started = found.called_ns;
+  if (started < next_step_ns_ || !step(cache, found)) return;
   const int64_t ended = system_.now_ns();
   next_step_ns_ = ended + kPause * (ended - started);
 }
 
+void HugePages::move(void* cache, size_t bytes) {
+  if (bytes < kLeastCache) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Cache& found = known(cache, bytes);
+  while (step(cache, found)) {
+  }
+}
+
 void cache_seen(void* cache, size_t bytes) {
   if (!huge_pages_used()) return;
-  static HugePages* const of_process = new HugePages({collapse, now_ns});  // lives on while threads end
   try {
-    of_process->seen(cache, bytes);
+    of_process().seen(cache, bytes);
+  } catch (const std::bad_alloc&) {  // it stays where it is
+  }
+}
+
+void move_cache(void* cache, size_t bytes) {
+  if (!huge_pages_used()) return;
+  try {
+    of_process().move(cache, bytes);
   } catch (const std::bad_alloc&) {  // it stays where it is
   }
 }

@@ -70,6 +70,33 @@ TEST(steps_take_a_small_share_of_the_time) {
   CHECK(steps.size() >= 49 && steps.size() <= 51);
 }
 
+TEST(a_cache_that_may_be_another_one_is_moved_again) {
+  HugePages pages = recorded();
+  calls(pages, 100, at(kPage), 8 * kPage);
+  CHECK(steps.size() == 2);
+  for (int i = 0; i < 100; ++i, now += HugePages::kForgottenNs) pages.seen(at(kPage), 8 * kPage);
+  CHECK(steps.size() == 2);  // it was called all the time
+  now += HugePages::kForgottenNs;
+  calls(pages, HugePages::kLeastCalls - 1, at(kPage), 8 * kPage);
+  CHECK(steps.size() == 2);
+  calls(pages, 100, at(kPage), 8 * kPage);
+  CHECK(steps.size() == 4);
+}
+
+TEST(a_cache_is_moved_at_once_on_request) {
+  HugePages pages = recorded();
+  each_takes = 1000;
+  pages.move(at(kPage), 40 * kPage);
+  CHECK(steps.size() == 10);
+  CHECK(steps.back().memory == at(37 * kPage) && steps.back().bytes == HugePages::kStep);
+  calls(pages, 100, at(kPage), 40 * kPage);
+  pages.move(at(kPage), HugePages::kLeastCache - 1);
+  CHECK(steps.size() == 10);
+  works = false;
+  pages.move(at(200 * kPage), 1000 * kPage);
+  CHECK(steps.size() == 10 + HugePages::kMostFailures);
+}
+
 TEST(after_failures_in_a_row_caches_stay) {
   HugePages pages = recorded();
   works = false;
