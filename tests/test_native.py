@@ -187,8 +187,13 @@ def test_options(options: dict[str, Any], with_sinks: bool, level: str) -> None:
 @each_level
 @pytest.mark.parametrize("cache", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("query", ["float32", "bfloat16"])
-def test_query_and_cache_dtypes_may_differ(query: str, cache: str, level: str) -> None:
-    arguments = random_call("v3", ROWS, (4, 2), 80, (jnp.dtype(query), jnp.dtype(cache)), 8)
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((4, 2), 80), ((4, 2), 64), ((6, 2), 128), ((2, 2), 192), ((4, 1), 64)]
+)
+def test_query_and_cache_dtypes_may_differ(
+    heads: tuple[int, int], head_dim: int, query: str, cache: str, level: str
+) -> None:
+    arguments = random_call("v3", ROWS, heads, head_dim, (jnp.dtype(query), jnp.dtype(cache)), 8)
     arguments["keys"][:, :, ::3] *= 1000  # past what the 8-bit types hold
     arguments["queries"] = (arguments["queries"] * 0.01).astype(arguments["queries"].dtype)
     expected, found = call_both("v3", arguments)
@@ -267,13 +272,31 @@ def test_compute_dtype_float32_keeps_weights_in_float32(level: str, head_dim: in
 @each_level
 @pytest.mark.parametrize("context", [1, 17, 63])
 @pytest.mark.parametrize("heads", [(1, 1), (8, 2), (16, 1)])
-def test_an_infinite_value_of_a_last_token_without_a_partner(heads: tuple[int, int], context: int, level: str) -> None:
+@pytest.mark.parametrize("cache", ["bfloat16", "float8_e5m2"])
+def test_an_infinite_value_of_a_last_token_without_a_partner(
+    cache: str, heads: tuple[int, int], context: int, level: str
+) -> None:
     """Values are taken in pairs of tokens; what stands in for the missing one must add nothing, 0 times it included."""
-    arguments = random_call("v3", [(context, 1)], heads, 64, (jnp.dtype("bfloat16"), jnp.dtype("bfloat16")), 16)
-    arguments["values"][0, :, 5] = np.inf
-    expected, found = call_both("v3", arguments)
+    arguments = random_call("v2", [(context, 1)], heads, 64, (jnp.dtype("bfloat16"), jnp.dtype(cache)), 16)
+    page, slot = arguments["index"][1][0, (context - 1) // 16], (context - 1) % 16
+    arguments["pages"][page, slot, 1::2, 5] = np.inf
+    expected, found = call_both("v2", arguments)
     assert np.isposinf(expected.output[0, :, 5]).all()
     np.testing.assert_allclose(found.output.astype(np.float64)[:1], expected.output[:1], rtol=2**-7, atol=2**-6)
+
+
+@needs_library
+@each_level
+@pytest.mark.parametrize("cache", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_every_number_of_8_bits_as_a_value(head_dim: int, cache: str, level: str) -> None:
+    """One key each, so that an output is its value: every number there is, subnormals, NaN and infinities as well."""
+    rows = 6
+    arguments = random_call("v2", [(1, 1)] * rows, (3, 1), head_dim, (jnp.dtype("bfloat16"), jnp.dtype(cache)), 4)
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(cache))
+    arguments["pages"][arguments["index"][1][:, 0], 0, 1] = np.resize(numbers, (rows, head_dim))
+    expected, found = call_both("v2", arguments)
+    np.testing.assert_array_equal(found.output.astype(np.float64)[:rows], expected.output[:rows])
 
 
 @needs_library

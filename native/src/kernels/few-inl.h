@@ -88,7 +88,8 @@ struct VectorHeads {
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kPairs)
       for (int64_t q = 0; q < rows / p.group(); ++q)
-        for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h) in_order(weighted(q, h), p.head_dim);
+        for (int64_t h = heads.begin * p.group(); h < heads.end * p.group(); ++h)
+          in_order<Dot>(weighted(q, h), p.head_dim);
 #endif
   }
 
@@ -189,16 +190,17 @@ struct VectorHeads {
 };
 
 // In elements of the products.
-template <class Element, class Source>
+template <class Dot, class Source>
 RAGGED_INLINE void read_queries(const Problem& p, const Query* queries, int64_t count, HeadRange kv_heads,
                                 const FewScratch& s) {
   const int64_t rows = count * p.group();
   for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h)
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = queries[r / p.group()].token * p.num_q_heads + h * p.group() + r % p.group();
-      Element* to = s.queries_of<Element>(h * rows + r);
+      typename Dot::Query* to = s.template queries_of<typename Dot::Query>(h * rows + r);
       convert(static_cast<const Source*>(p.queries) + head * p.key_dim, to, p.key_dim);
       __builtin_memset(to + p.key_dim, 0, size_t(s.query_stride - p.key_dim) * sizeof(*to));
+      Dot::arrange(to, p.key_dim);
     }
 }
 
@@ -210,7 +212,7 @@ void few_blocks(const Problem& p, int64_t row, const Query* queries, int64_t num
   with_query_type(p.query_dtype, [&](auto tag) {
     using Source = typename decltype(tag)::type;
     if constexpr (sizeof(typename Dot::Query) == sizeof(float) || is_same<Source, BF16> || is_same<T, Coded>)
-      read_queries<typename Dot::Query, Source>(p, queries, number, kv_heads, s);
+      read_queries<Dot, Source>(p, queries, number, kv_heads, s);
   });
 
   Heads heads(p, s, queries, number, kv_heads);
@@ -283,10 +285,15 @@ void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64
     // lanes read is, too.
     const bool apart = p.token_stride * int64_t(sizeof(T)) >= kStagedStride;
     const int64_t rows = count * p.group();
+    [[maybe_unused]] const bool looked_up = rows <= 4 && p.head_dim % 64 == 0;
     const bool staged = rows > 4 && (apart || sizeof(T) == 1 || rows_in_lanes(rows) > 0);
 #if defined(__AVX512BF16__)
     if constexpr (is_same<T, BF16>)
       if (pairs(p) && !staged) return attend(Tag<VectorHeads<T, PairDot, false>>{}, Tag<PairDot>{});
+#if defined(__AVX512VBMI__)
+    if constexpr (sizeof(T) == 1 && !is_same<T, Coded>)
+      if (pairs(p) && looked_up) return attend(Tag<VectorHeads<T, ByteDot<T>, false>>{}, Tag<ByteDot<T>>{});
+#endif
     if constexpr (is_same<T, BF16> || sizeof(T) == 1)
       if (pairs(p)) return attend(Tag<VectorHeads<T, PairDot, true>>{}, Tag<PairDot>{});
 #endif

@@ -28,7 +28,7 @@ RAGGED_INLINE void keys_in_lines(const char* const* slot, int64_t count, int64_t
 }
 
 #if defined(__AVX512BF16__)
-// A block's values in pairs of tokens: [pairs][columns], the columns in the order of few_pairs. A last token without a
+// A block's values in pairs of tokens: [pairs][columns], the columns in the order of PairDot. A last token without a
 // neighbor has zeros for one.
 struct ValuesInPairs {
   const char* const* slot;  // of the first token of a pair

@@ -7,30 +7,14 @@ struct FloatDot {
   using Query = float;
   using Weight = float;
   static constexpr int kStep = kLanes;  // elements of head_dim that are taken at a time
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kTails = true;
   using Vec = VecF;
+  RAGGED_INLINE void arrange(Query*, int64_t) {}
   RAGGED_INLINE Vec query(const Query* q) { return load(q); }
   RAGGED_INLINE Vec key(const T* k) { return load(k); }
   RAGGED_INLINE Vec key_tail(const T* k, int64_t count) { return load_tail(k, count); }
   RAGGED_INLINE VecF add(VecF sum, Vec q, Vec k) { return fma(q, k, sum); }
 };
-#if defined(__AVX512BF16__)
-struct PairDot {
-  using Element = BF16;
-  using Query = BF16;
-  using Weight = BF16;
-  static constexpr int kStep = 2 * kLanes;
-  static constexpr bool kPairs = true;
-  using Vec = __m512i;
-  RAGGED_INLINE Vec query(const Query* q) { return load_bits<Vec>(q); }
-  RAGGED_INLINE Vec key(const BF16* k) { return load_bits<Vec>(k); }
-  RAGGED_INLINE Vec key_tail(const BF16* k, int64_t count) { return _mm512_maskz_loadu_epi16((1u << count) - 1, k); }
-  RAGGED_INLINE VecF add(VecF sum, Vec q, Vec k) {
-    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)q, (__m512bh)k);
-  }
-};
-#endif
-
 template <class T>
 RAGGED_INLINE const T* at(const char* slot, int64_t offset) {
   return reinterpret_cast<const T*>(slot) + offset;
@@ -58,7 +42,7 @@ RAGGED_INLINE VecF products(const typename Dot::Query* queries, int64_t query_st
       for (int t = 0; t < kTokens; ++t) sum[q * kTokens + t] = Dot::add(sum[q * kTokens + t], query, key[t]);
     }
   }
-  if (d < head_dim) {
+  if (Dot::kTails && d < head_dim) {
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
       const typename Dot::Vec key = Dot::key_tail(at<T>(slot[t], offset + d), head_dim - d);
@@ -138,71 +122,6 @@ void few_all_values(Tag<FloatDot<T>>, const float* weights, const float* factor,
     few_values<kQueries, 1, true, T>(weights, factor, slot, count, offset, head_dim - d, weighted, d, requests);
   ahead = requests;
 }
-
-#if defined(__AVX512BF16__)
-// The same in pairs of tokens, whose values are interleaved, for kVectors vectors of 32 columns. A vector gives two of
-// sums: the first has columns 0 to 3, 8 to 11, 16 to 19 and 24 to 27, the second the others; in_order mends that.
-template <int kQueries, int kVectors>
-RAGGED_INLINE void few_pairs(const BF16* weights, const float* factor, const char* const* slot, int64_t count,
-                             int64_t offset, uint32_t columns, float* const* weighted, int64_t column, Ahead& ahead) {
-  VecF sum[kQueries][2 * kVectors];
-#pragma GCC unroll 4
-  for (int q = 0; q < kQueries; ++q)
-#pragma GCC unroll 8
-    for (int c = 0; c < 2 * kVectors; ++c) sum[q][c] = load(weighted[q] + column + c * kLanes) * splat(factor[q]);
-  const auto add = [&](int64_t t, bool both) __attribute__((always_inline)) {
-    __m512i value[2 * kVectors];
-#pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) {
-      const __m512i even = _mm512_maskz_loadu_epi16(columns, at<BF16>(slot[t], offset + column) + 32 * c);
-      const __m512i odd = both ? _mm512_maskz_loadu_epi16(columns, at<BF16>(slot[t + 1], offset + column) + 32 * c)
-                               : _mm512_setzero_si512();
-      ahead.request();
-      ahead.request();
-      value[2 * c] = _mm512_unpacklo_epi16(even, odd);
-      value[2 * c + 1] = _mm512_unpackhi_epi16(even, odd);
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-      const VecF weight = splat(load_bits<float>(weights + q * kMostBlock + t));
-#pragma GCC unroll 8
-      for (int c = 0; c < 2 * kVectors; ++c) sum[q][c] = PairDot::add(sum[q][c], bit_cast<__m512i>(weight), value[c]);
-    }
-  };
-  int64_t t = 0;
-  for (; t + 2 <= count; t += 2) add(t, true);
-  // The last token may have no neighbor that the queries see: a weight of 0 is no help where a value is infinite.
-  if (t < count) add(t, false);
-#pragma GCC unroll 4
-  for (int q = 0; q < kQueries; ++q)
-#pragma GCC unroll 8
-    for (int c = 0; c < 2 * kVectors; ++c) store(weighted[q] + column + c * kLanes, sum[q][c]);
-}
-
-template <int kQueries>
-void few_all_values(Tag<PairDot>, const BF16* weights, const float* factor, const char* const* slot, int64_t count,
-                    int64_t offset, int64_t head_dim, float* const* weighted, Ahead& ahead) {
-  constexpr int kMost = kQueries <= 2 ? 4 : 2;
-  Ahead requests = ahead;
-  int64_t d = 0;
-  for (; d + kMost * 32 <= head_dim; d += kMost * 32)
-    few_pairs<kQueries, kMost>(weights, factor, slot, count, offset, ~0u, weighted, d, requests);
-  for (; d < head_dim; d += 32)
-    few_pairs<kQueries, 1>(weights, factor, slot, count, offset, head_dim - d >= 32 ? ~0u : (1u << (head_dim - d)) - 1,
-                           weighted, d, requests);
-  ahead = requests;
-}
-
-// Sums of few_pairs with their columns in order.
-RAGGED_INLINE void in_order(float* weighted, int64_t head_dim) {
-  for (float* sums = weighted; sums < weighted + head_dim; sums += 2 * kLanes) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512 first = (__m512)load(sums), second = (__m512)load(sums + kLanes);
-    store(sums, (VecF)_mm512_permutex2var_ps(first, low, second));
-    store(sums + kLanes, (VecF)_mm512_permutex2var_ps(first, _mm512_add_epi32(low, _mm512_set1_epi32(8)), second));
-  }
-}
-#endif
 
 // What up to four rows of queries have seen: lane i % 4 is that of row i.
 template <int kQueries>

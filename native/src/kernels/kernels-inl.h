@@ -31,6 +31,7 @@ namespace {
 #include "kernels/codes-inl.h"
 #include "kernels/few_block-inl.h"
 #include "kernels/few_products-inl.h"
+#include "kernels/few_pairs-inl.h"
 #include "kernels/few_lanes-inl.h"
 #include "kernels/few_stage-inl.h"
 #include "kernels/few-inl.h"
