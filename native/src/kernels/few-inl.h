@@ -285,14 +285,14 @@ void attend_few_heads(const Problem& p, int64_t row, const Query* queries, int64
     // lanes read is, too.
     const bool apart = p.token_stride * int64_t(sizeof(T)) >= kStagedStride;
     const int64_t rows = count * p.group();
-    [[maybe_unused]] const bool looked_up = rows <= 4 && p.head_dim % 64 == 0;
     const bool staged = rows > 4 && (apart || sizeof(T) == 1 || rows_in_lanes(rows) > 0);
 #if defined(__AVX512BF16__)
     if constexpr (is_same<T, BF16>)
       if (pairs(p) && !staged) return attend(Tag<VectorHeads<T, PairDot, false>>{}, Tag<PairDot>{});
 #if defined(__AVX512VBMI__)
     if constexpr (sizeof(T) == 1 && !is_same<T, Coded>)
-      if (pairs(p) && looked_up) return attend(Tag<VectorHeads<T, ByteDot<T>, false>>{}, Tag<ByteDot<T>>{});
+      if (pairs(p) && rows <= 4 && p.head_dim % ByteDot<T>::kStep == 0)
+        return attend(Tag<VectorHeads<T, ByteDot<T>, false>>{}, Tag<ByteDot<T>>{});
 #endif
     if constexpr (is_same<T, BF16> || sizeof(T) == 1)
       if (pairs(p)) return attend(Tag<VectorHeads<T, PairDot, true>>{}, Tag<PairDot>{});
