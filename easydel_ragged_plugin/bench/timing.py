@@ -100,7 +100,7 @@ class Candidate:
     def check(self) -> tuple[float, bool]:
         """See :func:`.problem.check`; in samples of every row, both ways. v3's pages are compared byte for byte.
 
-        The kernel settles them between the two, so what is timed is what a server has after some time.
+        The kernel settles them then, so that what is timed is what a server has after some time.
         """
         worst, right = 0.0, True
         expected = self._problem.updated_pages()
@@ -113,7 +113,7 @@ class Candidate:
                 return math.inf, False
             error, each_right = check(self._problem, output, pages, every_row(self._problem.case))
             worst, right = max(worst, error), right and each_right
-            select.kernels()[self.kernel].settle(self._pages)
+        select.kernels()[self.kernel].settle(self._pages)
         return worst, right
 
     def time_us(self, calls: int) -> float:

@@ -74,7 +74,7 @@ bool HugePages::step(void* cache, Cache& known) {
 void HugePages::seen(void* cache, size_t bytes) {
   if (bytes < kLeastCache) return;
   const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock) return;
+  if (!lock || failures_ == kMostFailures) return;
   Cache& found = known(cache, bytes);
   if (++found.calls < kLeastCalls) return;
   found.calls = kLeastCalls;
